@@ -1,0 +1,30 @@
+# make demo    prepare a corpus that needs no network, train a small GPT with a cosine head on it, show what it learned
+# make test    the tests and the linter
+# Both make .venv first. PYTHON=python3.12 chooses another Python, VENV=somewhere another place.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+demo: $(VENV)/demo.installed
+	$(VENV)/bin/python prepare_stdlib.py
+	$(VENV)/bin/python train.py config/demo.py
+	$(VENV)/bin/python sample.py --out_dir=out/demo --start='def ' --num_samples=2 --max_new_tokens=120 --nearest='self,return,True,int,import,if,open,name'
+
+test: $(VENV)/test.installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/python -m pytest -q
+
+$(VENV)/demo.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/test.installed: requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r tests/requirements.txt
+	touch $@ $(VENV)/demo.installed
+
+clean:
+	rm -rf .venv out/demo
+
+.PHONY: demo test clean

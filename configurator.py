@@ -1,0 +1,119 @@
+"""
+Overrides a script's defaults from config files and --key=value flags, and refuses whatever it does not know.
+
+$ python train.py config/gpt2.py --batch_size=32 --compile=false
+$ python train.py --help
+
+The keys are the public int, float, bool and str names that a script has set above its call of configure(globals()).
+A config file is plain Python: it sees the current values (max_iters = 2 * warmup_iters), builds on another file with
+include('gpt2.py'), and may import modules; its own helpers are named _like_this. Later files win; flags beat all files.
+"""
+import os
+import re
+import sys
+import traceback
+from difflib import get_close_matches
+from types import ModuleType
+
+BOOLS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
+SCALARS = (int, float, bool, str)
+
+def fail(violations):
+    """Exit with one message that lists all `violations` (strings), or return if there are none. Raises SystemExit."""
+    if violations:
+        raise SystemExit('\n'.join([f"this configuration cannot run, {len(violations)} to fix:", *(f"  - {v}" for v in violations)]))
+
+def configure(namespace, argv=None, base=None, base_name='base', problems=None):
+    """
+    Resolve defaults < base < config files < flags, and write the values back into `namespace`, the globals() of a script.
+
+    argv: the arguments, sys.argv[1:] unless given. base: {key: value} of an earlier run, to resume it; base_name says where
+    it came from. problems: a list that takes the violations, for a script that adds its own and calls fail(problems).
+    Returns (config, sources), two dicts by key: the value, and 'default', base_name, a file's path or 'command line'.
+    Raises SystemExit: 0 after --help, else one message with every violation (unless `problems` is given).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # a second call (with the base of the run that the first one asks to resume) must start from the same defaults
+    defaults = namespace.setdefault('_defaults', {k: v for k, v in namespace.items() if k[0] != '_' and type(v) in SCALARS})
+    if '-h' in argv or '--help' in argv:
+        print_help(namespace, defaults)
+        raise SystemExit(0)
+    config, sources = dict(defaults), dict.fromkeys(defaults, 'default')
+    violations = [] if problems is None else problems
+
+    def override(key, value, source):
+        if key not in config:
+            close = get_close_matches(key, config, n=1)
+            violations.append(f"{source}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else "") +
+                              ("" if type(value) in SCALARS else " (a config file's own helpers are named _like_this)"))
+            return value
+        try:
+            config[key], sources[key] = convert(value, type(defaults[key])), source
+        except TypeError as e:
+            violations.append(f"{source}: {key} wants {e}, got {value!r}")
+        return config[key]
+
+    class Scope(dict): # a config file's namespace, which hears of each name as the file sets it
+        def __setitem__(self, key, value):
+            public = not key.startswith('_') and not isinstance(value, ModuleType)
+            super().__setitem__(key, override(key, value, self['__file__']) if public else value)
+
+    def run(path):
+        if not os.path.isfile(path):
+            return violations.append(f"{path}: no such config file" + (f", write --{path} for a flag" if '=' in path else ""))
+        scope = Scope(config, __file__=path)
+        def include(name): # relative to the file that says so
+            run(os.path.normpath(os.path.join(os.path.dirname(path), name)))
+            scope.update(config) # dict.update does not call __setitem__: what was included keeps its own source
+        scope.update(include=include)
+        try:
+            with open(path, encoding='utf-8') as f:
+                exec(compile(f.read(), path, 'exec'), scope)
+        except Exception as e: # whatever a file may raise belongs to the same report
+            lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+            violations.append(f"{path}: {type(e).__name__}: {e}" + (f" (line {lines[-1]})" if lines else ""))
+
+    for key, value in (base or {}).items():
+        override(key, value, base_name)
+    for arg in argv:
+        if not arg.startswith('-'):
+            run(arg)
+    for arg in argv:
+        key, equals, text = arg.lstrip('-').partition('=')
+        if arg.startswith('--') and equals:
+            override(key, text if type(config.get(key)) is str else number(text), 'command line')
+        elif arg.startswith('-'):
+            violations.append(f"command line: write --{key}={text or 'value'}, got {arg!r}")
+    namespace.update(config)
+    if problems is None:
+        fail(violations)
+    return config, sources
+
+def convert(value, kind):
+    """value as int, float, bool or str where that loses nothing (0 -> 0.0, 1e5 -> 100000, yes -> True), else TypeError."""
+    if kind is bool and str(value).lower() in BOOLS:
+        return BOOLS[str(value).lower()]
+    if kind is str and type(value) in SCALARS:
+        return str(value)
+    if (kind, type(value)) == (float, int) or (kind, type(value)) == (int, float) and value.is_integer():
+        return kind(value)
+    if type(value) is not kind:
+        raise TypeError({int: 'an int', float: 'a float', bool: 'true or false', str: 'a string'}[kind])
+    return value
+
+def number(text):
+    """text as an int or a float if it reads as one, else as it is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+def print_help(namespace, defaults):
+    """Print a script's docstring and its defaults as written: from the first one (and its comment) to the call of configure."""
+    with open(namespace['__file__'], encoding='utf-8') as f:
+        source = f.read()
+    first = re.search(rf"(^#.*\n)*^({'|'.join(defaults)})\s*[:=]", source, re.MULTILINE).start()
+    last = re.search(r"^.*configure\(globals\(\)", source[first:], re.MULTILINE).start()
+    print(f"{(namespace['__doc__'] or '').strip()}\n\n{source[first:first + last].rstrip()}")

@@ -1,0 +1,791 @@
+"""
+Distance heads: an output layer with one prototype vector w_k per class (or token), whose probabilities fall with distance:
+
+    z_k = log kappa(d(h, w_k)),    p = softmax(z),    loss = -log p_y    (nats)
+
+    link "harmonic":  z = -n log d,  so that p_k is proportional to d^-n    ("Non-Euclidean Harmonic Losses", Eq. 1)
+    link "softmin":   z = -n d                                              (the same paper's appendix B)
+
+n is defined on d, never on d squared, for every distance alike. `baseline` is the linear head z = W h.
+
+This file needs torch and nothing else; copy it into any project.
+
+    head = DistanceHead(768, 50304, distance="cosine", n=28.0)     # in place of nn.Linear(768, 50304, bias=False)
+    z = head(h)                                                    # (N, V) scores, softmax(z) is p
+    loss = head.loss(h, targets)                                   # the same loss, exact, without ever holding N x V
+
+    criterion = HarmonicLoss(128, 10, distance="euclidean")        # or as a criterion that owns its prototypes
+    loss = criterion(features, labels)
+
+    d = pairwise(h, w, "minkowski", p=3.0)                         # or as a plain function (N, D), (V, D) -> (N, V)
+
+    python distances.py                                            # prints every distance, variant and parameter
+
+How it is built. A distance is  d(h, w) = finish(core(prep(h), prep(w))):
+    prep    O((N + V) D), differentiated by autograd: normalise, whiten, squash, add noise
+    core    O(N V D), the only expensive part: a matrix product, or tiles of a sum, max or ratio over the D differences
+    finish  O(N V), differentiated by autograd: a root, a division by row and column sums, + eps
+To add a distance write its core, one line such as Tiles(lambda h, w: (h - w).abs().sum(-1)), and one entry of DISTANCES; autograd
+finds its gradient where none is written.
+"""
+import math
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import SimpleNamespace
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# -----------------------------------------------------------------------------
+# cores: s = core(h, w) for all pairs. Each has value (any broadcast pair of vectors -> scalar) and its gradient per element, slope;
+# forward (all pairs) and backward (all pairs: the gradients of h and w for a given gradient g of s)
+
+def _sum_d(x):
+    return x.sum(-1)
+
+
+class SquaredL2:
+    """s = |h - w|^2 by one matrix product. The identity |h|^2 + |w|^2 - 2 h.w cancels when h and w are close: its absolute error is
+    about 2^-24 (|h|^2 + |w|^2) in fp32. So the loss computes the target's s directly, and `distances` all close pairs."""
+    close = 1e-2 # a pair is close where s < close * (|h|^2 + |w|^2); beyond it the relative error of d is below 1e-4
+
+    def value(self, h, w):
+        return _sum_d((h - w) ** 2)
+
+    def slope(self, h, w, s):
+        return 2 * (h - w), 2 * (w - h)
+
+    def forward(self, h, w):
+        s = torch.addmm(_sum_d(w * w), h, w.T, alpha=-2) # (N, V)
+        return s.add_(_sum_d(h * h)[:, None]).clamp_(min=0)
+
+    def refine(self, h, w, s):
+        i, j = (s < self.close * (_sum_d(h * h)[:, None] + _sum_d(w * w))).nonzero(as_tuple=True)
+        for i, j in zip(i.split(2 ** 16), j.split(2 ** 16)):
+            s[i, j] = self.value(h[i], w[j])
+        return s
+
+    def backward(self, h, w, s, g):
+        dh = torch.addmm(h * g.sum(1)[:, None], g, w, alpha=-1)
+        dw = torch.addmm(w * g.sum(0)[:, None], g.T, h, alpha=-1)
+        return dh.mul_(2), dw.mul_(2)
+
+
+class WeightedSquaredL2(SquaredL2):
+    """s = sum alpha_k^2 (h - w_k)^2 with a weight per prototype and dimension; w holds [w, alpha] side by side (V, 2D)."""
+
+    def value(self, h, w):
+        w, alpha = w.chunk(2, -1)
+        return _sum_d((alpha * (h - w)) ** 2)
+
+    def slope(self, h, w, s):
+        w, alpha = w.chunk(2, -1)
+        x = h - w
+        sh = 2 * alpha ** 2 * x
+        return sh, torch.cat([-sh, 2 * alpha * x * x], -1)
+
+    def forward(self, h, w):
+        w, alpha = w.chunk(2, -1)
+        a2 = alpha ** 2
+        s = torch.addmm(_sum_d(a2 * w * w), h, (a2 * w).T, alpha=-2)
+        return s.addmm_(h * h, a2.T).clamp_(min=0)
+
+    def refine(self, h, w, s):
+        w, alpha = w.chunk(2, -1)
+        a2 = alpha ** 2
+        i, j = (s < self.close * ((h * h) @ a2.T + _sum_d(a2 * w * w))).nonzero(as_tuple=True)
+        for i, j in zip(i.split(2 ** 16), j.split(2 ** 16)):
+            s[i, j] = _sum_d((alpha[j] * (h[i] - w[j])) ** 2)
+        return s
+
+    def backward(self, h, w, s, g):
+        w, alpha = w.chunk(2, -1)
+        a2, g_h, g_v = alpha ** 2, g.T @ h, g.sum(0)[:, None]
+        dh = 2 * (h * (g @ a2) - g @ (a2 * w))
+        dw = 2 * a2 * (w * g_v - g_h)
+        dalpha = 2 * alpha * (g.T @ (h * h) - 2 * w * g_h + w * w * g_v)
+        return dh, torch.cat([dw, dalpha], -1)
+
+
+class Dot:
+    """s = h.w"""
+
+    def value(self, h, w):
+        return _sum_d(h * w)
+
+    def slope(self, h, w, s):
+        return w, h
+
+    def forward(self, h, w):
+        return h @ w.T
+
+    def backward(self, h, w, s, g):
+        return g @ w, g.T @ h
+
+
+class Tiles:
+    """Any other s = value(h, w), tile by tile, so that N x V x D is never held. Where slope is None autograd finds the gradients.
+    compile=True runs both through torch.compile in larger tiles, with nothing of size N x V x D even inside a tile."""
+    eager_elements = 2 ** 20 # elements of one eager temporary: 4 MB in fp32, which stays in cache
+
+    def __init__(self, value, slope=None):
+        self.value, self.slope, self.compile, self._compiled = value, slope, False, None
+
+    def _forward_tile(self, h, w):
+        return self.value(h[:, None], w[None]) # (n, v)
+
+    def _backward_tile(self, h, w, s, g):
+        gh, gw = pair_gradient(self, h[:, None], w[None], s, g) # (n, v, D) each, or already summed by autograd
+        return gh.sum(1), gw.sum(0)
+
+    def _tiles(self, N, V, D):
+        tn, tv = (256, 512) if self.compile else (16, max(1, self.eager_elements // (16 * D)))
+        for i in range(0, N, tn):
+            for j in range(0, V, tv):
+                yield slice(i, min(i + tn, N)), slice(j, min(j + tv, V))
+
+    def _functions(self):
+        if not self.compile:
+            return self._forward_tile, self._backward_tile
+        if self._compiled is None:
+            backward = self._backward_tile if self.slope is None else torch.compile(self._backward_tile, dynamic=False)
+            self._compiled = torch.compile(self._forward_tile, dynamic=False), backward
+        return self._compiled
+
+    def forward(self, h, w):
+        fn, _ = self._functions()
+        s = h.new_empty(len(h), len(w))
+        for i, j in self._tiles(*s.shape, h.shape[1]):
+            s[i, j] = fn(h[i], w[j])
+        return s
+
+    def backward(self, h, w, s, g):
+        _, fn = self._functions()
+        dh, dw = torch.zeros_like(h), torch.zeros_like(w)
+        for i, j in self._tiles(*s.shape, h.shape[1]):
+            dh_tile, dw_tile = fn(h[i], w[j], s[i, j], g[i, j])
+            dh[i] += dh_tile
+            dw[j] += dw_tile
+        return dh, dw
+
+
+def pair_gradient(core, h, w, s, g):
+    """g times the gradient of s = core.value(h, w), for vectors that broadcast: h, w (..., D), s, g (...)."""
+    if core.slope is None:
+        with torch.enable_grad():
+            h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+            return torch.autograd.grad(core.value(h, w), (h, w), g)
+    sh, sw = core.slope(h, w, s[..., None])
+    return g[..., None] * sh, g[..., None] * sw
+
+
+def _of_difference(value, slope):
+    """Tiles of a function of x = h - w, whose gradients are opposite."""
+    def slopes(h, w, s):
+        sh = slope(h - w, s)
+        return sh, -sh
+    return Tiles(lambda h, w: value(h - w), slopes)
+
+
+def l1(o):
+    return _of_difference(lambda x: _sum_d(x.abs()), lambda x, s: x.sign())
+
+
+def linf(o):
+    def slope(x, s):
+        top = (x.abs() == s).to(x.dtype)
+        return x.sign() * top / top.sum(-1, keepdim=True) # ties share the gradient: a true subgradient
+    return _of_difference(lambda x: x.abs().amax(-1), slope)
+
+
+def smooth_linf(o):
+    return _of_difference(lambda x: torch.logsumexp(o.alpha * x.abs(), -1) / o.alpha,
+                          lambda x, s: x.sign() * torch.exp(o.alpha * (x.abs() - s)))
+
+
+def lp(o):
+    """The norm itself, not its p-th power: its slope sign(x) (|x| / s)^(p-1) lies in [-1, 1] however large or small x is."""
+    if o.p == 1:
+        return l1(o)
+    if o.p == 2:
+        return SquaredL2() # minkowski's finish takes the root
+    powers = {1.5: lambda r: r.sqrt(), 3.0: lambda r: r * r} # r^(p-1); a general power is 10 to 100 times slower
+    power = powers.get(o.p, lambda r: r ** (o.p - 1))
+
+    def value(x):
+        x = x.abs()
+        top = x.amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) # out of the sum, or 1e4^p overflows
+        r = x / top
+        return top[..., 0] * _sum_d(r * power(r)) ** (1 / o.p)
+    return _of_difference(value, lambda x, s: x.sign() * power(x.abs() / s.clamp_min(torch.finfo(x.dtype).tiny)))
+
+
+def hard_bits(o):
+    """Share of mismatched bits; the gradient is the soft form's (straight through). h and w come with the threshold at 0."""
+    def slope(h, w, s):
+        sign = (h - w).sign() / h.shape[-1]
+        return sign * _sigmoid_slope(h), -sign * _sigmoid_slope(w)
+    return Tiles(lambda h, w: ((h > 0) != (w > 0)).to(h.dtype).mean(-1), slope)
+
+
+def _sigmoid_slope(x):
+    return torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+def canberra(o, min_denom=0.0):
+    """sum |h-w| / q, q = |h| + |w| + eps, at least min_denom."""
+    def q(h, w):
+        return (h.abs() + w.abs() + o.eps).clamp_min(min_denom)
+
+    def slope(h, w, s):
+        x, q_ = h - w, q(h, w)
+        m = x.abs() / q_ * (q_ > min_denom) # a denominator at its floor does not move
+        return (x.sign() - m * h.sign()) / q_, (-x.sign() - m * w.sign()) / q_
+    return Tiles(lambda h, w: _sum_d((h - w).abs() / q(h, w)), slope)
+
+
+def canberra_weighted(o):
+    """sum q^k |h-w| / q  /  sum q^k"""
+    k = o.weight_power
+
+    def q(h, w):
+        return h.abs() + w.abs() + o.eps
+
+    def value(h, w):
+        return _sum_d((h - w).abs() * q(h, w) ** (k - 1)) / _sum_d(q(h, w) ** k)
+
+    def slope(h, w, s):
+        x, q_ = h - w, q(h, w)
+        total, r = (q_ ** k).sum(-1, keepdim=True), q_ ** (k - 1) # r is the slope of |x|; through q goes the rest
+        through_q = (k - 1) * x.abs() * r / q_ - s * k * r
+        return (x.sign() * r + through_q * h.sign()) / total, (-x.sign() * r + through_q * w.sign()) / total
+    return Tiles(value, slope)
+
+
+# -----------------------------------------------------------------------------
+# preps: (h, w, o) -> (h, w), where o holds eps and the parameters of the distance
+
+def _unit(h, w, o):
+    return F.normalize(h, dim=-1), F.normalize(w, dim=-1)
+
+
+def _bits_soft(h, w, o):
+    return torch.sigmoid(h / o.T), torch.sigmoid(w / o.T)
+
+
+def _bits_gumbel(h, w, o):
+    """Binary-concrete samples while training: the difference of two Gumbel variables is logistic (Maddison et al. 2017)."""
+    if o.training:
+        h, w = (x + torch.logit(torch.rand_like(x), eps=torch.finfo(x.dtype).eps) for x in (h, w))
+    return _bits_soft(h, w, o)
+
+
+def _bits_hard(h, w, o):
+    return h - o.threshold, w - o.threshold
+
+
+def _shares(h, w, o):
+    return tuple(x / _sum_d(x)[..., None] for x in (h.abs() + o.eps, w.abs() + o.eps))
+
+
+def _eye_like(x):
+    return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+
+
+def _whiten_standard(h, w, o): # P = A'A + lambda I = L L', d^2 = |(h - w) L|^2
+    root = torch.linalg.cholesky(o.A.T @ o.A + o.reg_lambda * _eye_like(o.A))
+    return h @ root, w @ root
+
+
+def _whiten_diagonal(h, w, o):
+    root = (o.theta.exp() + o.reg_lambda).sqrt()
+    return h * root, w * root
+
+
+def _whiten_cholesky(h, w, o): # L lower triangular, its diagonal positive through exp
+    lower = o.L.tril(-1) + o.L.diagonal().exp().diag()
+    root = torch.linalg.cholesky(lower @ lower.T + o.reg_lambda * _eye_like(o.L))
+    return h @ root, w @ root
+
+
+def _whiten_covariance(h, w, o): # P = (covariance, regularised)^-1 = (C C')^-1, d^2 = |(h - w) C^-T|^2
+    C = torch.linalg.cholesky(regularised_covariance(o.covariance, o.shrinkage, o.reg_lambda))
+    root = torch.linalg.solve_triangular(C, _eye_like(C), upper=False).T
+    return h @ root, w @ root
+
+
+def regularised_covariance(covariance, shrinkage, reg_lambda):
+    """(1 - shrinkage) S + (shrinkage + reg_lambda) v I, where v is the mean variance trace(S)/D: relative to the features' own
+    scale, since an absolute ridge would either drown the estimate or do nothing, depending on how the features are scaled."""
+    v = covariance.diagonal().mean()
+    return (1 - shrinkage) * covariance + (shrinkage + reg_lambda) * v * _eye_like(covariance)
+
+
+def within_class_scatter(h, targets):
+    """Sum over the samples of (h - m_y)(h - m_y)', m_y the mean of its own class in this batch, and the degrees of freedom
+    N - (number of classes present): their ratio is the pooled within-class covariance. h (N, D), targets (N,)."""
+    _, index = targets.unique(return_inverse=True)
+    classes = int(index.max()) + 1
+    count = torch.bincount(index, minlength=classes).to(h.dtype)
+    means = h.new_zeros(classes, h.shape[1]).index_add_(0, index, h) / count[:, None]
+    x = h - means[index]
+    return x.T @ x, len(h) - classes
+
+
+def _append_alpha(h, w, o):
+    return h, torch.cat([w, o.alpha], -1)
+
+
+# -----------------------------------------------------------------------------
+# finishes: (s, a, b, o) -> d, with a (N, 1) and b (V,) the `side` values of h and w where the distance has them
+
+def _plus_eps(s, a, b, o):
+    return s + o.eps
+
+
+def _root(s, a, b, o):
+    return (s + o.eps ** 2).sqrt()
+
+
+def _mean(s, a, b, o):
+    return s / o.in_features + o.eps
+
+
+def _minkowski(s, a, b, o): # the core gives the norm, except for p = 2 its square; the clamp makes the slope 0 at h = w
+    return (s.clamp_min(torch.finfo(s.dtype).tiny).sqrt() if o.p == 2 else s) + o.eps
+
+
+# -----------------------------------------------------------------------------
+# the registry
+
+@dataclass(frozen=True)
+class Distance:
+    core: Callable                      # o -> core
+    finish: Callable = _plus_eps
+    prep: Callable = lambda h, w, o: (h, w)
+    side: Callable | None = None        # x (..., D) -> (...,): what finish needs of each row on its own
+    params: dict = field(default_factory=dict)  # plain numbers and their defaults
+    tensors: dict = field(default_factory=dict) # learned tensors: name -> (V, D) -> initial value
+    buffers: dict = field(default_factory=dict) # estimated, not learned
+    # language models: exponent n = n_scale * sqrt(n_embd); the hidden states (unit variance after the last norm) are multiplied by
+    # n_embd^-0.5 (unit norm), and prototypes start at that scale, or both keep unit coordinates. None of it is part of the formula
+    n_scale: float = 1.0
+    unit: str = "norm"                  # or "coordinate"
+    formula: str = ""
+
+
+def _zero_flag(x): # 1 for the zero vector, whose cosine with anything counts as 0
+    return (_sum_d(x * x) < 0.5).to(x.dtype)
+
+
+_lambda = dict(reg_lambda=1e-2)
+
+# the first variant of each distance is its default
+DISTANCES = {
+    "euclidean": {
+        "standard": Distance(lambda o: SquaredL2(), _root, formula="sqrt(sum (h-w)^2 + eps^2)"),
+    },
+    "manhattan": {
+        "standard": Distance(l1, formula="sum |h-w| + eps"),
+    },
+    "chebyshev": {
+        "standard": Distance(linf, formula="max |h-w| + eps"),
+        "smooth": Distance(smooth_linf, lambda s, a, b, o: s, params=dict(alpha=10.0), formula="logsumexp(alpha |h-w|) / alpha"),
+    },
+    "minkowski": {
+        "standard": Distance(lp, _minkowski, params=dict(p=1.5), formula="(sum |h-w|^p)^(1/p) + eps"),
+    },
+    "cosine": {
+        # 1 - cos = |h' - w'|^2 / 2 for unit vectors, which does not cancel when they are close
+        "stable": Distance(lambda o: SquaredL2(), lambda s, a, b, o: (s + a + b) / 2 + o.eps, _unit, _zero_flag,
+                           formula="1 - <h/|h|, w/|w|> + eps"),
+        "unstable": Distance(lambda o: Dot(), lambda s, a, b, o: 1 - s / (a * b + o.eps) + o.eps, side=lambda x: x.norm(dim=-1),
+                             formula="1 - h.w / (|h||w| + eps) + eps"),
+    },
+    "hamming": {
+        "soft": Distance(l1, _mean, _bits_soft, params=dict(T=1.0), formula="mean |s(h/T) - s(w/T)| + eps, s the sigmoid"),
+        "gumbel": Distance(l1, _mean, _bits_gumbel, params=dict(T=0.5), formula="the same on binary-concrete samples while training"),
+        "hard": Distance(hard_bits, _plus_eps, _bits_hard, params=dict(threshold=0.0), formula="mean (h>t != w>t) + eps, straight-through"),
+    },
+    "canberra": {
+        "standard": Distance(canberra, formula="sum |h-w| / (|h|+|w|+eps) + eps"),
+        "robust": Distance(lambda o: canberra(o, o.min_denom), params=dict(min_denom=1e-2), formula="the denominator at least min_denom"),
+        "weighted": Distance(canberra_weighted, params=dict(weight_power=0.5),
+                             formula="the terms weighted by (|h|+|w|+eps)^weight_power, weights of sum 1"),
+    },
+    "bray_curtis": {
+        "standard": Distance(l1, lambda s, a, b, o: s / ((a + b).abs() + o.eps) + o.eps, side=_sum_d,
+                             formula="sum |h-w| / (|sum (h+w)| + eps) + eps"),
+        "abs": Distance(l1, lambda s, a, b, o: s / (a + b + o.eps) + o.eps, side=lambda x: _sum_d(x.abs()),
+                        formula="sum |h-w| / (sum (|h|+|w|) + eps) + eps"),
+        "normalized": Distance(l1, lambda s, a, b, o: s / (a + b + o.eps) + o.eps, _shares, side=_sum_d,
+                               formula="abs, after |h|+eps and |w|+eps are scaled to sum 1"),
+    },
+    "mahalanobis": {
+        "standard": Distance(lambda o: SquaredL2(), _root, _whiten_standard, params=_lambda, tensors=dict(A=lambda V, D: torch.eye(D)),
+                             formula="sqrt((h-w)' P (h-w) + eps^2), P = A'A + lambda I"),
+        "diagonal": Distance(lambda o: SquaredL2(), _root, _whiten_diagonal, params=_lambda,
+                             tensors=dict(theta=lambda V, D: torch.zeros(D)), formula="P = diag(exp theta) + lambda I"),
+        "cholesky": Distance(lambda o: SquaredL2(), _root, _whiten_cholesky, params=_lambda,
+                             tensors=dict(L=lambda V, D: torch.zeros(D, D)), formula="P = LL' + lambda I, L lower triangular"),
+        "covariance": Distance(lambda o: SquaredL2(), _root, _whiten_covariance, params=dict(momentum=0.99, shrinkage=0.1, **_lambda),
+                               buffers=dict(covariance=lambda V, D: torch.eye(D)),
+                               formula="P = (running within-class covariance, regularised)^-1, not learned"),
+    },
+    "offset_l2": {
+        "standard": Distance(lambda o: WeightedSquaredL2(), _root, _append_alpha, tensors=dict(alpha=lambda V, D: torch.ones(V, D)),
+                             formula="sqrt(sum alpha_k^2 (h-w_k)^2 + eps^2), alpha learned"),
+    },
+}
+# the linear head in the same clothes: z = h.w
+_BASELINE = Distance(lambda o: Dot(), lambda s, a, b, o: -s, unit="coordinate", formula="z = W h, the linear head (cross-entropy)")
+LINKS = ("harmonic", "softmin")
+
+
+def _one_of(what, name, legal):
+    if name in legal:
+        return name
+    close = get_close_matches(str(name), legal, n=1)
+    raise ValueError(f"unknown {what} {name!r}" + (f", did you mean {close[0]!r}?" if close else "") + f" (legal: {', '.join(legal)})")
+
+
+def find(distance, variant=None):
+    """The registry's entry. variant None or "" is the default one. Raises ValueError with the legal names."""
+    if distance == "baseline":
+        if variant:
+            raise ValueError(f"baseline has no variants, got {variant!r}")
+        return _BASELINE
+    variants = DISTANCES[_one_of("distance", distance, ["baseline", *DISTANCES])]
+    return variants[_one_of(f"{distance} variant", variant, list(variants))] if variant else next(iter(variants.values()))
+
+
+def _options(spec, distance, in_features, eps, params):
+    """eps and the distance's parameters in one namespace, all checked."""
+    for name in params:
+        legal = [*spec.params, *spec.tensors, *spec.buffers]
+        if name not in legal:
+            raise ValueError(f"{distance} has no parameter {name!r} (legal: {', '.join(legal) or 'none'})")
+    o = SimpleNamespace(eps=eps, in_features=in_features, training=False, **{**spec.params, **params})
+    for name in ("alpha", "T", "min_denom", "reg_lambda"):
+        if name in spec.params and not getattr(o, name) > 0:
+            raise ValueError(f"{name} must be > 0, got {getattr(o, name)}")
+    for name in ("momentum", "shrinkage"):
+        if name in spec.params and not 0 <= getattr(o, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {getattr(o, name)}")
+    if "p" in spec.params and not 1 <= o.p < math.inf:
+        raise ValueError(f"p must be at least 1 and finite (below 1 it is not a metric; for infinity use chebyshev), got {o.p}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+    return o
+
+
+# -----------------------------------------------------------------------------
+# the two autograd functions
+
+class _Matrix(torch.autograd.Function):
+    """s for all pairs (N, V), with the core's own gradients."""
+
+    @staticmethod
+    def forward(ctx, core, h, w):
+        s = core.forward(h, w)
+        if hasattr(core, "refine"):
+            s = core.refine(h, w, s)
+        ctx.core = core
+        ctx.save_for_backward(h, w, s)
+        return s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return None, *ctx.core.backward(*ctx.saved_tensors, g)
+
+
+def _nll(core, score, h, w, a, b, n, targets, weights, chunk, need_grad):
+    """-log p_y per row (N,) and, with need_grad, the gradients of sum(weights * nll) with respect to h, w, a, b, n. One chunk of rows
+    at a time: nothing larger than chunk x V. The target's own column is computed directly, value and gradient: it is the one that
+    comes close to h, where a matrix product cancels."""
+    nll = h.new_empty(len(h))
+    grads = [None if x is None or not need_grad else torch.zeros_like(x) for x in (h, w, a, b, n)]
+    for start in range(0, len(h), chunk):
+        rows = slice(start, start + chunk)
+        y = targets[rows]
+        i = torch.arange(len(y), device=y.device)
+        h_i, w_y = h[rows], w[y] # (c, D)
+        s_y = core.value(h_i, w_y)
+        s = core.forward(h_i, w) # (c, V)
+        s[i, y] = s_y
+        with torch.set_grad_enabled(need_grad):
+            leaves = [None if x is None else x.detach().requires_grad_(need_grad) for x in (s, None if a is None else a[rows], b, n)]
+            z = score(*leaves)
+        z_, lse = z.detach(), z.detach().logsumexp(1)
+        nll[rows] = lse - z_[i, y]
+        if not need_grad:
+            continue
+        gz = (z_ - lse[:, None]).exp_() # dL/dz = p - 1_y
+        gz[i, y] -= 1
+        gz *= weights[rows, None]
+        given = [x for x in leaves if x is not None]
+        of = dict(zip(map(id, given), torch.autograd.grad(z, given, gz, allow_unused=True)))
+        gs, ga, gb, gn = (None if x is None else of[id(x)] for x in leaves)
+        del z, z_, gz, leaves, given, of
+        gs_y, gs[i, y] = gs[i, y], 0 # the target's term stays out of the product
+        gh, gw = core.backward(h_i, w, s, gs)
+        gh_y, gw_y = pair_gradient(core, h_i, w_y, s_y, gs_y)
+        grads[0][rows] = gh + gh_y
+        grads[1] += gw
+        grads[1].index_add_(0, y, gw_y)
+        if a is not None:
+            grads[2][rows] += ga
+            grads[3] += gb
+        if n is not None:
+            grads[4] += gn
+    return nll, grads
+
+
+class _Loss(torch.autograd.Function):
+    """sum(weights * nll) or, with weights None, the vector nll. The gradients of a sum are made in the forward pass, chunk by chunk,
+    and only scaled in the backward pass; those of the vector need the upstream gradient, so its backward pass computes again."""
+
+    @staticmethod
+    def forward(ctx, core, score, chunk, need_grad, targets, weights, h, w, a, b, n):
+        args = core, score, h, w, a, b, n, targets
+        nll, grads = _nll(*args, weights, chunk, need_grad and weights is not None)
+        ctx.again = None
+        if weights is not None:
+            ctx.save_for_backward(*grads)
+            return (weights * nll).sum()
+        ctx.again = core, score, chunk
+        ctx.save_for_backward(h, w, a, b, n, targets)
+        return nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        if ctx.again is None:
+            grads = [None if x is None else x * g for x in ctx.saved_tensors]
+        else:
+            core, score, chunk = ctx.again
+            *inputs, targets = ctx.saved_tensors
+            with torch.autocast(g.device.type, enabled=False):
+                _, grads = _nll(core, score, *inputs, targets, g, chunk, True)
+        return *[None] * 6, *grads
+
+
+# -----------------------------------------------------------------------------
+# what one uses
+
+def pairwise(h, weight, distance, variant=None, eps=1e-4, **params):
+    """d(h, w) for all pairs, differentiable once: h (N, D), weight (V, D) -> (N, V). params are the distance's own, learned tensors
+    included (mahalanobis A, theta, L or covariance (D, D), offset_l2 alpha (V, D)); left out, they have their initial values.
+    Memory O(N V). Raises ValueError for an unknown distance, variant or parameter and for sizes that do not fit."""
+    if h.ndim != 2 or weight.ndim != 2 or h.shape[1] != weight.shape[1]:
+        raise ValueError(f"pairwise takes (N, D) and (V, D), got {tuple(h.shape)} and {tuple(weight.shape)}")
+    if distance == "baseline":
+        raise ValueError("baseline is a linear head, it has no distance")
+    spec = find(distance, variant)
+    initial = {name: make(*weight.shape).to(weight) for name, make in {**spec.tensors, **spec.buffers}.items() if name not in params}
+    return _distances(spec, _options(spec, distance, h.shape[1], eps, {**initial, **params}), h, weight)
+
+
+def _sides(spec, h, w):
+    return (None, None) if spec.side is None else (spec.side(h)[:, None], spec.side(w))
+
+
+def _distances(spec, o, h, w, core=None):
+    h, w = spec.prep(h, w, o)
+    s = _Matrix.apply(core or spec.core(o), h, w)
+    return spec.finish(s, *_sides(spec, h, w), o)
+
+
+class DistanceHead(nn.Module):
+    """An output layer of prototypes, in place of nn.Linear(in_features, num_prototypes, bias=False).
+
+    distance, variant, params: see DISTANCES (`python distances.py` lists them); "baseline" is the linear head itself.
+    link: "harmonic" (z = -n log d) or "softmin" (z = -n d). n > 0; learn_n=True learns log n.
+    eps: bounds -n log d at h = w; where it enters is part of each formula.
+    num_classes: rows of the weight from there on are padding (50,257 tokens in 50,304 rows): they are masked out of p.
+    Prototypes start as nn.Linear's weight does (kaiming_uniform, a = sqrt 5: +-1/sqrt D). Raises ValueError for unknown or illegal values.
+    """
+
+    def __init__(self, in_features, num_prototypes, distance="euclidean", variant=None, link="harmonic", n=1.0, learn_n=False,
+                 eps=1e-4, num_classes=None, **params):
+        super().__init__()
+        self.in_features, self.num_prototypes, self.num_classes = in_features, num_prototypes, num_classes or num_prototypes
+        self.distance, self.link, self.eps, self.params = distance, _one_of("link", link, LINKS), eps, params
+        self.spec = find(distance, variant)
+        self.variant = variant or (next(iter(DISTANCES[distance])) if distance != "baseline" else None)
+        if not 0 < self.num_classes <= num_prototypes:
+            raise ValueError(f"num_classes must lie in 1..{num_prototypes} (the prototypes), got {num_classes}")
+        if not n > 0 or not math.isfinite(n):
+            raise ValueError(f"n must be > 0 and finite, got {n}")
+        self.weight = nn.Parameter(torch.empty(num_prototypes, in_features))
+        for name, make in self.spec.tensors.items():
+            self.register_parameter(name, nn.Parameter(make(num_prototypes, in_features)))
+        for name, make in self.spec.buffers.items():
+            self.register_buffer(name, make(num_prototypes, in_features))
+        if distance == "baseline":
+            self.link, n, learn_n = "softmin", 1.0, False
+        self.fixed_n = None if learn_n else float(n)
+        if learn_n:
+            self.log_n = nn.Parameter(torch.tensor(math.log(n)))
+        own = [*self.spec.tensors, *self.spec.buffers]
+        if any(name in params for name in own):
+            raise ValueError(f"{', '.join(own)} belongs to the head (head.{own[0]}), it is not an argument")
+        self.options = _options(self.spec, distance, in_features, eps, params)
+        self.core = self.spec.core(self.options)
+        self.validate = True # check h and targets at every call; it waits for the device, so a training loop may switch it off
+        self.reset_parameters()
+
+    def reset_parameters(self, scale=1.0):
+        """Prototypes uniform in +-scale/sqrt(D)."""
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5).mul_(scale)
+
+    def extra_repr(self):
+        params = ", ".join(f"{k}={v}" for k, v in {**self.spec.params, **self.params}.items())
+        return (f"{self.in_features} -> {self.num_classes}" + (f" of {self.num_prototypes}" * (self.num_classes < self.num_prototypes))
+                + f", {self.distance}" + (f" ({self.variant}), {self.link}, n={float(self.n):.4g}{' learned' * (self.fixed_n is None)}"
+                                          f", eps={self.eps:g}" if self.distance != "baseline" else "") + (f", {params}" * bool(params)))
+
+    @property
+    def n(self):
+        return self.log_n.exp() if self.fixed_n is None else self.fixed_n
+
+    def compile_tiles(self, on=True):
+        """Elementwise distances: run the tiles through torch.compile (needs a C++ compiler or Triton)."""
+        if isinstance(self.core, Tiles):
+            self.core.compile = on
+
+    def _inputs(self, h):
+        """h (..., D) -> (N, D) in fp32 (fp64 stays), with the weight and the options in the same dtype."""
+        if h.shape[-1] != self.in_features:
+            raise ValueError(f"the head takes features of size {self.in_features}, got {tuple(h.shape)}")
+        h = h.reshape(-1, self.in_features)
+        if self.validate and not torch.isfinite(h).all():
+            row = (~torch.isfinite(h)).any(1).nonzero()[0].item()
+            raise ValueError(f"h is not finite: {(~torch.isfinite(h)).sum().item()} of {h.numel()} values, the first in row {row}")
+        dtype = torch.promote_types(torch.promote_types(h.dtype, self.weight.dtype), torch.float32)
+        o = SimpleNamespace(**vars(self.options))
+        o.training = self.training
+        for name in [*self.spec.tensors, *self.spec.buffers]:
+            setattr(o, name, getattr(self, name).to(dtype))
+        return h.to(dtype), self.weight.to(dtype), o
+
+    def _score(self, d, n):
+        z = -n * (d.log() if self.link == "harmonic" else d)
+        if self.num_classes < self.num_prototypes:
+            z[:, self.num_classes:] = -math.inf # padding rows are prototypes too, but of nothing
+        return z
+
+    def distances(self, h):
+        """d(h, w_k): h (..., D) -> (..., num_classes). Close pairs are exact too: relative error about 1e-4 at the worst in fp32."""
+        if self.distance == "baseline":
+            raise ValueError("baseline is a linear head, it has no distance")
+        with torch.autocast(h.device.type, enabled=False):
+            x, w, o = self._inputs(h)
+            return _distances(self.spec, o, x, w, self.core)[:, :self.num_classes].reshape(*h.shape[:-1], self.num_classes)
+
+    def forward(self, h):
+        """z, the scores whose softmax is p: h (..., D) -> (..., num_classes)."""
+        with torch.autocast(h.device.type, enabled=False):
+            x, w, o = self._inputs(h)
+            z = self._score(_distances(self.spec, o, x, w, self.core), self.n)
+            return z[:, :self.num_classes].reshape(*h.shape[:-1], self.num_classes)
+
+    @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
+    def loss(self, h, targets, ignore_index=-1, reduction="mean", chunk=None):
+        """-log p_y in nats, equal to F.cross_entropy(head(h), targets) in value and in every gradient, without N x V in memory.
+
+        h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction "mean" (over the
+        targets that count), "sum" or "none" (per target, whose backward pass computes the distances again). chunk: rows at a time,
+        by default as many as make 32 MB per buffer (256 MB on a GPU). Runs in fp32 with autocast off; gradients of the weight
+        accumulate in fp32. Raises ValueError for shapes that do not fit, a target out of range and a non-finite h.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+        if h.shape[:-1] != targets.shape:
+            raise ValueError(f"h {tuple(h.shape)} and targets {tuple(targets.shape)} do not fit: h needs one more dimension, the features")
+        with torch.autocast(h.device.type, enabled=False):
+            shape, targets = targets.shape, targets.reshape(-1)
+            keep = targets != ignore_index
+            if self.validate:
+                bad = keep & ((targets < 0) | (targets >= self.num_classes))
+                if bad.any():
+                    raise ValueError(f"target {targets[bad][0].item()} is out of range: the head has classes 0..{self.num_classes - 1}"
+                                     f" (ignore_index={ignore_index})")
+            x, w, o = self._inputs(h)
+            if self.spec.buffers and self.training:
+                self._update_covariance(x[keep].detach(), targets[keep])
+                o.covariance = self.covariance.to(x.dtype)
+            targets = targets.where(keep, torch.zeros_like(targets))
+            weights = keep.to(x.dtype) if reduction != "mean" else keep.to(x.dtype) / keep.sum()
+            x, w = self.spec.prep(x, w, o)
+            a, b = _sides(self.spec, x, w)
+            n = self.n if self.fixed_n is None else None
+            chunk = chunk or max(1, 2 ** (26 if x.is_cuda else 23) // len(w))
+            need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, a, b, n))
+            def score(s, a, b, n):
+                return self._score(self.spec.finish(s, a, b, o), self.fixed_n if n is None else n)
+            out = _Loss.apply(self.core, score, chunk, need_grad, targets, None if reduction == "none" else weights, x, w, a, b, n)
+            return out if reduction != "none" else (out * weights).reshape(shape)
+
+    @torch.no_grad()
+    def _update_covariance(self, h, targets):
+        if len(h) == 0:
+            return
+        scatter, freedom = within_class_scatter(h, targets)
+        freedom = torch.tensor(float(freedom), device=h.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized(): # every rank estimates from the whole batch
+            torch.distributed.all_reduce(scatter)
+            torch.distributed.all_reduce(freedom)
+        if freedom > 0: # some class was seen twice
+            self.covariance.lerp_((scatter / freedom).to(self.covariance.dtype), 1 - self.options.momentum)
+
+
+def parse_params(text):
+    """"p=3,alpha=5" -> {"p": 3.0, "alpha": 5.0}"""
+    try:
+        return {k.strip(): float(v) for k, v in (item.split("=") for item in text.split(",") if item.strip())}
+    except ValueError:
+        raise ValueError(f"distance_params must read name=number, comma separated, such as p=3, got {text!r}") from None
+
+
+def padded(vocab_size, multiple=64):
+    """Rows of an embedding or head for vocab_size tokens: matrix products like round sizes. The rows in excess are masked out of p."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def lm_head(config):
+    """The head of a language model's config (vocab_size, n_embd, distance, variant, distance_params, link, n, learn_n, eps,
+    feature_scale), with the distance's own defaults of n, feature scale and initial scale where the config leaves 0. The model
+    multiplies its last hidden states, of unit variance, by head.feature_scale."""
+    spec, D = find(config.distance, config.variant), config.n_embd
+    head = DistanceHead(D, padded(config.vocab_size), config.distance, config.variant or None, config.link,
+                        config.n or spec.n_scale * math.sqrt(D), config.learn_n, config.eps, config.vocab_size,
+                        **parse_params(config.distance_params))
+    head.feature_scale = config.feature_scale or (D ** -0.5 if spec.unit == "norm" else 1.0)
+    head.reset_parameters(head.feature_scale * math.sqrt(D) if config.distance != "baseline" else 1.0)
+    return head
+
+
+class HarmonicLoss(nn.Module):
+    """A criterion like nn.CrossEntropyLoss that owns its prototypes: criterion(features (..., D), targets (...)) -> loss in nats.
+    Takes DistanceHead's arguments; pass its parameters to the optimizer. criterion.head(features) gives the scores."""
+
+    def __init__(self, in_features, num_classes, ignore_index=-100, reduction="mean", **kwargs):
+        super().__init__()
+        self.head = DistanceHead(in_features, num_classes, **kwargs)
+        self.ignore_index, self.reduction = ignore_index, reduction
+
+    def forward(self, features, targets):
+        return self.head.loss(features, targets, self.ignore_index, self.reduction)
+
+
+if __name__ == "__main__":
+    print(f"{'distance':<12} {'variant':<11} {'parameters':<42} d(h, w)")
+    for distance, variants in {"baseline": {"": _BASELINE}, **DISTANCES}.items():
+        for variant, spec in variants.items():
+            params = ", ".join([f"{k}={v:g}" for k, v in spec.params.items()] + [f"{k} (learned)" for k in spec.tensors])
+            print(f"{distance:<12} {variant:<11} {params:<42} {spec.formula}")

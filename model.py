@@ -1,0 +1,187 @@
+"""
+GPT, with any distance head as its output layer: read distances.py first, it is the only other file this one needs.
+
+1) GPT-2 by OpenAI: https://github.com/openai/gpt-2/blob/master/src/model.py
+2) nanoGPT, whose names are kept: https://github.com/karpathy/nanoGPT/blob/master/model.py
+
+    model = GPT(GPTConfig(vocab_size=50257, distance="cosine"))
+    h = model.features(idx)                 # (B, T, D), what the head sees
+    z = model.head(h)                       # (B, T, V), softmax(z) is p
+    _, loss = model(idx, targets)           # head.loss(h, targets): exact, never holds B*T x V
+"""
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from distances import lm_head, padded
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257 # tokens; embedding and head have as many rows rounded up to a multiple of 64, the rest masked out of p
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True # True: biases in Linears and LayerNorms, like GPT-2. False: a bit better and faster
+    tie_weights: bool = False # one matrix for token embeddings and prototypes
+    # the head, see distances.py
+    distance: str = "baseline"
+    variant: str = "" # "": the distance's default
+    distance_params: str = "" # such as "p=3"
+    link: str = "harmonic"
+    n: float = 0.0 # exponent; 0: the distance's default
+    learn_n: bool = False
+    eps: float = 1e-4
+    feature_scale: float = 0.0 # hidden states are multiplied by it; 0: the distance's default
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias"""
+
+    def __init__(self, n_embd, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias) # q, k, v for all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)) # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """features(idx) (B, T, D) and head; forward is the two and the loss. Raises ValueError for a config that does not fit together."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(padded(config.vocab_size), config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=LayerNorm(config.n_embd, config.bias),
+        ))
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters(): # scaled init of the residual projections, per GPT-2 paper
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+        # the head is made last, so that every head meets the same backbone for the same seed
+        self.head = lm_head(config)
+        if config.tie_weights:
+            self.transformer.wte.weight = self.head.weight
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+
+    def features(self, idx):
+        """idx (B, T) token ids -> (B, T, D) hidden states, the head's feature scale applied."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens, but block_size is {self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x) * self.head.feature_scale
+
+    def forward(self, idx, targets=None):
+        """With targets (B, T), -1 ignored: (None, mean loss in nats). Without: (z of the last position (B, 1, V), None)."""
+        h = self.features(idx)
+        if targets is None:
+            return self.head(h[:, [-1]]), None
+        return None, self.head.loss(h, targets)
+
+    @classmethod
+    def from_hf(cls, hf_model, **overrides):
+        """From a transformers GPT2LMHeadModel in memory. overrides: GPTConfig fields, such as a distance (its prototypes then start
+        afresh unless tie_weights), dropout, or a smaller block_size."""
+        hf = hf_model.config
+        if hf.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(f"this GPT has the tanh GELU, the model has {hf.activation_function!r}")
+        config = GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd,
+                           dropout=hf.resid_pdrop, bias=True, tie_weights=hf.tie_word_embeddings)
+        unknown = set(overrides) - {f.name for f in fields(GPTConfig)}
+        if unknown:
+            raise ValueError(f"GPTConfig has no {', '.join(sorted(unknown))}")
+        fixed = [k for k in ("n_layer", "n_head", "n_embd", "vocab_size", "bias") if overrides.get(k, getattr(config, k)) != getattr(config, k)]
+        if fixed:
+            raise ValueError("the pretrained weights fix " + ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in fixed))
+        config = replace(config, **overrides)
+        if config.block_size > hf.n_positions:
+            raise ValueError(f"block_size {config.block_size} is beyond the {hf.n_positions} positions of the pretrained weights")
+        model = cls(config)
+        ours, theirs = model.state_dict(), hf_model.state_dict()
+        with torch.no_grad():
+            for name, p in ours.items():
+                if name.startswith("transformer."):
+                    q = theirs[name]
+                    if name.endswith(("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                        q = q.T # transformers keeps GPT-2's Conv1D layout
+                    n = min(len(p), len(q)) # fewer positions, or padding rows of the vocabulary
+                    p[:n] = q[:n]
+            if config.distance == "baseline" and not config.tie_weights:
+                model.head.weight[:hf.vocab_size] = theirs["lm_head.weight"]
+        return model
+
+    @classmethod
+    def from_pretrained(cls, model_type, **overrides):
+        """gpt2, gpt2-medium, gpt2-large or gpt2-xl, downloaded by transformers (optional: pip install transformers)."""
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError as e:
+            raise ImportError(f"init_from={model_type!r} reads the weights with transformers: pip install transformers") from e
+        return cls.from_hf(GPT2LMHeadModel.from_pretrained(model_type), **overrides)

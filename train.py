@@ -1,0 +1,464 @@
+"""
+Pretrain a GPT whose output layer is a distance head. Read distances.py, then model.py, then this file from top to bottom.
+
+On a CPU, or one GPU:
+$ python train.py config/cpu.py --distance=cosine
+On one GPU of 8 to 12 GB:
+$ python train.py config/gpu12gb.py --distance=euclidean
+GPT-2 124M at the paper's settings, on 8 GPUs of one node, or on 2 nodes of 8:
+$ torchrun --standalone --nproc_per_node=8 train.py config/gpt2_cosine.py
+$ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 --master_port=1234 train.py config/gpt2_cosine.py
+Go on with a run that was stopped, with its own settings:
+$ python train.py --init_from=resume --out_dir=out/gpt2_cosine
+
+A run writes into out_dir: config.json, metrics.jsonl, emissions.csv, ckpt.pt (last), best.pt, loss.png, summary.json.
+"""
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from datetime import timedelta
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from configurator import configure, fail
+from data import Blocks, load_meta
+from distances import DistanceHead, parse_params
+from emissions import Emissions, grid_factor
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# defaults: GPT-2 124M with the linear head on OpenWebText; every line can be set in a config file or as --key=value
+# I/O
+out_dir = 'out/gpt2' # the run's folder
+overwrite = False # True: start afresh in an out_dir that holds a run already
+init_from = 'scratch' # 'scratch', 'resume', or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (needs transformers)
+eval_interval = 1000 # steps between evaluations; each also writes a checkpoint and a row of emissions.csv
+eval_iters = 100 # batches of the validation range, the same tokens every time; -1: the whole split
+log_interval = 10 # steps between log lines
+wandb_log = False # also log to Weights & Biases (rank 0)
+wandb_project = 'distance-heads'
+wandb_run_name = '' # '': the name of out_dir
+wandb_mode = 'online' # or 'offline', which needs neither key nor network
+# data
+data_dir = 'data' # where datasets lie, a folder each
+dataset = 'openwebtext'
+batch_size = 12 # micro-batch: sequences per forward pass of one rank
+block_size = 1024 # tokens per sequence
+gradient_accumulation_steps = 40 # micro-batches per step, summed over all ranks
+# model
+vocab_size = 0 # tokens; 0: as many as the data have
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
+bias = False # do we use bias inside LayerNorm and Linear layers?
+tie_weights = False # one matrix for token embeddings and prototypes
+# head, see `python distances.py`
+distance = 'baseline' # baseline, euclidean, manhattan, chebyshev, minkowski, cosine, hamming, canberra, bray_curtis, mahalanobis, offset_l2
+variant = '' # '': the distance's default
+distance_params = '' # such as 'p=3'
+link = 'harmonic' # p proportional to d^-n, or 'softmin': to exp(-n d)
+n = 0.0 # the exponent; 0: the distance's default, a multiple of sqrt(n_embd)
+learn_n = False # learn log n, from n
+eps = 1e-4 # where it enters is part of each distance's formula
+feature_scale = 0.0 # hidden states are multiplied by it before the head; 0: the distance's default
+# optimizer: AdamW
+learning_rate = 6e-4
+max_iters = 600000 # steps in all
+weight_decay = 1e-1 # of matrices and embeddings; not of norms, biases, and the head's extra parameters
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0 # clip the gradient's norm at this value, 0: never
+# schedule
+decay_lr = True # False: constant after the warm-up
+warmup_iters = 2000
+lr_decay_iters = 0 # steps until min_lr; 0: max_iters
+min_lr = 6e-5
+# energy
+country_iso_code = 'USA' # whose grid's average g CO2eq per kWh
+carbon_intensity = 0.0 # g CO2eq per kWh of your own grid, instead; 0: the country's
+track_emissions = True
+# system
+seed = 1337 # of initial weights, data order and dropout
+device = 'auto' # 'cuda', 'mps', 'cpu', or the first of these that there is
+dtype = 'auto' # 'float32', 'bfloat16', or 'float16' (with loss scaling); auto: bfloat16 on a GPU that has it, else float32
+compile = True # torch.compile, where there is a compiler
+# -----------------------------------------------------------------------------
+problems = [] # every violation goes into one report
+config, sources = configure(globals(), problems=problems)
+if init_from == 'resume': # the run's own settings come first, then files and flags
+    config_path = os.path.join(out_dir, 'config.json')
+    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')) or not os.path.exists(config_path):
+        fail([*problems, f"init_from=resume: {out_dir} holds no ckpt.pt with a config.json, name the run's folder with --out_dir"])
+    with open(config_path) as f:
+        saved_config = json.load(f)
+    problems = []
+    config, sources = configure(globals(), base={**saved_config['config'], 'init_from': 'resume'}, base_name=config_path, problems=problems)
+
+# distributed
+rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+ddp, master = 'RANK' in os.environ, rank == 0
+
+def print0(*args):
+    if master:
+        print(*args, flush=True)
+
+# what cannot run is said now, all of it at once
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+device_type = device.split(':')[0]
+if device_type not in ('cuda', 'mps', 'cpu'):
+    problems.append(f"device is {device!r}: use auto, cuda, mps or cpu")
+elif device_type == 'cuda' and not torch.cuda.is_available() or device_type == 'mps' and not torch.backends.mps.is_available():
+    problems.append(f"device is {device!r}, which torch does not see here: use auto or cpu")
+if dtype == 'auto':
+    dtype = 'bfloat16' if device_type == 'cuda' and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
+    if device_type == 'cuda' and dtype == 'float32':
+        print0("this GPU has no bfloat16: training in float32 (--dtype=float16 is faster, with loss scaling)")
+if dtype not in ('float32', 'bfloat16', 'float16'):
+    problems.append(f"dtype is {dtype!r}: use auto, float32, bfloat16 or float16")
+for key in ('eval_interval', 'log_interval', 'batch_size', 'block_size', 'gradient_accumulation_steps', 'n_layer', 'n_head', 'n_embd'):
+    if config[key] < 1:
+        problems.append(f"{key} is {config[key]}, it must be at least 1")
+if gradient_accumulation_steps % world_size:
+    lower = gradient_accumulation_steps // world_size * world_size
+    problems.append(f"gradient_accumulation_steps {gradient_accumulation_steps} counts the micro-batches of all ranks and must divide by the {world_size} "
+                    f"ranks: try {lower + world_size}" + (f" or {lower}" if lower else ""))
+if n_head > 0 and n_embd % n_head:
+    problems.append(f"n_embd {n_embd} must be a multiple of n_head {n_head}")
+if eval_iters < 1 and eval_iters != -1:
+    problems.append(f"eval_iters is {eval_iters}: use the number of batches, or -1 for the whole validation split")
+if n < 0:
+    problems.append(f"n is {n}: it must be > 0, or 0 for the distance's default")
+if not (init_from in ('scratch', 'resume') or init_from.startswith('gpt2')):
+    problems.append(f"init_from is {init_from!r}: use scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+if init_from != 'resume' and not overwrite and os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+    problems.append(f"{out_dir} holds a run: go on with it (--init_from=resume), write elsewhere (--out_dir=...), or discard it (--overwrite=true)")
+try:
+    DistanceHead(8, 8, distance, variant, link, n or 1.0, learn_n, eps, **parse_params(distance_params))
+except ValueError as e:
+    problems.append(str(e))
+try:
+    meta = load_meta(os.path.join(data_dir, dataset))
+    if 0 < vocab_size < meta['vocab_size']:
+        problems.append(f"vocab_size {vocab_size} is smaller than the {meta['vocab_size']} tokens of the data: use 0 for the data's own")
+    vocab_size = vocab_size or meta['vocab_size']
+    train_data, val_data = (Blocks(os.path.join(data_dir, dataset), split, block_size, vocab_size, seed) for split in ('train', 'val'))
+except (ValueError, OSError) as e:
+    problems.append(str(e))
+try:
+    grid_factor(country_iso_code, carbon_intensity)
+except ValueError as e:
+    problems.append(str(e))
+except ImportError:
+    pass # Emissions says so
+fail(problems)
+
+micro_steps = gradient_accumulation_steps // world_size
+tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+num_val = min(val_data.num_fixed, eval_iters * batch_size) if eval_iters > 0 else val_data.num_fixed # blocks
+if ddp:
+    if device_type == 'cuda':
+        device = f'cuda:{local_rank}'
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(backend='nccl' if device_type == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
+os.makedirs(out_dir, exist_ok=True)
+torch.set_float32_matmul_precision('high') # tf32 where the hardware has it
+torch.manual_seed(seed)
+autocast = nullcontext() if dtype == 'float32' else torch.amp.autocast(device_type, getattr(torch, dtype))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+
+# -----------------------------------------------------------------------------
+# model and optimizer
+
+def make_optimizer(model):
+    """AdamW, every parameter in exactly one of two groups: matrices decay; norms, biases and the head's own metric do not."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad} # a tied matrix is named once
+    decay = [p for name, p in params.items() if p.dim() >= 2 and (name == 'head.weight' or not name.startswith('head.'))]
+    ids = {id(p) for p in decay}
+    groups = [{'params': decay, 'weight_decay': weight_decay}, {'params': [p for p in params.values() if id(p) not in ids], 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type == 'cuda')
+
+step, best_val_loss, best_step = 0, float('inf'), 0
+if init_from.startswith('gpt2'):
+    try:
+        keys = ('dropout', 'block_size', 'tie_weights', 'distance', 'variant', 'distance_params', 'link', 'n', 'learn_n', 'eps', 'feature_scale')
+        model = GPT.from_pretrained(init_from, **{k: config[k] for k in keys})
+    except (ImportError, ValueError, OSError) as e:
+        raise SystemExit(str(e)) from None
+    if vocab_size > model.config.vocab_size:
+        raise SystemExit(f"{init_from} has {model.config.vocab_size} tokens, the data have {vocab_size}: prepare them with --encoding gpt2")
+else:
+    model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
+model.head.validate = device_type != 'cuda' # it would wait for the device; Blocks checks the ids and this script the losses
+model.to(device)
+optimizer = make_optimizer(model)
+if init_from == 'resume':
+    ckpt = torch.load(os.path.join(out_dir, 'ckpt.pt'), map_location='cpu', weights_only=True)
+    differ = [f"{k} is {v!r} here, {ckpt['model_args'].get(k)!r} in the checkpoint" for k, v in asdict(model.config).items() if v != ckpt['model_args'].get(k)]
+    if meta.get('hash') != ckpt['data_hash']:
+        differ.append(f"the data are others: hash {meta.get('hash')} here, {ckpt['data_hash']} in the checkpoint")
+    fail([f"cannot resume {out_dir}: {d}" for d in differ])
+    model.load_state_dict(ckpt['model'])
+    optimizer.load_state_dict(ckpt['optimizer'])
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)): # load_state_dict also brings the old settings back
+        for key, value in (('weight_decay', decay), ('betas', (beta1, beta2))):
+            if group[key] != value:
+                print0(f"resuming with {key} {value}, the checkpoint had {group[key]}")
+                group[key] = value
+    scaler.load_state_dict(ckpt['scaler'])
+    step, best_val_loss, best_step = ckpt['step'], ckpt['best_val_loss'], ckpt['best_step']
+    del ckpt
+resumed_at = step if init_from == 'resume' else None
+raw_model = model
+
+def batch(index):
+    """The index-th micro-batch of this rank: x, y (B, T) on the device. A pure function of (seed, index, rank)."""
+    x, y = train_data.batch((index * world_size + rank) * batch_size, batch_size)
+    if device_type == 'cuda':
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+    return x.to(device), y.to(device)
+
+x, y = batch(step * micro_steps) # the first one, also to try the compiler with
+if compile:
+    eager = model.features
+    try:
+        print0("compiling the model, this takes a minute...")
+        model.features = torch.compile(model.features)
+        model.head.compile_tiles()
+        model.eval() # in training mode the head may update its statistics
+        with torch.no_grad(), autocast:
+            model(x, y)
+    except Exception as e:
+        print0(f"torch.compile does not work here, going on without it ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''})")
+        model.features = eager
+        model.head.compile_tiles(False)
+if ddp:
+    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None)
+num_params = sum(p.numel() for p in raw_model.parameters())
+if resumed_at is None or master:
+    print0(f"{dataset}: {meta.get('train_tokens', 0) or os.path.getsize(train_data.path) // train_data.dtype.itemsize:,} training tokens, "
+           f"vocab_size {vocab_size:,} ({meta['source']}); validation on {num_val * block_size:,} tokens")
+    print0(f"GPT: {num_params / 1e6:.2f}M parameters; head: {raw_model.head.extra_repr()}, features x {raw_model.head.feature_scale:.4g}")
+    print0(f"{tokens_per_step:,} tokens per step = {gradient_accumulation_steps} micro-batches x {batch_size} x {block_size}, on {world_size} rank(s), {device_type}, {dtype}")
+
+# -----------------------------------------------------------------------------
+# schedule, evaluation, speed
+
+def get_lr(it):
+    """Linear warm-up, then cosine decay to min_lr (paper C.2); the first step is not at lr 0."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if not decay_lr:
+        return learning_rate
+    end = lr_decay_iters or max_iters
+    ratio = min(1.0, (it - warmup_iters) / max(1, end - warmup_iters))
+    return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
+
+@torch.no_grad()
+def evaluate():
+    """Mean -log p in nats over the first num_val blocks of the validation split; every rank takes its share."""
+    raw_model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for first in range(rank * batch_size, num_val, world_size * batch_size):
+        vx, vy = val_data.fixed(first, min(batch_size, num_val - first))
+        with autocast:
+            loss = raw_model(vx.to(device), vy.to(device))[1]
+        total += torch.tensor([loss.item() * len(vx), len(vx)], dtype=torch.float64)
+    raw_model.train()
+    if ddp:
+        total = total.to(device)
+        torch.distributed.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+# dense bf16 peak by name of GPU; where it is not known no MFU is printed
+PEAKS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+gpu_name = torch.cuda.get_device_name() if device_type == 'cuda' else platform.processor() or platform.machine()
+peak = next((flops for name, flops in PEAKS.items() if name in gpu_name), None) if dtype != 'float32' else None
+# PaLM appendix B: 6 per parameter that multiplies (embeddings do not) + attention. A distance head counts as the linear head it replaces
+c = raw_model.config
+flops_per_token = 6 * (num_params - c.n_embd * c.block_size - (0 if c.tie_weights else raw_model.transformer.wte.weight.numel())) \
+    + 12 * c.n_layer * c.n_embd * c.block_size
+
+# -----------------------------------------------------------------------------
+# the run's folder
+
+metrics_path = os.path.join(out_dir, 'metrics.jsonl')
+
+def shell(*command):
+    return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+
+def begin_run():
+    """config.json, and metrics.jsonl cut back to what the checkpoint knows."""
+    git = shell('git', 'rev-parse', 'HEAD')
+    commit = git.stdout.strip() + (' with changes' if shell('git', 'status', '--porcelain', '-uno').stdout else '') if git.returncode == 0 else None
+    info = dict(config={**config, 'init_from': saved_config['config']['init_from'] if init_from == 'resume' else init_from}, sources=sources,
+                command=' '.join(sys.argv), git=commit, model_args=asdict(raw_model.config), num_params=num_params, n=float(raw_model.head.n),
+                data={k: v for k, v in meta.items() if k not in ('stoi', 'itos')}, device=device_type, device_name=gpu_name, dtype=dtype, world_size=world_size,
+                versions=dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, numpy=np.__version__))
+    write(os.path.join(out_dir, 'config.json'), json.dumps(info, indent=1))
+    lines = []
+    if init_from == 'resume' and os.path.exists(metrics_path):
+        with open(metrics_path) as f: # a line without its end is what a crash left
+            lines = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= step]
+    write(metrics_path, ''.join(lines))
+    if init_from != 'resume':
+        for name in ('ckpt.pt', 'best.pt', 'summary.json', 'loss.png', 'emissions.csv'): # of the run that this one replaces
+            if os.path.exists(os.path.join(out_dir, name)):
+                os.remove(os.path.join(out_dir, name))
+
+def write(path, text):
+    with open(path + '.tmp', 'w') as f:
+        f.write(text)
+    os.replace(path + '.tmp', path)
+
+def log(row):
+    with open(metrics_path, 'a') as f:
+        f.write(json.dumps(row) + '\n')
+    if wandb_log:
+        wandb.log({k: v for k, v in row.items() if k != 'kind'}, step=row['step'])
+
+def save(name):
+    """A checkpoint of plain values, whole or not at all."""
+    path = os.path.join(out_dir, name)
+    torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'step': step,
+                'best_val_loss': best_val_loss, 'best_step': best_step, 'model_args': asdict(raw_model.config), 'config': config,
+                'data_hash': meta.get('hash'), 'val_loss': val_loss}, path + '.tmp')
+    os.replace(path + '.tmp', path)
+
+def plot():
+    """loss.png: training and validation loss over tokens."""
+    try:
+        import matplotlib
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print0("no loss.png: pip install matplotlib")
+    with open(metrics_path) as f:
+        rows = [json.loads(line) for line in f]
+    fig, ax = plt.subplots(figsize=(7, 4.2), layout='constrained')
+    for kind, key, style in (('train', 'loss', dict(color='0.7', lw=1, label='training')), ('eval', 'val_loss', dict(color='C0', lw=2, marker='o', ms=4, label='validation'))):
+        points = [(r['tokens'], r[key]) for r in rows if r['kind'] == kind]
+        ax.plot(*zip(*points), **style)
+    ax.annotate(f" {points[-1][1]:.3f}", points[-1], va='bottom', ha='right', color='C0')
+    ax.axhline(math.log(vocab_size), color='0.5', lw=1, ls=':')
+    ax.annotate('uniform guess', (0, math.log(vocab_size)), va='top', color='0.5', fontsize=8)
+    ax.set(xlabel='training tokens', ylabel='loss (nats per token)', title=f"{dataset}: {raw_model.head.extra_repr()}")
+    ax.title.set_fontsize(9)
+    ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=''))
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False)
+    fig.savefig(os.path.join(out_dir, 'loss.png'), dpi=150)
+
+def stop_non_finite(at, loss, norm):
+    """The numbers one needs to see why, then the end. The weights are those before this step when log_interval is 1."""
+    raw_model.head.validate = False
+    with torch.no_grad(), autocast:
+        h = raw_model.features(x[:1])[0].float()
+        d = '' if distance == 'baseline' else f", smallest distance {raw_model.head.distances(h).min().item():.3e}"
+    path = os.path.join(out_dir, 'ckpt.pt')
+    good = path + " (continue with --init_from=resume)" if os.path.exists(path) else "none yet"
+    raise SystemExit(f"step {at}: loss {loss}, gradient norm {norm}: not finite. lr {optimizer.param_groups[0]['lr']:.3e}, |h| {h.norm(dim=-1).mean().item():.3e}, "
+                     f"|w| {raw_model.head.weight.norm(dim=-1).mean().item():.3e}{d}. last good checkpoint: {good}. "
+                     "try a lower learning_rate, a longer warmup_iters, or dtype=float32")
+
+# -----------------------------------------------------------------------------
+# training
+
+emissions, cumulative, summary, val_loss = None, {}, {}, None
+try:
+    if master:
+        begin_run()
+        if wandb_log:
+            import wandb
+            wandb.init(project=wandb_project, name=wandb_run_name or os.path.basename(os.path.normpath(out_dir)), config=config, mode=wandb_mode)
+    emissions = Emissions(out_dir, country_iso_code, carbon_intensity, track_emissions and local_rank == 0, resume_step=resumed_at,
+                          node=int(os.environ.get('GROUP_RANK', 0)))
+    raw_model.train()
+    pending = [] # (loss, gradient norm) of the steps since the last log line, still on the device
+    start = last = time.time()
+    first_step = step
+    while True:
+        if step != resumed_at and (step % eval_interval == 0 or step == max_iters):
+            val_loss = evaluate()
+            if not math.isfinite(val_loss): # before it is saved over a good checkpoint
+                stop_non_finite(step, f"of the validation split {val_loss}", 'not taken')
+            cumulative = emissions.read(step, val_loss=val_loss)
+            if master:
+                if val_loss < best_val_loss:
+                    best_val_loss, best_step = val_loss, step
+                print0(f"step {step:>{len(str(max_iters))}}/{max_iters} | val loss {val_loss:.4f} | best {best_val_loss:.4f} at step {best_step} | {emissions.describe()}")
+                log(dict(kind='eval', step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss, n=float(raw_model.head.n), **cumulative))
+                if step > 0:
+                    save('ckpt.pt')
+                    if best_step == step:
+                        save('best.pt')
+            last = time.time() # evaluation is not part of a step's time
+        if step >= max_iters:
+            break
+
+        lr = get_lr(step)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        loss_sum = 0.0
+        for micro in range(micro_steps):
+            index = step * micro_steps + micro
+            torch.manual_seed(hash((seed, index * world_size + rank))) # dropout belongs to the micro-batch: resuming or more ranks change nothing
+            if ddp: # the last micro-step synchronises; the flag must be set before the forward pass
+                model.require_backward_grad_sync = micro == micro_steps - 1
+            with autocast:
+                loss = model(x, y)[1] / micro_steps
+            x, y = batch(index + 1) # fetched while the device works on this one
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        pending.append(torch.stack([loss_sum.float(), norm.float()]))
+        logging = (step + 1) % log_interval == 0 or step + 1 == max_iters or (step + 1) % eval_interval == 0
+        if logging: # one wait for the device per log line
+            values = torch.stack(pending) # (steps, 2)
+            if ddp:
+                torch.distributed.all_reduce(values)
+                values /= world_size
+            for i, (loss_value, norm_value) in enumerate(values.tolist()):
+                # with loss scaling an infinite gradient is a step that the scaler skips
+                if not math.isfinite(loss_value) or not math.isfinite(norm_value) and not scaler.is_enabled():
+                    stop_non_finite(step + 2 - len(pending) + i, loss_value, norm_value)
+            num_steps, pending = len(pending), []
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if logging and master:
+            now = time.time()
+            seconds, last = (now - last) / num_steps, now
+            speed = tokens_per_step / seconds
+            mfu = flops_per_token * speed / (peak * world_size) if peak else None
+            eta = (now - start) / (step - first_step) * (max_iters - step)
+            print0(f"step {step:>{len(str(max_iters))}}/{max_iters} | loss {loss_value:.4f} | lr {lr:.2e} | norm {norm_value:6.2f} | {seconds * 1000:7.1f} ms | "
+                   f"{speed:>9,.0f} tok/s | " + (f"mfu {mfu:.1%} | " if mfu else "") + f"eta {timedelta(seconds=round(eta))}")
+            log(dict(kind='train', step=step, tokens=step * tokens_per_step, loss=loss_value, lr=lr, grad_norm=norm_value, ms=seconds * 1000, tokens_per_s=speed, mfu=mfu))
+    if master:
+        peak_memory = torch.cuda.max_memory_allocated() if device_type == 'cuda' else None
+        summary = dict(step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(val_loss) if val_loss is not None else None,
+                       best_val_loss=best_val_loss, best_step=best_step, n=float(raw_model.head.n), num_params=num_params, peak_memory_bytes=peak_memory, **cumulative)
+        if val_loss is not None and meta.get('val_bytes'):
+            summary['bits_per_byte'] = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
+        write(os.path.join(out_dir, 'summary.json'), json.dumps(summary, indent=1))
+        plot()
+        print0(f"done: validation loss {val_loss:.4f} nats per token, perplexity {math.exp(val_loss):.1f}" if val_loss is not None else "nothing to do: the run is at max_iters")
+        print0(f"energy: {emissions.describe()}")
+        print0(f"loss curve: {os.path.join(out_dir, 'loss.png')}")
+finally:
+    if emissions is not None:
+        emissions.stop(step)
+    if ddp and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
