@@ -29,10 +29,11 @@ To add a distance write its core, one line such as Tiles(lambda h, w: (h - w).ab
 finds its gradient where none is written.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from types import SimpleNamespace
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,12 @@ class SquaredL2:
         s = torch.addmm(_sum_d(w * w), h, w.T, alpha=-2) # (N, V)
         return s.add_(_sum_d(h * h)[:, None]).clamp_(min=0)
 
+    def size(self, h, w): # of the terms that cancel
+        return _sum_d(h * h)[:, None] + _sum_d(w * w)
+
     def refine(self, h, w, s):
-        i, j = (s < self.close * (_sum_d(h * h)[:, None] + _sum_d(w * w))).nonzero(as_tuple=True)
-        for i, j in zip(i.split(2 ** 16), j.split(2 ** 16)):
+        for pairs in (s < self.close * self.size(h, w)).nonzero().split(2 ** 16):
+            i, j = pairs.T
             s[i, j] = self.value(h[i], w[j])
         return s
 
@@ -92,13 +96,9 @@ class WeightedSquaredL2(SquaredL2):
         s = torch.addmm(_sum_d(a2 * w * w), h, (a2 * w).T, alpha=-2)
         return s.addmm_(h * h, a2.T).clamp_(min=0)
 
-    def refine(self, h, w, s):
+    def size(self, h, w):
         w, alpha = w.chunk(2, -1)
-        a2 = alpha ** 2
-        i, j = (s < self.close * ((h * h) @ a2.T + _sum_d(a2 * w * w))).nonzero(as_tuple=True)
-        for i, j in zip(i.split(2 ** 16), j.split(2 ** 16)):
-            s[i, j] = _sum_d((alpha[j] * (h[i] - w[j])) ** 2)
-        return s
+        return (h * h) @ (alpha ** 2).T + _sum_d((alpha * w) ** 2)
 
     def backward(self, h, w, s, g):
         w, alpha = w.chunk(2, -1)
@@ -140,6 +140,9 @@ class Tiles:
         gh, gw = pair_gradient(self, h[:, None], w[None], s, g) # (n, v, D) each, or already summed by autograd
         return gh.sum(1), gw.sum(0)
 
+    def _half_backward_tile(self, side, h, w, s, g):
+        return pair_gradient(self, h[:, None], w[None], s, g)[side].sum(1 - side)
+
     def _tiles(self, N, V, D):
         tn, tv = (256, 512) if self.compile else (16, max(1, self.eager_elements // (16 * D)))
         for i in range(0, N, tn):
@@ -150,7 +153,10 @@ class Tiles:
         if not self.compile:
             return self._forward_tile, self._backward_tile
         if self._compiled is None:
-            backward = self._backward_tile if self.slope is None else torch.compile(self._backward_tile, dynamic=False)
+            backward = self._backward_tile
+            if self.slope is not None: # two kernels, as one that reduces along n and along v would store the tile
+                dh, dw = (torch.compile(partial(self._half_backward_tile, side), dynamic=False) for side in (0, 1))
+                backward = lambda *args: (dh(*args), dw(*args))
             self._compiled = torch.compile(self._forward_tile, dynamic=False), backward
         return self._compiled
 
@@ -205,14 +211,18 @@ def smooth_linf(o):
                           lambda x, s: x.sign() * torch.exp(o.alpha * (x.abs() - s)))
 
 
+def _power(k):
+    """x -> x^k for x >= 0; the usual ones without pow, which is 10 to 100 times slower."""
+    return {-0.5: torch.rsqrt, 0.5: torch.sqrt, 1.0: lambda x: x, 2.0: lambda x: x * x}.get(k, lambda x: x ** k)
+
+
 def lp(o):
     """The norm itself, not its p-th power: its slope sign(x) (|x| / s)^(p-1) lies in [-1, 1] however large or small x is."""
     if o.p == 1:
         return l1(o)
     if o.p == 2:
         return SquaredL2() # minkowski's finish takes the root
-    powers = {1.5: lambda r: r.sqrt(), 3.0: lambda r: r * r} # r^(p-1); a general power is 10 to 100 times slower
-    power = powers.get(o.p, lambda r: r ** (o.p - 1))
+    power = _power(o.p - 1)
 
     def value(x):
         x = x.abs()
@@ -248,17 +258,18 @@ def canberra(o, min_denom=0.0):
 
 def canberra_weighted(o):
     """sum q^k |h-w| / q  /  sum q^k"""
-    k = o.weight_power
+    k, power, power_less_1 = o.weight_power, _power(o.weight_power), _power(o.weight_power - 1)
 
     def q(h, w):
         return h.abs() + w.abs() + o.eps
 
     def value(h, w):
-        return _sum_d((h - w).abs() * q(h, w) ** (k - 1)) / _sum_d(q(h, w) ** k)
+        q_ = q(h, w)
+        return _sum_d((h - w).abs() * power_less_1(q_)) / _sum_d(power(q_))
 
     def slope(h, w, s):
         x, q_ = h - w, q(h, w)
-        total, r = (q_ ** k).sum(-1, keepdim=True), q_ ** (k - 1) # r is the slope of |x|; through q goes the rest
+        total, r = power(q_).sum(-1, keepdim=True), power_less_1(q_) # r is the slope of |x|; through q goes the rest
         through_q = (k - 1) * x.abs() * r / q_ - s * k * r
         return (x.sign() * r + through_q * h.sign()) / total, (-x.sign() * r + through_q * w.sign()) / total
     return Tiles(value, slope)
@@ -326,12 +337,10 @@ def regularised_covariance(covariance, shrinkage, reg_lambda):
 def within_class_scatter(h, targets):
     """Sum over the samples of (h - m_y)(h - m_y)', m_y the mean of its own class in this batch, and the degrees of freedom
     N - (number of classes present): their ratio is the pooled within-class covariance. h (N, D), targets (N,)."""
-    _, index = targets.unique(return_inverse=True)
-    classes = int(index.max()) + 1
-    count = torch.bincount(index, minlength=classes).to(h.dtype)
-    means = h.new_zeros(classes, h.shape[1]).index_add_(0, index, h) / count[:, None]
+    _, index, count = targets.unique(return_inverse=True, return_counts=True)
+    means = h.new_zeros(len(count), h.shape[1]).index_add_(0, index, h) / count[:, None]
     x = h - means[index]
-    return x.T @ x, len(h) - classes
+    return x.T @ x, torch.tensor(float(len(h) - len(count)), device=h.device)
 
 
 def _append_alpha(h, w, o):
@@ -369,10 +378,10 @@ class Distance:
     params: dict = field(default_factory=dict)  # plain numbers and their defaults
     tensors: dict = field(default_factory=dict) # learned tensors: name -> (V, D) -> initial value
     buffers: dict = field(default_factory=dict) # estimated, not learned
-    # language models: exponent n = n_scale * sqrt(n_embd); the hidden states (unit variance after the last norm) are multiplied by
-    # n_embd^-0.5 (unit norm), and prototypes start at that scale, or both keep unit coordinates. None of it is part of the formula
+    # defaults of language models, beside the formula and no part of it, from the table in the README: n = n_scale * sqrt(n_embd),
+    # where z starts with a spread of about half a nat, and features of unit norm, the scale at which prototypes start (else of unit variance)
     n_scale: float = 1.0
-    unit: str = "norm"                  # or "coordinate"
+    unit_norm: bool = True
     formula: str = ""
 
 
@@ -392,7 +401,8 @@ DISTANCES = {
     },
     "chebyshev": {
         "standard": Distance(linf, formula="max |h-w| + eps"),
-        "smooth": Distance(smooth_linf, lambda s, a, b, o: s, params=dict(alpha=10.0), formula="logsumexp(alpha |h-w|) / alpha"),
+        "smooth": Distance(smooth_linf, lambda s, a, b, o: s, params=dict(alpha=10.0), n_scale=8.0,
+                           formula="logsumexp(alpha |h-w|) / alpha"),
     },
     "minkowski": {
         "standard": Distance(lp, _minkowski, params=dict(p=1.5), formula="(sum |h-w|^p)^(1/p) + eps"),
@@ -406,8 +416,10 @@ DISTANCES = {
     },
     "hamming": {
         "soft": Distance(l1, _mean, _bits_soft, params=dict(T=1.0), formula="mean |s(h/T) - s(w/T)| + eps, s the sigmoid"),
-        "gumbel": Distance(l1, _mean, _bits_gumbel, params=dict(T=0.5), formula="the same on binary-concrete samples while training"),
-        "hard": Distance(hard_bits, _plus_eps, _bits_hard, params=dict(threshold=0.0), formula="mean (h>t != w>t) + eps, straight-through"),
+        "gumbel": Distance(l1, _mean, _bits_gumbel, params=dict(T=0.5), unit_norm=False, # the noise has std 1.8
+                           formula="the same on binary-concrete samples while training"),
+        "hard": Distance(hard_bits, _plus_eps, _bits_hard, params=dict(threshold=0.0), n_scale=0.3,
+                         formula="mean (h>t != w>t) + eps, straight-through"),
     },
     "canberra": {
         "standard": Distance(canberra, formula="sum |h-w| / (|h|+|w|+eps) + eps"),
@@ -416,11 +428,11 @@ DISTANCES = {
                              formula="the terms weighted by (|h|+|w|+eps)^weight_power, weights of sum 1"),
     },
     "bray_curtis": {
-        "standard": Distance(l1, lambda s, a, b, o: s / ((a + b).abs() + o.eps) + o.eps, side=_sum_d,
+        "standard": Distance(l1, lambda s, a, b, o: s / ((a + b).abs() + o.eps) + o.eps, side=_sum_d, n_scale=0.2,
                              formula="sum |h-w| / (|sum (h+w)| + eps) + eps"),
         "abs": Distance(l1, lambda s, a, b, o: s / (a + b + o.eps) + o.eps, side=lambda x: _sum_d(x.abs()),
                         formula="sum |h-w| / (sum (|h|+|w|) + eps) + eps"),
-        "normalized": Distance(l1, lambda s, a, b, o: s / (a + b + o.eps) + o.eps, _shares, side=_sum_d,
+        "normalized": Distance(l1, lambda s, a, b, o: s / (a + b + o.eps) + o.eps, _shares, side=_sum_d, n_scale=0.5,
                                formula="abs, after |h|+eps and |w|+eps are scaled to sum 1"),
     },
     "mahalanobis": {
@@ -440,7 +452,7 @@ DISTANCES = {
     },
 }
 # the linear head in the same clothes: z = h.w
-_BASELINE = Distance(lambda o: Dot(), lambda s, a, b, o: -s, unit="coordinate", formula="z = W h, the linear head (cross-entropy)")
+_BASELINE = Distance(lambda o: Dot(), lambda s, a, b, o: -s, unit_norm=False, formula="z = W h, the linear head (cross-entropy)")
 LINKS = ("harmonic", "softmin")
 
 
@@ -636,12 +648,7 @@ class DistanceHead(nn.Module):
         self.options = _options(self.spec, distance, in_features, eps, params)
         self.core = self.spec.core(self.options)
         self.validate = True # check h and targets at every call; it waits for the device, so a training loop may switch it off
-        self.reset_parameters()
-
-    def reset_parameters(self, scale=1.0):
-        """Prototypes uniform in +-scale/sqrt(D)."""
-        with torch.no_grad():
-            nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5).mul_(scale)
+        nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5)
 
     def extra_repr(self):
         params = ", ".join(f"{k}={v}" for k, v in {**self.spec.params, **self.params}.items())
@@ -733,14 +740,11 @@ class DistanceHead(nn.Module):
 
     @torch.no_grad()
     def _update_covariance(self, h, targets):
-        if len(h) == 0:
-            return
         scatter, freedom = within_class_scatter(h, targets)
-        freedom = torch.tensor(float(freedom), device=h.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized(): # every rank estimates from the whole batch
             torch.distributed.all_reduce(scatter)
             torch.distributed.all_reduce(freedom)
-        if freedom > 0: # some class was seen twice
+        if freedom.item() > 0: # some class was seen twice
             self.covariance.lerp_((scatter / freedom).to(self.covariance.dtype), 1 - self.options.momentum)
 
 
@@ -759,14 +763,13 @@ def padded(vocab_size, multiple=64):
 
 def lm_head(config):
     """The head of a language model's config (vocab_size, n_embd, distance, variant, distance_params, link, n, learn_n, eps,
-    feature_scale), with the distance's own defaults of n, feature scale and initial scale where the config leaves 0. The model
+    feature_scale), with the distance's own defaults of n and feature scale where the config leaves 0. The model
     multiplies its last hidden states, of unit variance, by head.feature_scale."""
     spec, D = find(config.distance, config.variant), config.n_embd
     head = DistanceHead(D, padded(config.vocab_size), config.distance, config.variant or None, config.link,
                         config.n or spec.n_scale * math.sqrt(D), config.learn_n, config.eps, config.vocab_size,
                         **parse_params(config.distance_params))
-    head.feature_scale = config.feature_scale or (D ** -0.5 if spec.unit == "norm" else 1.0)
-    head.reset_parameters(head.feature_scale * math.sqrt(D) if config.distance != "baseline" else 1.0)
+    head.feature_scale = config.feature_scale or (D ** -0.5 if spec.unit_norm else 1.0)
     return head
 
 

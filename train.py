@@ -348,14 +348,14 @@ def plot():
     for kind, key, style in (('train', 'loss', dict(color='0.7', lw=1, label='training')), ('eval', 'val_loss', dict(color='C0', lw=2, marker='o', ms=4, label='validation'))):
         points = [(r['tokens'], r[key]) for r in rows if r['kind'] == kind]
         ax.plot(*zip(*points), **style)
-    ax.annotate(f" {points[-1][1]:.3f}", points[-1], va='bottom', ha='right', color='C0')
+    ax.annotate(f"{points[-1][1]:.3f}", points[-1], (6, 0), textcoords='offset points', va='center', color='C0', annotation_clip=False)
     ax.axhline(math.log(vocab_size), color='0.5', lw=1, ls=':')
-    ax.annotate('uniform guess', (0, math.log(vocab_size)), va='top', color='0.5', fontsize=8)
-    ax.set(xlabel='training tokens', ylabel='loss (nats per token)', title=f"{dataset}: {raw_model.head.extra_repr()}")
-    ax.title.set_fontsize(9)
+    ax.annotate('uniform guess', (points[-1][0], math.log(vocab_size)), (0, 3), textcoords='offset points', ha='right', color='0.5', fontsize=8)
+    ax.set(xlabel='training tokens', ylabel='loss (nats per token)')
+    ax.set_title(f"{dataset}, head {raw_model.head.extra_repr()}", fontsize=9)
     ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=''))
     ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc='center right')
     fig.savefig(os.path.join(out_dir, 'loss.png'), dpi=150)
 
 def stop_non_finite(at, loss, norm):
@@ -395,7 +395,8 @@ try:
             if master:
                 if val_loss < best_val_loss:
                     best_val_loss, best_step = val_loss, step
-                print0(f"step {step:>{len(str(max_iters))}}/{max_iters} | val loss {val_loss:.4f} | best {best_val_loss:.4f} at step {best_step} | {emissions.describe()}")
+                print0(f"step {step:>{len(str(max_iters))}}/{max_iters} | val loss {val_loss:.4f} | best {best_val_loss:.4f} at step {best_step}"
+                       + (f" | {cumulative['energy_kwh_total']:.4g} kWh, {cumulative['emissions_g_total']:.3g} g CO2eq" if cumulative else ""))
                 log(dict(kind='eval', step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss, n=float(raw_model.head.n), **cumulative))
                 if step > 0:
                     save('ckpt.pt')

@@ -164,6 +164,7 @@ def test_covariance_is_the_pooled_within_class_estimate():
     before = head.covariance.clone()
     head.eval().loss(x, y)
     head.train().loss(x[:5], torch.arange(5)) # no class twice: nothing to estimate from
+    head.loss(x[:3], torch.full((3,), -1)) # nor here
     assert torch.equal(head.covariance, before)
     assert not any(p is head.covariance for p in head.parameters())
 

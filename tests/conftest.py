@@ -1,0 +1,7 @@
+"""One thread per process: the tensors are small, and threads that wait for each other make a busy machine crawl."""
+import os
+
+import torch
+
+os.environ['OMP_NUM_THREADS'] = '1' # of the scripts that the tests run
+torch.set_num_threads(1)
