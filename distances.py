@@ -653,7 +653,7 @@ class DistanceHead(nn.Module):
     def extra_repr(self):
         params = ", ".join(f"{k}={v}" for k, v in {**self.spec.params, **self.params}.items())
         return (f"{self.in_features} -> {self.num_classes}" + (f" of {self.num_prototypes}" * (self.num_classes < self.num_prototypes))
-                + f", {self.distance}" + (f" ({self.variant}), {self.link}, n={float(self.n):.4g}{' learned' * (self.fixed_n is None)}"
+                + f", {self.distance}" + (f" ({self.variant}), {self.link}, n={torch.as_tensor(self.n).item():.4g}{' learned' * (self.fixed_n is None)}"
                                           f", eps={self.eps:g}" if self.distance != "baseline" else "") + (f", {params}" * bool(params)))
 
     @property

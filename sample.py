@@ -74,14 +74,18 @@ def nearest_prototypes(model, encoding, words, k):
     """Lines of text: for each word, the tokens whose prototypes lie nearest to its own, by the head's own distance."""
     head, lines = model.head, []
     for word in words:
-        ids = next((i for i in (encoding.encode(' ' + word), encoding.encode(word)) if len(i) == 1), None)
+        try:
+            ids = next((i for i in (encoding.encode(' ' + word), encoding.encode(word)) if len(i) == 1), None)
+        except ValueError as e: # a character that the vocabulary does not have
+            lines.append(f"{word!r:>12}  {e}")
+            continue
         if ids is None:
             lines.append(f"{word!r:>12} is more than one token")
             continue
         w = head.weight[ids]
         d = head.distances(w)[0] if head.distance != 'baseline' else -head(w)[0] # a linear head: by dot product
         d[ids] = torch.inf
-        values, near = d.topk(k, largest=False)
+        values, near = d.topk(min(k, len(d) - 1), largest=False)
         lines.append(f"{encoding.decode(ids)!r:>12}  " + "  ".join(f"{encoding.decode([i])!r} {v:.3g}" for i, v in zip(near.tolist(), values.abs().tolist())))
     return lines
 
@@ -89,6 +93,10 @@ def nearest_prototypes(model, encoding, words, k):
 if __name__ == '__main__':
     configure(globals())
     fail([message for bad, message in (
+        (init_from not in ('run', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), f"init_from is {init_from!r}: use run, gpt2, gpt2-medium, gpt2-large or gpt2-xl"),
+        (num_samples < 0, f"num_samples is {num_samples}, it must be >= 0"),
+        (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}, it must be >= 0"),
+        (num_nearest < 1, f"num_nearest is {num_nearest}, it must be at least 1"),
         (temperature < 0, f"temperature is {temperature}, it must be >= 0"),
         (top_k < 0, f"top_k is {top_k}: use the number of tokens, or 0 for all"),
         (not 0 < top_p <= 1, f"top_p is {top_p}, it must lie in (0, 1]"),
@@ -112,7 +120,7 @@ if __name__ == '__main__':
     if not prompt:
         raise SystemExit("start is empty: give at least one token to go on from")
     print(f"{init_from if step == 0 else os.path.join(out_dir, checkpoint) + f' at step {step}'}: {model.head.extra_repr()}")
-    idx = torch.tensor([prompt] * num_samples, dtype=torch.long, device=device).reshape(num_samples, -1)
+    idx = torch.tensor(prompt, device=device).repeat(num_samples, 1) # (B, T)
     generator = torch.Generator(device=device).manual_seed(seed)
     for i, ids in enumerate(generate(model, idx, max_new_tokens, temperature, top_k, top_p, encoding.eot, generator).tolist() if num_samples else []):
         end = ids.index(encoding.eot, len(prompt)) if encoding.eot in ids[len(prompt):] else len(ids)

@@ -134,11 +134,17 @@ if gradient_accumulation_steps % world_size:
                     f"ranks: try {lower + world_size}" + (f" or {lower}" if lower else ""))
 if n_head > 0 and n_embd % n_head:
     problems.append(f"n_embd {n_embd} must be a multiple of n_head {n_head}")
+for key, legal, ok in (('dropout', 'in [0, 1)', 0 <= dropout < 1), ('learning_rate', '>= 0', learning_rate >= 0), ('min_lr', '>= 0', min_lr >= 0),
+                       ('weight_decay', '>= 0', weight_decay >= 0), ('beta1', 'in [0, 1)', 0 <= beta1 < 1), ('beta2', 'in [0, 1)', 0 <= beta2 < 1),
+                       ('grad_clip', '>= 0', grad_clip >= 0), ('max_iters', '>= 0', max_iters >= 0), ('warmup_iters', '>= 0', warmup_iters >= 0),
+                       ('seed', 'in [0, 2^32)', 0 <= seed < 2 ** 32)):
+    if not ok:
+        problems.append(f"{key} is {config[key]}, it must be {legal}")
 if eval_iters < 1 and eval_iters != -1:
     problems.append(f"eval_iters is {eval_iters}: use the number of batches, or -1 for the whole validation split")
 if n < 0:
     problems.append(f"n is {n}: it must be > 0, or 0 for the distance's default")
-if not (init_from in ('scratch', 'resume') or init_from.startswith('gpt2')):
+if init_from not in ('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
     problems.append(f"init_from is {init_from!r}: use scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
 if init_from != 'resume' and not overwrite and os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
     problems.append(f"{out_dir} holds a run: go on with it (--init_from=resume), write elsewhere (--out_dir=...), or discard it (--overwrite=true)")
@@ -190,15 +196,17 @@ def make_optimizer(model):
 step, best_val_loss, best_step = 0, float('inf'), 0
 if init_from.startswith('gpt2'):
     try:
-        keys = ('dropout', 'block_size', 'tie_weights', 'distance', 'variant', 'distance_params', 'link', 'n', 'learn_n', 'eps', 'feature_scale')
-        model = GPT.from_pretrained(init_from, **{k: config[k] for k in keys})
+        shape = ('n_layer', 'n_head', 'n_embd', 'bias') # the weights bring their own; one that was asked for must be it
+        model = GPT.from_pretrained(init_from, **{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config and f.name != 'vocab_size'
+                                                  and (f.name not in shape or sources[f.name] != 'default')})
+        config.update({k: getattr(model.config, k) for k in shape})
     except (ImportError, ValueError, OSError) as e:
         raise SystemExit(str(e)) from None
     if vocab_size > model.config.vocab_size:
         raise SystemExit(f"{init_from} has {model.config.vocab_size} tokens, the data have {vocab_size}: prepare them with --encoding gpt2")
 else:
     model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
-model.head.validate = device_type != 'cuda' # it would wait for the device; Blocks checks the ids and this script the losses
+model.head.validate = False # it waits for the device; Blocks checks the ids, and this script stops at a loss that is not finite
 model.to(device)
 optimizer = make_optimizer(model)
 if init_from == 'resume':
@@ -220,9 +228,15 @@ if init_from == 'resume':
 resumed_at = step if init_from == 'resume' else None
 raw_model = model
 
+def read(blocks, *args):
+    try:
+        return blocks(*args)
+    except ValueError as e: # an id that the vocabulary does not have
+        raise SystemExit(str(e)) from None
+
 def batch(index):
     """The index-th micro-batch of this rank: x, y (B, T) on the device. A pure function of (seed, index, rank)."""
-    x, y = train_data.batch((index * world_size + rank) * batch_size, batch_size)
+    x, y = read(train_data.batch, (index * world_size + rank) * batch_size, batch_size)
     if device_type == 'cuda':
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
@@ -269,7 +283,7 @@ def evaluate():
     raw_model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for first in range(rank * batch_size, num_val, world_size * batch_size):
-        vx, vy = val_data.fixed(first, min(batch_size, num_val - first))
+        vx, vy = read(val_data.fixed, first, min(batch_size, num_val - first))
         with autocast:
             loss = raw_model(vx.to(device), vy.to(device))[1]
         total += torch.tensor([loss.item() * len(vx), len(vx)], dtype=torch.float64)
@@ -293,6 +307,9 @@ flops_per_token = 6 * (num_params - c.n_embd * c.block_size - (0 if c.tie_weight
 
 metrics_path = os.path.join(out_dir, 'metrics.jsonl')
 
+def exponent():
+    return torch.as_tensor(raw_model.head.n).item()
+
 def shell(*command):
     return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
 
@@ -301,7 +318,7 @@ def begin_run():
     git = shell('git', 'rev-parse', 'HEAD')
     commit = git.stdout.strip() + (' with changes' if shell('git', 'status', '--porcelain', '-uno').stdout else '') if git.returncode == 0 else None
     info = dict(config={**config, 'init_from': saved_config['config']['init_from'] if init_from == 'resume' else init_from}, sources=sources,
-                command=' '.join(sys.argv), git=commit, model_args=asdict(raw_model.config), num_params=num_params, n=float(raw_model.head.n),
+                command=' '.join(sys.argv), git=commit, model_args=asdict(raw_model.config), num_params=num_params, n=exponent(),
                 data={k: v for k, v in meta.items() if k not in ('stoi', 'itos')}, device=device_type, device_name=gpu_name, dtype=dtype, world_size=world_size,
                 versions=dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, numpy=np.__version__))
     write(os.path.join(out_dir, 'config.json'), json.dumps(info, indent=1))
@@ -360,10 +377,13 @@ def plot():
 
 def stop_non_finite(at, loss, norm):
     """The numbers one needs to see why, then the end. The weights are those before this step when log_interval is 1."""
-    raw_model.head.validate = False
     with torch.no_grad(), autocast:
-        h = raw_model.features(x[:1])[0].float()
-        d = '' if distance == 'baseline' else f", smallest distance {raw_model.head.distances(h).min().item():.3e}"
+        h, d = raw_model.features(x[:1])[0].float(), ''
+        if distance != 'baseline':
+            try:
+                d = f", smallest distance {raw_model.head.distances(h).min().item():.3e}"
+            except torch.linalg.LinAlgError: # a mahalanobis matrix that is not finite has no factor
+                d = ", no distance can be taken"
     path = os.path.join(out_dir, 'ckpt.pt')
     good = path + " (continue with --init_from=resume)" if os.path.exists(path) else "none yet"
     raise SystemExit(f"step {at}: loss {loss}, gradient norm {norm}: not finite. lr {optimizer.param_groups[0]['lr']:.3e}, |h| {h.norm(dim=-1).mean().item():.3e}, "
@@ -397,7 +417,7 @@ try:
                     best_val_loss, best_step = val_loss, step
                 print0(f"step {step:>{len(str(max_iters))}}/{max_iters} | val loss {val_loss:.4f} | best {best_val_loss:.4f} at step {best_step}"
                        + (f" | {cumulative['energy_kwh_total']:.4g} kWh, {cumulative['emissions_g_total']:.3g} g CO2eq" if cumulative else ""))
-                log(dict(kind='eval', step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss, n=float(raw_model.head.n), **cumulative))
+                log(dict(kind='eval', step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss, n=exponent(), **cumulative))
                 if step > 0:
                     save('ckpt.pt')
                     if best_step == step:
@@ -447,17 +467,21 @@ try:
             print0(f"step {step:>{len(str(max_iters))}}/{max_iters} | loss {loss_value:.4f} | lr {lr:.2e} | norm {norm_value:6.2f} | {seconds * 1000:7.1f} ms | "
                    f"{speed:>9,.0f} tok/s | " + (f"mfu {mfu:.1%} | " if mfu else "") + f"eta {timedelta(seconds=round(eta))}")
             log(dict(kind='train', step=step, tokens=step * tokens_per_step, loss=loss_value, lr=lr, grad_norm=norm_value, ms=seconds * 1000, tokens_per_s=speed, mfu=mfu))
-    if master:
+    if master and val_loss is None:
+        print0(f"nothing to do: {out_dir} is at step {step} of {max_iters}")
+    elif master:
         peak_memory = torch.cuda.max_memory_allocated() if device_type == 'cuda' else None
-        summary = dict(step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(val_loss) if val_loss is not None else None,
-                       best_val_loss=best_val_loss, best_step=best_step, n=float(raw_model.head.n), num_params=num_params, peak_memory_bytes=peak_memory, **cumulative)
-        if val_loss is not None and meta.get('val_bytes'):
+        summary = dict(step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(val_loss),
+                       best_val_loss=best_val_loss, best_step=best_step, n=exponent(), num_params=num_params, peak_memory_bytes=peak_memory, **cumulative)
+        if meta.get('val_bytes'):
             summary['bits_per_byte'] = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
         write(os.path.join(out_dir, 'summary.json'), json.dumps(summary, indent=1))
         plot()
-        print0(f"done: validation loss {val_loss:.4f} nats per token, perplexity {math.exp(val_loss):.1f}" if val_loss is not None else "nothing to do: the run is at max_iters")
+        print0(f"done: validation loss {val_loss:.4f} nats per token, perplexity {math.exp(val_loss):.1f}")
         print0(f"energy: {emissions.describe()}")
         print0(f"loss curve: {os.path.join(out_dir, 'loss.png')}")
+except torch.linalg.LinAlgError as e: # a mahalanobis matrix
+    stop_non_finite(step + 1, f"none ({e})", 'none')
 finally:
     if emissions is not None:
         emissions.stop(step)

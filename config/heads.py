@@ -1,11 +1,12 @@
-# every head on the same 0.15M tokens, three seeds each: the table in the README
+# every head on the same 77,000 tokens, three seeds each: the table in the README
 #   python train.py config/heads.py --distance=chebyshev --variant=smooth --seed=1 --out_dir=out/heads/chebyshev_smooth_1
 include('cpu.py') # noqa: F821
 out_dir = 'out/heads/baseline'
-batch_size = 4 # 512 tokens per step
+batch_size = 4
+block_size = 64 # 256 tokens per step
 max_iters = 300
 warmup_iters = 20
 eval_interval = 100
-eval_iters = 80 # 40,960 tokens
+eval_iters = 160 # 40,960 tokens
 log_interval = 20
 compile = True # the tiles of the elementwise distances

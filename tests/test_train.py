@@ -46,7 +46,8 @@ def make_dataset(folder, train_tokens=6000, val_tokens=16 * 21 + 5, dtype='uint1
     for split, size in (('train', train_tokens), ('val', val_tokens)):
         ids = np.where(rng.random(size) < 0.1, rng.integers(0, 97, size), np.arange(size) % 97)
         ids.astype(dtype).tofile(folder / f'{split}.bin')
-    meta = dict(vocab_size=97, stoi={c: i for i, c in enumerate(CHARS)}, itos=dict(enumerate(CHARS)), hash='123abc', val_tokens=val_tokens, val_bytes=val_tokens, **meta)
+    meta = dict(vocab_size=97, stoi={c: i for i, c in enumerate(CHARS)}, itos=dict(enumerate(CHARS)), hash='123abc',
+                val_tokens=val_tokens, val_bytes=val_tokens) | meta
     (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
 
 def flags(**settings):
@@ -78,8 +79,9 @@ def refused(*args, script='train.py', **settings):
 
 def processes(cwd, *commands):
     """Run them side by side: [(exit code, stdout, stderr)]. None may hang."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WANDB_DIR': str(cwd), 'PYTHONPATH': ''}
-    started = [subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    env = {**os.environ, 'WANDB_DIR': str(cwd), 'PYTHONPATH': ''} # the scripts find their own imports
+    started = [subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for command in commands]
     try:
         results = [p.communicate(timeout=120) for p in started]
     finally:
@@ -97,7 +99,8 @@ def metrics(out_dir, kind=None):
     """The lines of metrics.jsonl without what differs from run to run: times and energy."""
     with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
         rows = [json.loads(line) for line in f]
-    return [{k: v for k, v in row.items() if k not in ('ms', 'tokens_per_s', 'mfu') and not k.endswith('_total')} for row in rows if kind in (None, row['kind'])]
+    return [{k: v for k, v in row.items() if k not in ('ms', 'tokens_per_s', 'mfu') and not k.endswith('_total')}
+            for row in rows if kind in (None, row['kind'])]
 
 def load(out_dir, name='ckpt.pt'):
     return torch.load(os.path.join(out_dir, name), weights_only=True)
@@ -124,13 +127,6 @@ def assert_same_training(a, b):
     for key in ('model', 'optimizer', 'scaler', 'step', 'best_val_loss', 'best_step', 'val_loss'):
         assert_same(x[key], y[key], key)
     assert metrics(a) == metrics(b)
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 @pytest.fixture(scope='module')
 def datasets(tmp_path_factory):
@@ -315,7 +311,8 @@ def test_heads_share_data_order_and_backbone(monkeypatch):
 @pytest.mark.parametrize('name, initial, settings', [
     ('A', torch.eye(16), dict(distance='mahalanobis')), ('theta', torch.zeros(16), dict(distance='mahalanobis', variant='diagonal')),
     ('L', torch.zeros(16, 16), dict(distance='mahalanobis', variant='cholesky')), ('alpha', torch.ones(128, 16), dict(distance='offset_l2')),
-    ('log_n', torch.tensor(2.0).log(), dict(distance='manhattan', learn_n=True, n=2)), ('alpha', torch.ones(128, 16), dict(distance='offset_l2', tie_weights=True))])
+    ('log_n', torch.tensor(2.0).log(), dict(distance='manhattan', learn_n=True, n=2)),
+    ('alpha', torch.ones(128, 16), dict(distance='offset_l2', tie_weights=True))])
 def test_the_optimizer_has_every_parameter_once_and_the_heads_own_do_not_decay(name, initial, settings):
     _, script = train(out_dir='out', max_iters=2, bias=True, weight_decay=0.3, **settings)
     names = {id(p): n for n, p in script['raw_model'].named_parameters()}
@@ -361,13 +358,15 @@ def test_without_a_compiler_training_goes_on(monkeypatch):
 
 def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
     settings = dict(max_iters=6, eval_interval=3, dropout=0.1, dtype='float32')
-    heads = dict(euclidean=dict(distance='euclidean', learn_n=True), manhattan=dict(distance='manhattan'))
+    # the second one has two micro-steps per rank, whose gradients are exchanged once
+    heads = dict(euclidean=dict(distance='euclidean', learn_n=True), manhattan=dict(distance='manhattan', gradient_accumulation_steps=4))
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     printed = train_processes(here, *(dict(out_dir=f'{name}2', **settings, **head) for name, head in heads.items()), launcher=launcher)
     for (name, head), text in zip(heads.items(), printed):
         assert '2 rank(s)' in text and text.count('done:') == 1 # rank 0 alone speaks
         train(out_dir=f'{name}1', **settings, **head)
-        assert_close_runs(f'{name}2', f'{name}1')
+        # the slope of |h - w| jumps, so that a rounding can move a coordinate's gradient by a whole step
+        assert_close_runs(f'{name}2', f'{name}1', 1e-4 if name == 'manhattan' else 1e-5)
         assert json.load(open(f'{name}2/config.json'))['world_size'] == 2
 
 @pytest.mark.parametrize('rank', [0, 1])
@@ -385,8 +384,8 @@ def test_micro_steps_that_do_not_divide_are_refused_by_every_rank(rank, monkeypa
 def test_everything_that_is_wrong_is_in_one_report(here):
     (here / 'mine.py').write_text("learning_rte = 1e-3\nbatch_size = 1.5\n")
     (code, out, err), = processes(here, [os.path.join(ROOT, 'train.py'), 'mine.py', *flags(
-        n_heads=2, n=-1, dtype='float8', device='tpu', init_from='nonsense', distance='cosin', eval_iters=0, log_interval=0, dataset='other', n_embd=30, n_head=4,
-        country_iso_code='US', min_lr='low')])
+        n_heads=2, n=-1, dtype='float8', device='tpu', init_from='nonsense', distance='cosin', eval_iters=0, log_interval=0, dataset='other',
+        n_embd=30, n_head=4, country_iso_code='US', min_lr='low')])
     assert code == 1 and 'Traceback' not in err and not os.path.exists('out')
     for part in ("mine.py: unknown key 'learning_rte', did you mean 'learning_rate'?", "mine.py: batch_size wants an int, got 1.5",
                  "command line: unknown key 'n_heads', did you mean 'n_head'?", "command line: min_lr wants a float, got 'low'", "n is -1.0: it must be > 0",
@@ -397,12 +396,14 @@ def test_everything_that_is_wrong_is_in_one_report(here):
     assert listed == err.count('\n  - ') == 14
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(variant='exact'), "baseline has no variants"), (dict(distance='cosine', variant='hard'), "variant 'hard'"), (dict(distance='minkowski', distance_params='q=3'), "q"),
-    (dict(distance='minkowski', distance_params='p:3'), "must read name=number"), (dict(distance='minkowski', distance_params='p=0.5'), "p"),
-    (dict(distance='cosine', link='linear'), "unknown link 'linear'"), (dict(distance='cosine', eps=-1), "eps"),
+    (dict(variant='exact'), "baseline has no variants"), (dict(distance='cosine', variant='hard'), "unknown cosine variant 'hard'"),
+    (dict(distance='minkowski', distance_params='q=3'), "minkowski has no parameter 'q' (legal: p)"),
+    (dict(distance='minkowski', distance_params='p:3'), "must read name=number"), (dict(distance='minkowski', distance_params='p=0.5'), "p must be at least 1"),
+    (dict(distance='cosine', link='linear'), "unknown link 'linear'"), (dict(distance='cosine', eps=-1), "eps must be >= 0"),
     (dict(block_size=400), "lower block_size or prepare more text"), (dict(vocab_size=90), "vocab_size 90 is smaller than the 97 tokens of the data"),
-    (dict(init_from='resume', out_dir='nowhere'), "nowhere holds no ckpt.pt"), (dict(init_from='gpt2-small'), "init_from"), (dict(dropout=1.5), "dropout"),
-    (dict(learning_rate=-1), "learning_rate"), (dict(batch_size=-1), "batch_size is -1, it must be at least 1")])
+    (dict(init_from='resume', out_dir='nowhere'), "nowhere holds no ckpt.pt"), (dict(init_from='gpt2-small'), "init_from is 'gpt2-small'"),
+    (dict(batch_size=-1), "batch_size is -1"), (dict(dropout=1.5), "dropout is 1.5"), (dict(learning_rate=-1), "learning_rate is -1"),
+    (dict(grad_clip=-1), "grad_clip is -1"), (dict(beta2=1), "beta2 is 1"), (dict(seed=-1), "seed is -1")])
 def test_refused(settings, message):
     assert message in refused(**{**SETTINGS, **settings})
     assert not os.path.exists('out')
@@ -440,8 +441,10 @@ def test_another_model_or_other_data_are_not_resumed(here):
     (here / 'own' / 'tiny' / 'meta.pkl').write_bytes(pickle.dumps({**meta, 'hash': '456def'}))
     assert "hash 456def here, 123abc in the checkpoint" in refused(init_from='resume', out_dir='out', max_iters=4, data_dir='own')
 
-@pytest.mark.parametrize('settings', [dict(distance='baseline'), dict(distance='cosine'), dict(distance='baseline', log_interval=2, eval_interval=4)],
-                         ids=['baseline', 'cosine', 'seen later'])
+# mahalanobis fails earlier than its loss: a matrix that is not finite has no Cholesky factor
+@pytest.mark.parametrize('settings', [
+    dict(distance='baseline'), dict(distance='cosine'), dict(distance='baseline', log_interval=2, eval_interval=4), dict(distance='mahalanobis'),
+    dict(distance='mahalanobis', variant='covariance')], ids=['baseline', 'cosine', 'seen later', 'mahalanobis', 'covariance'])
 def test_a_loss_that_is_not_finite_stops_the_run(settings):
     settings = {'max_iters': 2, 'eval_interval': 2, **settings}
     train(out_dir='out', **settings)
@@ -497,7 +500,8 @@ def launch_lines():
         with open(os.path.join(ROOT, *path), encoding='utf-8') as f:
             return f.read()
     scripts = [name for name in sorted(os.listdir(ROOT)) if name.endswith('.py')]
-    texts = {name: read(name).split('"""')[1] for name in scripts} | {name: read(name) for name in ('README.md', 'Makefile') if os.path.exists(os.path.join(ROOT, name))}
+    texts = {name: read(name).split('"""')[1] for name in scripts}
+    texts |= {name: read(name) for name in ('README.md', 'Makefile') if os.path.exists(os.path.join(ROOT, name))}
     texts |= {f'config/{name}': read('config', name) for name in sorted(os.listdir(os.path.join(ROOT, 'config'))) if name.endswith('.py')}
     for name, text in texts.items():
         for line in text.replace('\\\n', ' ').splitlines():
@@ -531,24 +535,28 @@ def test_the_papers_settings_take_every_head(monkeypatch):
 # -----------------------------------------------------------------------------
 # GPT-2's weights: random ones in their place, as there is no network
 
+@pytest.fixture
 def pretrained(monkeypatch):
+    """--init_from=gpt2 gives a model of 3 layers; returns settings that leave its shape to the weights."""
     transformers = pytest.importorskip('transformers')
     def from_pretrained(name, **overrides):
         torch.manual_seed(0)
-        return GPT.from_hf(transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=16, n_layer=3, n_head=4)), **overrides)
+        hf = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=16, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
+        return GPT.from_hf(transformers.GPT2LMHeadModel(hf), **overrides)
     monkeypatch.setattr(model_module.GPT, 'from_pretrained', from_pretrained)
+    return {k: v for k, v in SETTINGS.items() if k not in ('n_layer', 'n_head', 'n_embd')} | dict(init_from='gpt2', eval_interval=2, lr_decay_iters=4)
 
-def test_a_run_from_gpt2_can_be_resumed(monkeypatch):
-    pretrained(monkeypatch)
-    # n_layer, n_head, n_embd and bias are those of the weights, not of the settings
-    settings = dict(init_from='gpt2', distance='cosine', tie_weights=True, eval_interval=2, lr_decay_iters=4)
-    train(out_dir='whole', max_iters=4, **settings)
-    train(out_dir='half', max_iters=2, **settings)
+def test_a_run_from_gpt2_can_be_resumed(pretrained):
+    for out_dir, max_iters in (('whole', 4), ('half', 2)):
+        run_script('train.py', *flags(**{**pretrained, 'out_dir': out_dir, 'max_iters': max_iters, 'distance': 'cosine', 'tie_weights': True}))
     run_script('train.py', '--init_from=resume', '--out_dir=half', '--max_iters=4')
     assert_same_training('whole', 'half')
-    assert load('half')['model_args']['n_layer'] == 3 and load('half')['model_args']['bias']
+    config = json.load(open('half/config.json'))['config']
+    assert config['n_layer'] == load('half')['model_args']['n_layer'] == 3 and config['bias'] # what is, not the default
 
-def test_gpt2_without_transformers_or_network_is_one_message(monkeypatch):
-    settings = {**SETTINGS, 'init_from': 'gpt2'}
+def test_a_shape_that_gpt2_does_not_have_is_refused(pretrained):
+    assert 'fix n_layer=3 (asked: 6)' in refused(**{**pretrained, 'n_layer': 6})
+
+def test_gpt2_without_transformers_is_one_message(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
-    assert 'pip install transformers' in refused(**settings)
+    assert 'pip install transformers' in refused(**{**SETTINGS, 'init_from': 'gpt2'})
