@@ -82,11 +82,11 @@ def nearest_prototypes(model, encoding, words, k):
         if ids is None:
             lines.append(f"{word!r:>12} is more than one token")
             continue
-        w = head.weight[ids]
-        d = head.distances(w)[0] if head.distance != 'baseline' else -head(w)[0] # a linear head: by dot product
-        d[ids] = torch.inf
-        values, near = d.topk(min(k, len(d) - 1), largest=False)
-        lines.append(f"{encoding.decode(ids)!r:>12}  " + "  ".join(f"{encoding.decode([i])!r} {v:.3g}" for i, v in zip(near.tolist(), values.abs().tolist())))
+        linear = head.distance == 'baseline' # has no distance: by dot product, the largest first
+        near_by = head(head.weight[ids])[0] if linear else head.distances(head.weight[ids])[0] # (V,)
+        near_by[ids] = -torch.inf if linear else torch.inf
+        values, near = near_by.topk(min(k, len(near_by) - 1), largest=linear)
+        lines.append(f"{encoding.decode(ids)!r:>12}  " + "  ".join(f"{encoding.decode([i])!r} {v:.3g}" for i, v in zip(near.tolist(), values.tolist())))
     return lines
 
 
