@@ -152,6 +152,8 @@ class GPT(nn.Module):
         hf = hf_model.config
         if hf.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
             raise ValueError(f"this GPT has the tanh GELU, the model has {hf.activation_function!r}")
+        if hf.layer_norm_epsilon != 1e-5 or hf.n_inner not in (None, 4 * hf.n_embd):
+            raise ValueError(f"this GPT has layer_norm_epsilon 1e-5 and n_inner 4 n_embd, the model has {hf.layer_norm_epsilon} and {hf.n_inner}")
         config = GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd,
                            dropout=hf.resid_pdrop, bias=True, tie_weights=hf.tie_word_embeddings)
         unknown = set(overrides) - {f.name for f in fields(GPTConfig)}

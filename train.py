@@ -137,9 +137,9 @@ if n_head > 0 and n_embd % n_head:
 for key, legal, ok in (('dropout', 'in [0, 1)', 0 <= dropout < 1), ('learning_rate', '>= 0', learning_rate >= 0), ('min_lr', '>= 0', min_lr >= 0),
                        ('weight_decay', '>= 0', weight_decay >= 0), ('beta1', 'in [0, 1)', 0 <= beta1 < 1), ('beta2', 'in [0, 1)', 0 <= beta2 < 1),
                        ('grad_clip', '>= 0', grad_clip >= 0), ('max_iters', '>= 0', max_iters >= 0), ('warmup_iters', '>= 0', warmup_iters >= 0),
-                       ('seed', 'in [0, 2^32)', 0 <= seed < 2 ** 32)):
+                       ('vocab_size', '>= 0', vocab_size >= 0), ('out_dir', 'the name of a folder', out_dir != ''), ('seed', 'in [0, 2^32)', 0 <= seed < 2 ** 32)):
     if not ok:
-        problems.append(f"{key} is {config[key]}, it must be {legal}")
+        problems.append(f"{key} is {config[key]!r}, it must be {legal}")
 if eval_iters < 1 and eval_iters != -1:
     problems.append(f"eval_iters is {eval_iters}: use the number of batches, or -1 for the whole validation split")
 if n < 0:
@@ -199,7 +199,7 @@ if init_from.startswith('gpt2'):
         shape = ('n_layer', 'n_head', 'n_embd', 'bias') # the weights bring their own; one that was asked for must be it
         model = GPT.from_pretrained(init_from, **{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config and f.name != 'vocab_size'
                                                   and (f.name not in shape or sources[f.name] != 'default')})
-        config.update({k: getattr(model.config, k) for k in shape})
+        config.update({k: getattr(model.config, k) for k in (*shape, 'vocab_size')})
     except (ImportError, ValueError, OSError) as e:
         raise SystemExit(str(e)) from None
     if vocab_size > model.config.vocab_size:
@@ -471,15 +471,17 @@ try:
         print0(f"nothing to do: {out_dir} is at step {step} of {max_iters}")
     elif master:
         peak_memory = torch.cuda.max_memory_allocated() if device_type == 'cuda' else None
-        summary = dict(step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(val_loss),
+        summary = dict(step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(min(val_loss, 700)),
                        best_val_loss=best_val_loss, best_step=best_step, n=exponent(), num_params=num_params, peak_memory_bytes=peak_memory, **cumulative)
         if meta.get('val_bytes'):
             summary['bits_per_byte'] = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
         write(os.path.join(out_dir, 'summary.json'), json.dumps(summary, indent=1))
         plot()
-        print0(f"done: validation loss {val_loss:.4f} nats per token, perplexity {math.exp(val_loss):.1f}")
+        print0(f"done: validation loss {val_loss:.4f} nats per token, perplexity {summary['perplexity']:.1f}")
         print0(f"energy: {emissions.describe()}")
         print0(f"loss curve: {os.path.join(out_dir, 'loss.png')}")
+    if ddp: # no rank leaves while another still works
+        torch.distributed.barrier()
 except torch.linalg.LinAlgError as e: # a mahalanobis matrix
     stop_non_finite(step + 1, f"none ({e})", 'none')
 finally:

@@ -403,7 +403,8 @@ def test_everything_that_is_wrong_is_in_one_report(here):
     (dict(block_size=400), "lower block_size or prepare more text"), (dict(vocab_size=90), "vocab_size 90 is smaller than the 97 tokens of the data"),
     (dict(init_from='resume', out_dir='nowhere'), "nowhere holds no ckpt.pt"), (dict(init_from='gpt2-small'), "init_from is 'gpt2-small'"),
     (dict(batch_size=-1), "batch_size is -1"), (dict(dropout=1.5), "dropout is 1.5"), (dict(learning_rate=-1), "learning_rate is -1"),
-    (dict(grad_clip=-1), "grad_clip is -1"), (dict(beta2=1), "beta2 is 1"), (dict(seed=-1), "seed is -1")])
+    (dict(grad_clip=-1), "grad_clip is -1"), (dict(beta2=1), "beta2 is 1"), (dict(seed=-1), "seed is -1"),
+    (dict(vocab_size=-1), "vocab_size is -1"), (dict(out_dir=''), "out_dir is ''")])
 def test_refused(settings, message):
     assert message in refused(**{**SETTINGS, **settings})
     assert not os.path.exists('out')
