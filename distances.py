@@ -787,8 +787,8 @@ class HarmonicLoss(nn.Module):
 
 
 if __name__ == "__main__":
-    print(f"{'distance':<12} {'variant':<11} {'parameters':<42} d(h, w)")
+    print(f"{'distance':<12} {'variant':<11} {'parameters':<44} d(h, w)")
     for distance, variants in {"baseline": {"": _BASELINE}, **DISTANCES}.items():
         for variant, spec in variants.items():
             params = ", ".join([f"{k}={v:g}" for k, v in spec.params.items()] + [f"{k} (learned)" for k in spec.tensors])
-            print(f"{distance:<12} {variant:<11} {params:<42} {spec.formula}")
+            print(f"{distance:<12} {variant:<11} {params:<44} {spec.formula}")

@@ -161,7 +161,8 @@ try:
 except (ValueError, OSError) as e:
     problems.append(str(e))
 try:
-    grid_factor(country_iso_code, carbon_intensity)
+    if track_emissions and local_rank == 0:
+        grid_factor(country_iso_code, carbon_intensity)
 except ValueError as e:
     problems.append(str(e))
 except ImportError:

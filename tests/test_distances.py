@@ -1,5 +1,6 @@
 """distances.py against independent oracles: scipy, float64 loops over the formulas, gradcheck, and F.cross_entropy."""
 import math
+import os
 
 import numpy as np
 import pytest
@@ -557,6 +558,8 @@ def test_the_list_of_heads_prints(capsys):
     runpy.run_path(distances.__file__, run_name='__main__')
     text = capsys.readouterr().out
     assert all(name in text for name in ('baseline', *DISTANCES)) and 'p=1.5' in text and 'alpha (learned)' in text
+    with open(os.path.join(os.path.dirname(distances.__file__), 'README.md')) as f:
+        assert text in f.read() # `python distances.py` makes the README's list
 
 
 # -----------------------------------------------------------------------------
