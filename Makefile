@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python prepare_stdlib.py
 	$(VENV)/bin/python train.py config/demo.py
-	$(VENV)/bin/python sample.py --out_dir=out/demo --start='def ' --num_samples=2 --max_new_tokens=120 --nearest='self,return,True,int,import,if,open,name'
+	$(VENV)/bin/python sample.py --out_dir=out/demo --start='    def __init__(self, ' --num_samples=2 --max_new_tokens=120 --nearest='self,return,True,int,import,if,open,name'
 
 test: $(VENV)/test.installed
 	$(VENV)/bin/ruff check
