@@ -36,12 +36,11 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # -----------------------------------------------------------------------------
 # cores: s = core(h, w) for all pairs. Each has value (any broadcast pair of vectors -> scalar) and its gradient per element, slope;
-# forward (all pairs) and backward (all pairs: the gradients of h and w for a given gradient g of s)
+# forward (all pairs) and backward (all pairs: adds the gradients for a given gradient g of s to dh and dw, without a copy of w)
 
 def _sum_d(x):
     return x.sum(-1)
@@ -71,10 +70,9 @@ class SquaredL2:
             s[i, j] = self.value(h[i], w[j])
         return s
 
-    def backward(self, h, w, s, g):
-        dh = torch.addmm(h * g.sum(1)[:, None], g, w, alpha=-1)
-        dw = torch.addmm(w * g.sum(0)[:, None], g.T, h, alpha=-1)
-        return dh.mul_(2), dw.mul_(2)
+    def backward(self, h, w, s, g, dh, dw):
+        dh.addcmul_(h, g.sum(1)[:, None], value=2).addmm_(g, w, alpha=-2)
+        dw.addcmul_(w, g.sum(0)[:, None], value=2).addmm_(g.T, h, alpha=-2)
 
 
 class WeightedSquaredL2(SquaredL2):
@@ -100,13 +98,14 @@ class WeightedSquaredL2(SquaredL2):
         w, alpha = w.chunk(2, -1)
         return (h * h) @ (alpha ** 2).T + _sum_d((alpha * w) ** 2)
 
-    def backward(self, h, w, s, g):
-        w, alpha = w.chunk(2, -1)
-        a2, g_h, g_v = alpha ** 2, g.T @ h, g.sum(0)[:, None]
-        dh = 2 * (h * (g @ a2) - g @ (a2 * w))
-        dw = 2 * a2 * (w * g_v - g_h)
-        dalpha = 2 * alpha * (g.T @ (h * h) - 2 * w * g_h + w * w * g_v)
-        return dh, torch.cat([dw, dalpha], -1)
+    def backward(self, h, w, s, g, dh, dw):
+        for rows in torch.arange(len(w), device=w.device).split(4096): # the copies of w stay small
+            j = slice(int(rows[0]), int(rows[-1]) + 1)
+            (w_j, alpha), (dw_j, dalpha), g_j = w[j].chunk(2, -1), dw[j].chunk(2, -1), g[:, j]
+            a2, g_h, g_v = alpha ** 2, g_j.T @ h, g_j.sum(0)[:, None]
+            dh += 2 * (h * (g_j @ a2) - g_j @ (a2 * w_j))
+            dw_j += 2 * a2 * (w_j * g_v - g_h)
+            dalpha += 2 * alpha * (g_j.T @ (h * h) - 2 * w_j * g_h + w_j * w_j * g_v)
 
 
 class Dot:
@@ -121,8 +120,9 @@ class Dot:
     def forward(self, h, w):
         return h @ w.T
 
-    def backward(self, h, w, s, g):
-        return g @ w, g.T @ h
+    def backward(self, h, w, s, g, dh, dw):
+        dh.addmm_(g, w)
+        dw.addmm_(g.T, h)
 
 
 class Tiles:
@@ -167,14 +167,12 @@ class Tiles:
             s[i, j] = fn(h[i], w[j])
         return s
 
-    def backward(self, h, w, s, g):
+    def backward(self, h, w, s, g, dh, dw):
         _, fn = self._functions()
-        dh, dw = torch.zeros_like(h), torch.zeros_like(w)
         for i, j in self._tiles(*s.shape, h.shape[1]):
             dh_tile, dw_tile = fn(h[i], w[j], s[i, j], g[i, j])
             dh[i] += dh_tile
             dw[j] += dw_tile
-        return dh, dw
 
 
 def pair_gradient(core, h, w, s, g):
@@ -278,8 +276,25 @@ def canberra_weighted(o):
 # -----------------------------------------------------------------------------
 # preps: (h, w, o) -> (h, w), where o holds eps and the parameters of the distance
 
+class _Unit(torch.autograd.Function):
+    """F.normalize(x, dim=-1), whose own backward pass holds four copies of x: too many for a large vocabulary."""
+
+    @staticmethod
+    def forward(ctx, x):
+        inverse = 1 / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        ctx.save_for_backward(x, inverse)
+        return x * inverse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, inverse = ctx.saved_tensors
+        along = torch.linalg.vecdot(x, g)[..., None] * inverse ** 2 * (inverse < 1e12) # the zero vector does not turn
+        return (g * inverse).addcmul_(x, along * inverse, value=-1)
+
+
 def _unit(h, w, o):
-    return F.normalize(h, dim=-1), F.normalize(w, dim=-1)
+    return _Unit.apply(h), _Unit.apply(w)
 
 
 def _bits_soft(h, w, o):
@@ -511,7 +526,10 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        return None, *ctx.core.backward(*ctx.saved_tensors, g)
+        h, w, s = ctx.saved_tensors
+        dh, dw = torch.zeros_like(h), torch.zeros_like(w)
+        ctx.core.backward(h, w, s, g, dh, dw)
+        return None, dh, dw
 
 
 def _nll(core, score, h, w, a, b, n, targets, weights, chunk, need_grad):
@@ -543,10 +561,9 @@ def _nll(core, score, h, w, a, b, n, targets, weights, chunk, need_grad):
         gs, ga, gb, gn = (None if x is None else of[id(x)] for x in leaves)
         del z, z_, gz, leaves, given, of
         gs_y, gs[i, y] = gs[i, y], 0 # the target's term stays out of the product
-        gh, gw = core.backward(h_i, w, s, gs)
+        core.backward(h_i, w, s, gs, grads[0][rows], grads[1])
         gh_y, gw_y = pair_gradient(core, h_i, w_y, s_y, gs_y)
-        grads[0][rows] = gh + gh_y
-        grads[1] += gw
+        grads[0][rows] += gh_y
         grads[1].index_add_(0, y, gw_y)
         if a is not None:
             grads[2][rows] += ga
