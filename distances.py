@@ -88,19 +88,23 @@ class WeightedSquaredL2(SquaredL2):
         sh = 2 * alpha ** 2 * x
         return sh, torch.cat([-sh, 2 * alpha * x * x], -1)
 
+    def slices(self, V): # the copies of w stay small
+        return (slice(j, min(j + 4096, V)) for j in range(0, V, 4096))
+
     def forward(self, h, w):
-        w, alpha = w.chunk(2, -1)
-        a2 = alpha ** 2
-        s = torch.addmm(_sum_d(a2 * w * w), h, (a2 * w).T, alpha=-2)
-        return s.addmm_(h * h, a2.T).clamp_(min=0)
+        s, h2 = h.new_empty(len(h), len(w)), h * h
+        for j in self.slices(len(w)):
+            w_j, alpha = w[j].chunk(2, -1)
+            a2 = alpha ** 2
+            s[:, j] = torch.addmm(_sum_d(a2 * w_j * w_j), h, (a2 * w_j).T, alpha=-2).addmm_(h2, a2.T)
+        return s.clamp_(min=0)
 
     def size(self, h, w):
         w, alpha = w.chunk(2, -1)
         return (h * h) @ (alpha ** 2).T + _sum_d((alpha * w) ** 2)
 
     def backward(self, h, w, s, g, dh, dw):
-        for rows in torch.arange(len(w), device=w.device).split(4096): # the copies of w stay small
-            j = slice(int(rows[0]), int(rows[-1]) + 1)
+        for j in self.slices(len(w)):
             (w_j, alpha), (dw_j, dalpha), g_j = w[j].chunk(2, -1), dw[j].chunk(2, -1), g[:, j]
             a2, g_h, g_v = alpha ** 2, g_j.T @ h, g_j.sum(0)[:, None]
             dh += 2 * (h * (g_j @ a2) - g_j @ (a2 * w_j))

@@ -421,6 +421,12 @@ def test_loss_equals_cross_entropy_of_the_scores(distance, variant, link):
             torch.testing.assert_close(head.loss(h, y), plain(head, h, y), rtol=rtol, atol=rtol)
 
 
+def test_offset_l2_beyond_one_slice_of_the_vocabulary():
+    head, h, y = make('offset_l2', None, D=5, V=5000), rand(8, 5).requires_grad_(), torch.arange(8) * 700
+    d = ((head.alpha * (h[:, None] - head.weight)).square().sum(-1) + 1e-8).sqrt()
+    compare(head, h, head.loss(h, y, chunk=3), F.cross_entropy(-3 * d.log(), y), torch.tensor(1.0), 1e-12)
+
+
 def test_loss_ignores_and_shapes():
     head = make('euclidean', None)
     h, y = rand(2, 3, 6).requires_grad_(), torch.tensor([[1, 2, -100], [0, -100, 8]])
