@@ -48,7 +48,7 @@ def _sum_d(x):
 
 class SquaredL2:
     """s = |h - w|^2 by one matrix product. The identity |h|^2 + |w|^2 - 2 h.w cancels when h and w are close: its absolute error is
-    about 2^-24 (|h|^2 + |w|^2) in fp32. So the loss computes the target's s directly, and `distances` all close pairs."""
+    up to 16 x 2^-24 (|h|^2 + |w|^2) in fp32. So the loss computes the target's s directly, and `distances` all close pairs."""
     close = 1e-2 # a pair is close where s < close * (|h|^2 + |w|^2); beyond it the relative error of d is below 1e-4
 
     def value(self, h, w):
