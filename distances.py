@@ -29,40 +29,65 @@ To add a distance write its core, one line such as Tiles(lambda h, w: (h - w).ab
 finds its gradient where none is written.
 """
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import torch
 from torch import nn
 
 # -----------------------------------------------------------------------------
-# cores: s = core(h, w) for all pairs. Each has value (any broadcast pair of vectors -> scalar) and its gradient per element, slope;
-# forward (all pairs) and backward (all pairs: adds the gradients for a given gradient g of s to dh and dw, without a copy of w)
+# cores: s = core(h, w) for all pairs. Each has
+#   value(h, w)                       one pair, or any that broadcast: (..., D), (..., D) -> (...)
+#   gradient(h, w, s, g)              of those: g ds/dh and g ds/dw (..., D)
+#   once(w)                           what all chunks of h need of w
+#   forward(h, w, once)               all pairs (N, V)
+#   backward(h, w, s, g, dh, dw)      all pairs: adds the gradients to dh and dw in place, without a copy of w
 
 def _sum_d(x):
     return x.sum(-1)
 
 
+def _wide(x): # the dtype of results
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _norm2(x): # without a temporary the size of x
+    return torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)).square_()
+
+
+def _addmm(acc, a, b, alpha=1.0, out=None):
+    """acc + alpha a @ b in acc's dtype. The products of bf16 numbers are exact in fp32; a GPU takes them as they are and adds in fp32."""
+    if a.dtype != acc.dtype and a.is_cuda:
+        return torch.addmm(acc, a, b, out_dtype=acc.dtype, alpha=alpha, out=out)
+    return torch.addmm(acc, a.to(acc.dtype), b.to(acc.dtype), alpha=alpha, out=out)
+
+
 class SquaredL2:
     """s = |h - w|^2 by one matrix product. The identity |h|^2 + |w|^2 - 2 h.w cancels when h and w are close: its absolute error is
-    up to 16 x 2^-24 (|h|^2 + |w|^2) in fp32. So the loss computes the target's s directly, and `distances` all close pairs."""
+    up to 16 x 2^-24 (|h|^2 + |w|^2) in fp32. So the loss computes the target's s directly, and `distances` all close pairs.
+    bf16 operands: the norms are those of the rounded vectors, or the difference of the roundings would be taken for a distance."""
+    is_product = True # of matrices: autocast may lower its operands
     close = 1e-2 # a pair is close where s < close * (|h|^2 + |w|^2); beyond it the relative error of d is below 1e-4
 
     def value(self, h, w):
         return _sum_d((h - w) ** 2)
 
-    def slope(self, h, w, s):
-        return 2 * (h - w), 2 * (w - h)
+    def gradient(self, h, w, s, g):
+        gh = 2 * g[..., None] * (h - w)
+        return gh, -gh
 
-    def forward(self, h, w):
-        s = torch.addmm(_sum_d(w * w), h, w.T, alpha=-2) # (N, V)
-        return s.add_(_sum_d(h * h)[:, None]).clamp_(min=0)
+    def once(self, w):
+        return _norm2(w)
+
+    def forward(self, h, w, once):
+        return _addmm(once, h, w.T, -2).add_(_norm2(h)[:, None]).clamp_(min=0) # (N, V)
 
     def size(self, h, w): # of the terms that cancel
-        return _sum_d(h * h)[:, None] + _sum_d(w * w)
+        return _norm2(h)[:, None] + _norm2(w)
 
     def refine(self, h, w, s):
         for pairs in (s < self.close * self.size(h, w)).nonzero().split(2 ** 16):
@@ -71,27 +96,32 @@ class SquaredL2:
         return s
 
     def backward(self, h, w, s, g, dh, dw):
-        dh.addcmul_(h, g.sum(1)[:, None], value=2).addmm_(g, w, alpha=-2)
-        dw.addcmul_(w, g.sum(0)[:, None], value=2).addmm_(g.T, h, alpha=-2)
+        g = g.to(w.dtype) # the sums are those of the rounded g, as the products are
+        _addmm(dh.addcmul_(h, g.sum(1, dtype=s.dtype)[:, None], value=2), g, w, -2, out=dh)
+        _addmm(dw.addcmul_(w, g.sum(0, dtype=s.dtype)[:, None], value=2), g.T, h, -2, out=dw)
 
 
 class WeightedSquaredL2(SquaredL2):
     """s = sum alpha_k^2 (h - w_k)^2 with a weight per prototype and dimension; w holds [w, alpha] side by side (V, 2D)."""
+    is_product = False # its products are of derived matrices: they stay in fp32
 
     def value(self, h, w):
         w, alpha = w.chunk(2, -1)
         return _sum_d((alpha * (h - w)) ** 2)
 
-    def slope(self, h, w, s):
+    def gradient(self, h, w, s, g):
         w, alpha = w.chunk(2, -1)
-        x = h - w
-        sh = 2 * alpha ** 2 * x
-        return sh, torch.cat([-sh, 2 * alpha * x * x], -1)
+        x, g = h - w, 2 * g[..., None]
+        gh = g * alpha ** 2 * x
+        return gh, torch.cat([-gh, g * alpha * x * x], -1)
 
     def slices(self, V): # the copies of w stay small
         return (slice(j, min(j + 4096, V)) for j in range(0, V, 4096))
 
-    def forward(self, h, w):
+    def once(self, w):
+        return None
+
+    def forward(self, h, w, once):
         s, h2 = h.new_empty(len(h), len(w)), h * h
         for j in self.slices(len(w)):
             w_j, alpha = w[j].chunk(2, -1)
@@ -114,103 +144,171 @@ class WeightedSquaredL2(SquaredL2):
 
 class Dot:
     """s = h.w"""
+    is_product = True
 
     def value(self, h, w):
         return _sum_d(h * w)
 
-    def slope(self, h, w, s):
-        return w, h
+    def gradient(self, h, w, s, g):
+        return g[..., None] * w, g[..., None] * h
 
-    def forward(self, h, w):
-        return h @ w.T
+    def once(self, w):
+        return w.new_zeros((), dtype=_wide(w))
+
+    def forward(self, h, w, once):
+        return _addmm(once, h, w.T)
 
     def backward(self, h, w, s, g, dh, dw):
-        dh.addmm_(g, w)
-        dw.addmm_(g.T, h)
+        g = g.to(w.dtype)
+        _addmm(dh, g, w, out=dh)
+        _addmm(dw, g.T, h, out=dw)
 
 
 class Tiles:
-    """Any other s = value(h, w), tile by tile, so that N x V x D is never held. Where slope is None autograd finds the gradients.
-    compile=True runs both through torch.compile in larger tiles, with nothing of size N x V x D even inside a tile."""
+    """Any other s = value(h, w), tile by tile, so that N x V x D is never held.
+
+    slope(h, w, s, g) is the gradient per element, (g ds/dh, g ds/dw) with s and g (..., 1); where it is None autograd finds it.
+    pair(h, w, s, g) -> (s, g) is what slope takes of a pair as a whole, made once where it is needed D times.
+    kernel names the same function in distances_triton.py, for GPUs.
+
+    Three ways to run it: eager tiles; compile = True: larger tiles of one fixed shape through torch.compile, in which nothing of size
+    N x V x D is held either; triton = True: hand-written kernels, where there are a GPU, triton and a kernel."""
+    is_product = False
     eager_elements = 2 ** 20 # elements of one eager temporary: 4 MB in fp32, which stays in cache
 
-    def __init__(self, value, slope=None):
-        self.value, self.slope, self.compile, self._compiled = value, slope, False, None
+    def __init__(self, value, slope=None, pair=None, kernel=None):
+        self.value, self.slope, self.pair, self.kernel = value, slope, pair, kernel
+        self.compile, self.triton, self._functions = False, True, None
 
-    def _forward_tile(self, h, w):
-        return self.value(h[:, None], w[None]) # (n, v)
+    def gradient(self, h, w, s, g):
+        if self.slope is None:
+            with torch.enable_grad():
+                h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+                return torch.autograd.grad(self.value(h, w), (h, w), g)
+        if self.pair is not None:
+            s, g = self.pair(h, w, s, g)
+        return self.slope(h, w, s[..., None], g[..., None])
 
-    def _backward_tile(self, h, w, s, g):
-        gh, gw = pair_gradient(self, h[:, None], w[None], s, g) # (n, v, D) each, or already summed by autograd
-        return gh.sum(1), gw.sum(0)
+    def once(self, w):
+        return None
 
-    def _half_backward_tile(self, side, h, w, s, g):
-        return pair_gradient(self, h[:, None], w[None], s, g)[side].sum(1 - side)
+    def _kernels(self, h):
+        """The module of GPU kernels, if it has one for this core."""
+        if not (self.triton and self.kernel and h.is_cuda and h.dtype == torch.float32):
+            return None
+        try:
+            import distances_triton
+        except Exception as e:
+            if not isinstance(e, ImportError): # no triton, or this file was copied alone
+                warnings.warn(f"distances_triton.py does not work here, the tiles of torch take its place ({type(e).__name__}: {e})", stacklevel=2)
+            self.triton = False
+            return None
+        return distances_triton if distances_triton.supports(self.kernel) else None
 
-    def _tiles(self, N, V, D):
-        tn, tv = (256, 512) if self.compile else (16, max(1, self.eager_elements // (16 * D)))
+    def forward(self, h, w, once):
+        kernels = self._kernels(h)
+        if kernels:
+            return kernels.forward(self.kernel, h, w)
+        s = h.new_empty(len(h), len(w))
+        for i, j in self._tiles(*s.shape, h.shape[1], h.is_cuda):
+            if self.compile:
+                h_i, w_j = _fill(h[i], self.tile[0]), _fill(w[j], self.tile[1])
+                s[i, j] = self._tile_functions().forward(h_i, w_j)[:i.stop - i.start, :j.stop - j.start]
+            else:
+                s[i, j] = self.value(h[i][:, None], w[j][None])
+        return s
+
+    def backward(self, h, w, s, g, dh, dw):
+        kernels = self._kernels(h)
+        if kernels:
+            return kernels.backward(self.kernel, h, w, s, g, dh, dw)
+        for i, j in self._tiles(*s.shape, h.shape[1], h.is_cuda):
+            if self.compile:
+                fn, (n, v) = self._tile_functions(), self.tile
+                h_i, w_j, s_ij = _fill(h[i], n), _fill(w[j], v), _fill(_fill(s[i, j], n).T, v).T.contiguous()
+                g_ij = nn.functional.pad(g[i, j], (0, v - j.stop + j.start, 0, n - i.stop + i.start))
+                s_ij, g_ij = fn.pair(h_i, w_j, s_ij, g_ij) # (n, v)
+                dh[i] += fn.dh(h_i, w_j, s_ij, g_ij)[:i.stop - i.start]
+                dw[j] += fn.dw(h_i, w_j, s_ij.T.contiguous(), g_ij.T.contiguous())[:j.stop - j.start]
+            else: # (n, v, D) each, or already summed by autograd
+                gh, gw = self.gradient(h[i][:, None], w[j][None], s[i, j], g[i, j])
+                dh[i] += gh.sum(1)
+                dw[j] += gw.sum(0)
+
+    tile = 256, 512 # of torch.compile: measured best on CPUs
+
+    def _tiles(self, N, V, D, cuda):
+        tn, tv = self.tile if self.compile else (16, max(1, self.eager_elements * (32 if cuda else 1) // (16 * D)))
         for i in range(0, N, tn):
             for j in range(0, V, tv):
                 yield slice(i, min(i + tn, N)), slice(j, min(j + tv, V))
 
-    def _functions(self):
-        if not self.compile:
-            return self._forward_tile, self._backward_tile
-        if self._compiled is None:
-            backward = self._backward_tile
-            if self.slope is not None: # two kernels, as one that reduces along n and along v would store the tile
-                dh, dw = (torch.compile(partial(self._half_backward_tile, side), dynamic=False) for side in (0, 1))
-                backward = lambda *args: (dh(*args), dw(*args))
-            self._compiled = torch.compile(self._forward_tile, dynamic=False), backward
-        return self._compiled
+    def _tile_functions(self):
+        """Of one tile (n, v): forward, pair, and each gradient on its own with its sum innermost, since a kernel that sums along both
+        n and v would store the tile. dw takes s and g transposed (v, n)."""
+        def forward(h, w):
+            return self.value(h[:, None], w[None])
 
-    def forward(self, h, w):
-        fn, _ = self._functions()
-        s = h.new_empty(len(h), len(w))
-        for i, j in self._tiles(*s.shape, h.shape[1]):
-            s[i, j] = fn(h[i], w[j])
-        return s
+        def pair(h, w, s, g):
+            return self.pair(h[:, None], w[None], s, g) if self.pair is not None else (s, g)
 
-    def backward(self, h, w, s, g, dh, dw):
-        _, fn = self._functions()
-        for i, j in self._tiles(*s.shape, h.shape[1]):
-            dh_tile, dw_tile = fn(h[i], w[j], s[i, j], g[i, j])
-            dh[i] += dh_tile
-            dw[j] += dw_tile
+        def dh(h, w, s, g):
+            if self.slope is None:
+                return torch.func.vjp(forward, h, w)[1](g)[0]
+            return self.slope(h[:, None], w[None], s[..., None], g[..., None])[0].sum(1)
+
+        def dw(h, w, s, g):
+            if self.slope is None:
+                return torch.func.vjp(forward, h, w)[1](g.T)[1]
+            return self.slope(h[None], w[:, None], s[..., None], g[..., None])[1].sum(1)
+
+        if self._functions is None:
+            self._functions = SimpleNamespace(forward=_compile(forward), pair=_compile(pair) if self.pair else pair, dh=_compile(dh), dw=_compile(dw))
+        return self._functions
 
 
-def pair_gradient(core, h, w, s, g):
-    """g times the gradient of s = core.value(h, w), for vectors that broadcast: h, w (..., D), s, g (...)."""
-    if core.slope is None:
-        with torch.enable_grad():
-            h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
-            return torch.autograd.grad(core.value(h, w), (h, w), g)
-    sh, sw = core.slope(h, w, s[..., None])
-    return g[..., None] * sh, g[..., None] * sw
+def _fill(x, rows):
+    """x with its last row repeated up to so many rows: a ragged tile in the one shape that is compiled, of values like its own."""
+    return x if len(x) == rows else torch.cat([x, x[-1:].expand(rows - len(x), -1)])
 
 
-def _of_difference(value, slope):
+def _compile(fn, dynamic=False):
+    """torch.compile with a cache of its own. Dynamo counts recompilations per code object, and many heads share this file's: past the
+    eighth it would go on eagerly, with N x V x D in memory, and say so in a log line only."""
+    own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    return torch.compile(own, dynamic=dynamic, fullgraph=True)
+
+
+def _of_difference(value, slope, pair=None, kernel=None):
     """Tiles of a function of x = h - w, whose gradients are opposite."""
-    def slopes(h, w, s):
-        sh = slope(h - w, s)
-        return sh, -sh
-    return Tiles(lambda h, w: value(h - w), slopes)
+    def slopes(h, w, s, g):
+        gh = slope(h - w, s, g)
+        return gh, -gh
+    return Tiles(lambda h, w: value(h - w), slopes, pair and (lambda h, w, s, g: pair(h - w, s, g)), kernel)
+
+
+def _signed(x, g):
+    """g sign(x) by one comparison, twice as fast as sign(). At x = 0, where |x| has every slope in [-1, 1], it takes -1."""
+    return torch.where(x > 0, g, -g)
+
+
+def _tiny(x):
+    return torch.finfo(x.dtype).tiny
 
 
 def l1(o):
-    return _of_difference(lambda x: _sum_d(x.abs()), lambda x, s: x.sign())
+    return _of_difference(lambda x: _sum_d(x.abs()), lambda x, s, g: _signed(x, g), kernel=("l1",))
 
 
 def linf(o):
-    def slope(x, s):
-        top = (x.abs() == s).to(x.dtype)
-        return x.sign() * top / top.sum(-1, keepdim=True) # ties share the gradient: a true subgradient
-    return _of_difference(lambda x: x.abs().amax(-1), slope)
+    def pair(x, s, g): # ties share the gradient: a true subgradient
+        return s, g / (x.abs() == s[..., None]).to(x.dtype).sum(-1)
+    return _of_difference(lambda x: x.abs().amax(-1), lambda x, s, g: torch.where(x.abs() == s, _signed(x, g), 0), pair, ("linf",))
 
 
 def smooth_linf(o):
     return _of_difference(lambda x: torch.logsumexp(o.alpha * x.abs(), -1) / o.alpha,
-                          lambda x, s: x.sign() * torch.exp(o.alpha * (x.abs() - s)))
+                          lambda x, s, g: _signed(x, g) * torch.exp(o.alpha * (x.abs() - s)))
 
 
 def _power(k):
@@ -228,22 +326,39 @@ def lp(o):
 
     def value(x):
         x = x.abs()
-        top = x.amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) # out of the sum, or 1e4^p overflows
-        r = x / top
-        return top[..., 0] * _sum_d(r * power(r)) ** (1 / o.p)
-    return _of_difference(value, lambda x, s: x.sign() * power(x.abs() / s.clamp_min(torch.finfo(x.dtype).tiny)))
+        if o.p <= 4: # |x|^p stays in range for |x| from 1e-9 to 1e9
+            return _sum_d(x * power(x)) ** (1 / o.p)
+        top = x.amax(-1, keepdim=True).clamp_min(_tiny(x)) # out of the sum, or 1e4^p overflows
+        return top[..., 0] * _sum_d((x / top) ** o.p) ** (1 / o.p)
+
+    def pair(x, s, g):
+        return 1 / s.clamp_min(_tiny(s)), g
+    return _of_difference(value, lambda x, inverse, g: _signed(x, g) * power(x.abs() * inverse), pair, ("lp", o.p))
 
 
-def hard_bits(o):
-    """Share of mismatched bits; the gradient is the soft form's (straight through). h and w come with the threshold at 0."""
-    def slope(h, w, s):
-        sign = (h - w).sign() / h.shape[-1]
-        return sign * _sigmoid_slope(h), -sign * _sigmoid_slope(w)
-    return Tiles(lambda h, w: ((h > 0) != (w > 0)).to(h.dtype).mean(-1), slope)
+class HardBits(Tiles):
+    """Number of mismatched bits, one matrix product; its gradient is the soft form's (straight through), sum |h - w|."""
 
+    def __init__(self):
+        def slope(h, w, s, g):
+            gh = _signed(h - w, g)
+            return gh, -gh
+        super().__init__(self.mismatches, slope, kernel=("l1",))
 
-def _sigmoid_slope(x):
-    return torch.sigmoid(x) * torch.sigmoid(-x)
+    @staticmethod
+    def bits(x):
+        return (x > 0.5).to(x.dtype)
+
+    @staticmethod
+    def mismatches(h, w):
+        return _sum_d((HardBits.bits(h) - HardBits.bits(w)).abs())
+
+    def once(self, w):
+        return self.bits(w)
+
+    def forward(self, h, w, once):
+        h = self.bits(h)
+        return torch.addmm(_sum_d(once), h, once.T, alpha=-2).add_(_sum_d(h)[:, None]) # |h - w|^2, exact for bits
 
 
 def canberra(o, min_denom=0.0):
@@ -251,11 +366,13 @@ def canberra(o, min_denom=0.0):
     def q(h, w):
         return (h.abs() + w.abs() + o.eps).clamp_min(min_denom)
 
-    def slope(h, w, s):
-        x, q_ = h - w, q(h, w)
-        m = x.abs() / q_ * (q_ > min_denom) # a denominator at its floor does not move
-        return (x.sign() - m * h.sign()) / q_, (-x.sign() - m * w.sign()) / q_
-    return Tiles(lambda h, w: _sum_d((h - w).abs() / q(h, w)), slope)
+    def slope(h, w, s, g):
+        q_ = q(h, w)
+        m = (h - w).abs() / q_ * (q_ > min_denom) # a denominator at its floor does not move
+        g = g / q_
+        gx, gm = _signed(h - w, g), g * m
+        return gx - gm * h.sign(), -gx - gm * w.sign()
+    return Tiles(lambda h, w: _sum_d((h - w).abs() / q(h, w)), slope, kernel=("canberra", o.eps, min_denom))
 
 
 def canberra_weighted(o):
@@ -269,12 +386,12 @@ def canberra_weighted(o):
         q_ = q(h, w)
         return _sum_d((h - w).abs() * power_less_1(q_)) / _sum_d(power(q_))
 
-    def slope(h, w, s):
+    def slope(h, w, s, g):
         x, q_ = h - w, q(h, w)
-        total, r = power(q_).sum(-1, keepdim=True), power_less_1(q_) # r is the slope of |x|; through q goes the rest
-        through_q = (k - 1) * x.abs() * r / q_ - s * k * r
-        return (x.sign() * r + through_q * h.sign()) / total, (-x.sign() * r + through_q * w.sign()) / total
-    return Tiles(value, slope)
+        gr = g * power_less_1(q_) # the slope of |x|; through q goes the rest
+        gx, through_q = _signed(x, gr), gr * ((k - 1) * x.abs() / q_ - s * k)
+        return gx + through_q * h.sign(), -gx + through_q * w.sign()
+    return Tiles(value, slope, lambda h, w, s, g: (s, g / _sum_d(power(q(h, w)))))
 
 
 # -----------------------------------------------------------------------------
@@ -313,7 +430,23 @@ def _bits_gumbel(h, w, o):
 
 
 def _bits_hard(h, w, o):
-    return h - o.threshold, w - o.threshold
+    """The soft bits, above 0.5 exactly where x > threshold: close to it the sigmoid rounds to 0.5."""
+    def bits(x):
+        soft, half = torch.sigmoid(x - o.threshold), x.new_tensor(0.5)
+        exact = torch.where(x > o.threshold, soft.clamp_min(torch.nextafter(half, 2 * half)), soft.clamp_max(0.5))
+        return soft + (exact - soft).detach()
+    return bits(h), bits(w)
+
+
+def _exponentials(h, w, o):
+    """sum 2 cosh(alpha (h - w)) = <[e^(alpha h), e^(-alpha h)], [e^(-alpha w), e^(alpha w)]>, within the range of exp."""
+    if o.validate:
+        limit = math.log(torch.finfo(h.dtype).max) - 8 # for the sum
+        reach = o.alpha * (h.detach().abs().amax() + w.detach().abs().amax()).item()
+        if not reach < limit:
+            raise ValueError(f"chebyshev (cosh): alpha (max |h| + max |w|) is {reach:.4g}, its exponentials hold up to {limit:.0f}: "
+                             "lower alpha, scale the features down, or use the variant smooth")
+    return torch.cat([(o.alpha * h).exp(), (-o.alpha * h).exp()], -1), torch.cat([(-o.alpha * w).exp(), (o.alpha * w).exp()], -1)
 
 
 def _shares(h, w, o):
@@ -422,6 +555,9 @@ DISTANCES = {
         "standard": Distance(linf, formula="max |h-w| + eps"),
         "smooth": Distance(smooth_linf, lambda s, a, b, o: s, params=dict(alpha=10.0), n_scale=8.0,
                            formula="logsumexp(alpha |h-w|) / alpha"),
+        # two matrix products; above the smooth one by at most log(2) / alpha, where h = w
+        "cosh": Distance(lambda o: Dot(), lambda s, a, b, o: s.log() / o.alpha, _exponentials, params=dict(alpha=10.0), n_scale=8.0,
+                         formula="log(sum 2 cosh(alpha (h-w))) / alpha"),
     },
     "minkowski": {
         "standard": Distance(lp, _minkowski, params=dict(p=1.5), formula="(sum |h-w|^p)^(1/p) + eps"),
@@ -437,7 +573,7 @@ DISTANCES = {
         "soft": Distance(l1, _mean, _bits_soft, params=dict(T=1.0), formula="mean |s(h/T) - s(w/T)| + eps, s the sigmoid"),
         "gumbel": Distance(l1, _mean, _bits_gumbel, params=dict(T=0.5), unit_norm=False, # the noise has std 1.8
                            formula="the same on binary-concrete samples while training"),
-        "hard": Distance(hard_bits, _plus_eps, _bits_hard, params=dict(threshold=0.0), n_scale=0.3,
+        "hard": Distance(lambda o: HardBits(), _mean, _bits_hard, params=dict(threshold=0.0), n_scale=0.3,
                          formula="mean (h>t != w>t) + eps, straight-through"),
     },
     "canberra": {
@@ -498,7 +634,7 @@ def _options(spec, distance, in_features, eps, params):
         legal = [*spec.params, *spec.tensors, *spec.buffers]
         if name not in legal:
             raise ValueError(f"{distance} has no parameter {name!r} (legal: {', '.join(legal) or 'none'})")
-    o = SimpleNamespace(eps=eps, in_features=in_features, training=False, **{**spec.params, **params})
+    o = SimpleNamespace(eps=eps, in_features=in_features, training=False, validate=True, **{**spec.params, **params})
     for name in ("alpha", "T", "min_denom", "reg_lambda"):
         if name in spec.params and not getattr(o, name) > 0:
             raise ValueError(f"{name} must be > 0, got {getattr(o, name)}")
@@ -515,14 +651,28 @@ def _options(spec, distance, in_features, eps, params):
 # -----------------------------------------------------------------------------
 # the two autograd functions
 
+@contextmanager
+def _full_fp32(x):
+    """No tf32: where a GPU rounds the operands, the identity of SquaredL2 keeps three digits."""
+    before = torch.get_float32_matmul_precision() if x.is_cuda else "highest"
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
 class _Matrix(torch.autograd.Function):
     """s for all pairs (N, V), with the core's own gradients."""
 
     @staticmethod
     def forward(ctx, core, h, w):
-        s = core.forward(h, w)
-        if hasattr(core, "refine"):
-            s = core.refine(h, w, s)
+        with _full_fp32(h):
+            s = core.forward(h, w, core.once(w))
+            if hasattr(core, "refine"):
+                s = core.refine(h, w, s)
         ctx.core = core
         ctx.save_for_backward(h, w, s)
         return s
@@ -532,66 +682,76 @@ class _Matrix(torch.autograd.Function):
     def backward(ctx, g):
         h, w, s = ctx.saved_tensors
         dh, dw = torch.zeros_like(h), torch.zeros_like(w)
-        ctx.core.backward(h, w, s, g, dh, dw)
+        with _full_fp32(h):
+            ctx.core.backward(h, w, s, g, dh, dw)
         return None, dh, dw
 
 
-def _nll(core, score, h, w, a, b, n, targets, weights, chunk, need_grad):
+def _scores(d, n, link, num_classes):
+    """z (N, V) of distances"""
+    z = -n * (d.log() if link == "harmonic" else d)
+    if num_classes < d.shape[1]: # padding rows are prototypes too, but of nothing
+        z = z.masked_fill(torch.arange(d.shape[1], device=d.device) >= num_classes, -math.inf)
+    return z
+
+
+def _row_function(finish, o, link, n, num_classes):
+    """rows(need_grad, s, y, weights, a, b, learned n) -> (nll (c,), gradients of sum(weights * nll) by s (c, V), at the targets apart (c,),
+    and by those of a, b, n that are given): all that a chunk needs besides the core, in one function that torch.compile makes two passes of."""
+    def rows(need_grad, s, y, weights, a, b, learned):
+        def score(s, *given):
+            given = iter(given)
+            a_, b_, n_ = (None if x is None else next(given) for x in (a, b, learned))
+            return _scores(finish(s, a_, b_, o), n if n_ is None else n_, link, num_classes)
+        given = [x for x in (a, b, learned) if x is not None]
+        z, vjp = torch.func.vjp(score, s, *given) if need_grad else (score(s, *given), None)
+        logp = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
+        nll = -logp.gather(1, y[:, None])[:, 0]
+        if not need_grad:
+            return nll, None, None, None
+        target = torch.arange(z.shape[1], device=y.device) == y[:, None]
+        gs, *gs_given = vjp((logp.exp() - target.to(z.dtype)) * weights[:, None]) # dL/dz = p - 1_y
+        return nll, gs.masked_fill(target, 0), gs.gather(1, y[:, None])[:, 0], gs_given
+    return rows
+
+
+def _nll(core, rows, h, w, a, b, n, targets, weights, chunk, need_grad, mm_dtype):
     """-log p_y per row (N,) and, with need_grad, the gradients of sum(weights * nll) with respect to h, w, a, b, n. One chunk of rows
-    at a time: nothing larger than chunk x V. The target's own column is computed directly, value and gradient: it is the one that
-    comes close to h, where a matrix product cancels."""
+    at a time: nothing larger than chunk x V. The target's own column is computed directly, value and gradient, from operands that are
+    not rounded to mm_dtype: it is the one that comes close to h, where a matrix product cancels."""
     nll = h.new_empty(len(h))
     grads = [None if x is None or not need_grad else torch.zeros_like(x) for x in (h, w, a, b, n)]
+    w_mm = w.to(mm_dtype)
+    once = core.once(w_mm)
     for start in range(0, len(h), chunk):
-        rows = slice(start, start + chunk)
-        y = targets[rows]
-        i = torch.arange(len(y), device=y.device)
-        h_i, w_y = h[rows], w[y] # (c, D)
+        i = slice(start, start + chunk)
+        h_i, y = h[i], targets[i]
+        w_y = w[y] # (c, D)
+        h_mm = h_i.to(mm_dtype)
         s_y = core.value(h_i, w_y)
-        s = core.forward(h_i, w) # (c, V)
-        s[i, y] = s_y
-        with torch.set_grad_enabled(need_grad):
-            leaves = [None if x is None else x.detach().requires_grad_(need_grad) for x in (s, None if a is None else a[rows], b, n)]
-            z = score(*leaves)
-        z_, lse = z.detach(), z.detach().logsumexp(1)
-        nll[rows] = lse - z_[i, y]
-        if not need_grad:
-            continue
-        gz = (z_ - lse[:, None]).exp_() # dL/dz = p - 1_y
-        gz[i, y] -= 1
-        gz *= weights[rows, None]
-        given = [x for x in leaves if x is not None]
-        of = dict(zip(map(id, given), torch.autograd.grad(z, given, gz, allow_unused=True)))
-        gs, ga, gb, gn = (None if x is None else of[id(x)] for x in leaves)
-        del z, z_, gz, leaves, given, of
-        gs_y, gs[i, y] = gs[i, y], 0 # the target's term stays out of the product
-        core.backward(h_i, w, s, gs, grads[0][rows], grads[1])
-        gh_y, gw_y = pair_gradient(core, h_i, w_y, s_y, gs_y)
-        grads[0][rows] += gh_y
-        grads[1].index_add_(0, y, gw_y)
-        if a is not None:
-            grads[2][rows] += ga
-            grads[3] += gb
-        if n is not None:
-            grads[4] += gn
+        s = core.forward(h_mm, w_mm, once) # (c, V)
+        s.scatter_(1, y[:, None], s_y[:, None])
+        nll[i], gs, gs_y, gs_given = rows(need_grad, s, y, weights[i], None if a is None else a[i], b, n)
+        if need_grad:
+            core.backward(h_mm, w_mm, s, gs, grads[0][i], grads[1]) # without the targets' own terms
+            gh_y, gw_y = core.gradient(h_i, w_y, s_y, gs_y)
+            grads[0][i] += gh_y
+            grads[1].index_add_(0, y, gw_y)
+            for k, g in zip([k for k, x in enumerate((a, b, n), 2) if x is not None], gs_given):
+                (grads[k][i] if k == 2 else grads[k]).add_(g) # a has a row per row of h
     return nll, grads
 
 
 class _Loss(torch.autograd.Function):
-    """sum(weights * nll) or, with weights None, the vector nll. The gradients of a sum are made in the forward pass, chunk by chunk,
-    and only scaled in the backward pass; those of the vector need the upstream gradient, so its backward pass computes again."""
+    """sum(weights * nll) or, with per_row, the vector weights * nll. The gradients of the sum are made in the forward pass, chunk by
+    chunk, and only scaled in the backward pass; those of the vector need the upstream gradient, so its backward pass computes again."""
 
     @staticmethod
-    def forward(ctx, core, score, chunk, need_grad, targets, weights, h, w, a, b, n):
-        args = core, score, h, w, a, b, n, targets
-        nll, grads = _nll(*args, weights, chunk, need_grad and weights is not None)
-        ctx.again = None
-        if weights is not None:
-            ctx.save_for_backward(*grads)
-            return (weights * nll).sum()
-        ctx.again = core, score, chunk
-        ctx.save_for_backward(h, w, a, b, n, targets)
-        return nll
+    def forward(ctx, core, rows, chunk, need_grad, mm_dtype, per_row, targets, weights, h, w, a, b, n):
+        nll, grads = _nll(core, rows, h, w, a, b, n, targets, weights, chunk, need_grad and not per_row, mm_dtype)
+        ctx.again = (core, rows, chunk, mm_dtype) if per_row else None
+        ctx.save_for_backward(*(h, w, a, b, n, targets, weights) if per_row else grads)
+        return weights * nll if per_row else (weights * nll).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -599,11 +759,11 @@ class _Loss(torch.autograd.Function):
         if ctx.again is None:
             grads = [None if x is None else x * g for x in ctx.saved_tensors]
         else:
-            core, score, chunk = ctx.again
-            *inputs, targets = ctx.saved_tensors
+            core, rows, chunk, mm_dtype = ctx.again
+            *inputs, targets, weights = ctx.saved_tensors
             with torch.autocast(g.device.type, enabled=False):
-                _, grads = _nll(core, score, *inputs, targets, g, chunk, True)
-        return *[None] * 6, *grads
+                _, grads = _nll(core, rows, *inputs, targets, g * weights, chunk, True, mm_dtype)
+        return *[None] * 8, *grads
 
 
 # -----------------------------------------------------------------------------
@@ -667,7 +827,9 @@ class DistanceHead(nn.Module):
         if any(name in params for name in own):
             raise ValueError(f"{', '.join(own)} belongs to the head (head.{own[0]}), it is not an argument")
         self.options = _options(self.spec, distance, in_features, eps, params)
-        self.core = self.spec.core(self.options)
+        self.core, self._row_functions = self.spec.core(self.options), {}
+        self.compiled = False # see compile_loss
+        self.mm_dtype = None # of the products' operands in the loss; None: bf16 on a GPU under autocast to bf16, else as h is
         self.validate = True # check h and targets at every call; it waits for the device, so a training loop may switch it off
         nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5)
 
@@ -681,10 +843,19 @@ class DistanceHead(nn.Module):
     def n(self):
         return self.log_n.exp() if self.fixed_n is None else self.fixed_n
 
-    def compile_tiles(self, on=True):
-        """Elementwise distances: run the tiles through torch.compile (needs a C++ compiler or Triton)."""
+    def compile_loss(self, on=True):
+        """Run what is not a matrix product through torch.compile: the tiles of elementwise distances (but see Tiles.triton), and
+        the way from distances to the loss and back. Needs a C++ compiler on a CPU, triton on a GPU."""
+        self.compiled, self._row_functions = on, {}
         if isinstance(self.core, Tiles):
             self.core.compile = on
+
+    def _rows(self):
+        key = self.link, self.fixed_n
+        if key not in self._row_functions:
+            rows = _row_function(self.spec.finish, self.options, *key, self.num_classes)
+            self._row_functions[key] = torch.compile(rows) if self.compiled else rows
+        return self._row_functions[key]
 
     def _inputs(self, h):
         """h (..., D) -> (N, D) in fp32 (fp64 stays), with the weight and the options in the same dtype."""
@@ -696,16 +867,10 @@ class DistanceHead(nn.Module):
             raise ValueError(f"h is not finite: {(~torch.isfinite(h)).sum().item()} of {h.numel()} values, the first in row {row}")
         dtype = torch.promote_types(torch.promote_types(h.dtype, self.weight.dtype), torch.float32)
         o = SimpleNamespace(**vars(self.options))
-        o.training = self.training
+        o.training, o.validate = self.training, self.validate
         for name in [*self.spec.tensors, *self.spec.buffers]:
             setattr(o, name, getattr(self, name).to(dtype))
         return h.to(dtype), self.weight.to(dtype), o
-
-    def _score(self, d, n):
-        z = -n * (d.log() if self.link == "harmonic" else d)
-        if self.num_classes < self.num_prototypes:
-            z[:, self.num_classes:] = -math.inf # padding rows are prototypes too, but of nothing
-        return z
 
     def distances(self, h):
         """d(h, w_k): h (..., D) -> (..., num_classes). Close pairs are exact too: relative error about 1e-4 at the worst in fp32."""
@@ -719,22 +884,24 @@ class DistanceHead(nn.Module):
         """z, the scores whose softmax is p: h (..., D) -> (..., num_classes)."""
         with torch.autocast(h.device.type, enabled=False):
             x, w, o = self._inputs(h)
-            z = self._score(_distances(self.spec, o, x, w, self.core), self.n)
-            return z[:, :self.num_classes].reshape(*h.shape[:-1], self.num_classes)
+            d = _distances(self.spec, o, x, w, self.core)[:, :self.num_classes]
+            return _scores(d, self.n, self.link, self.num_classes).reshape(*h.shape[:-1], self.num_classes)
 
     @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
     def loss(self, h, targets, ignore_index=-1, reduction="mean", chunk=None):
         """-log p_y in nats, equal to F.cross_entropy(head(h), targets) in value and in every gradient, without N x V in memory.
 
         h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction "mean" (over the
-        targets that count), "sum" or "none" (per target, whose backward pass computes the distances again). chunk: rows at a time,
-        by default as many as make 32 MB per buffer (256 MB on a GPU). Runs in fp32 with autocast off; gradients of the weight
-        accumulate in fp32. Raises ValueError for shapes that do not fit, a target out of range and a non-finite h.
+        targets that count), "sum" or "none" (per target, whose backward pass computes the distances again). chunk: rows at a time, by
+        default 256, or 1024 on a GPU, and more where that makes no buffer larger than 4 MB (256 MB on a GPU). Runs in fp32 with
+        autocast off, but for the operands of matrix products (mm_dtype); gradients of the weight accumulate in fp32. Raises ValueError
+        for shapes that do not fit, a target out of range and a non-finite h.
         """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
         if h.shape[:-1] != targets.shape:
             raise ValueError(f"h {tuple(h.shape)} and targets {tuple(targets.shape)} do not fit: h needs one more dimension, the features")
+        low = h.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
         with torch.autocast(h.device.type, enabled=False):
             shape, targets = targets.shape, targets.reshape(-1)
             keep = targets != ignore_index
@@ -752,12 +919,11 @@ class DistanceHead(nn.Module):
             x, w = self.spec.prep(x, w, o)
             a, b = _sides(self.spec, x, w)
             n = self.n if self.fixed_n is None else None
-            chunk = chunk or max(1, 2 ** (26 if x.is_cuda else 23) // len(w))
+            chunk = chunk or (max(1024, 2 ** 26 // len(w) // 128 * 128) if x.is_cuda else max(256, 2 ** 20 // len(w)))
+            mm_dtype = x.dtype if not self.core.is_product else self.mm_dtype or (torch.bfloat16 if low else x.dtype)
             need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, a, b, n))
-            def score(s, a, b, n):
-                return self._score(self.spec.finish(s, a, b, o), self.fixed_n if n is None else n)
-            out = _Loss.apply(self.core, score, chunk, need_grad, targets, None if reduction == "none" else weights, x, w, a, b, n)
-            return out if reduction != "none" else (out * weights).reshape(shape)
+            loss = _Loss.apply(self.core, self._rows(), chunk, need_grad, mm_dtype, reduction == "none", targets, weights, x, w, a, b, n)
+            return loss if reduction != "none" else loss.reshape(shape)
 
     @torch.no_grad()
     def _update_covariance(self, h, targets):

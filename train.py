@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure, fail
 from data import Blocks, load_meta
-from distances import DistanceHead, parse_params
+from distances import DistanceHead, Tiles, parse_params
 from emissions import Emissions, grid_factor
 from model import GPT, GPTConfig
 
@@ -90,7 +90,8 @@ track_emissions = True
 seed = 1337 # of initial weights, data order and dropout
 device = 'auto' # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = 'auto' # 'float32', 'bfloat16', or 'float16' (with loss scaling); auto: bfloat16 on a GPU that has it, else float32
-compile = True # torch.compile, where there is a compiler
+compile = True # torch.compile, where there is a compiler: of the model, and of what in the head is not a matrix product
+triton = True # elementwise distances on a GPU: the kernels of distances_triton.py, where triton is; False: compiled tiles
 # -----------------------------------------------------------------------------
 problems = [] # every violation goes into one report
 config, sources = configure(globals(), problems=problems)
@@ -207,6 +208,8 @@ if init_from.startswith('gpt2'):
         raise SystemExit(f"{init_from} has {model.config.vocab_size} tokens, the data have {vocab_size}: prepare them with --encoding gpt2")
 else:
     model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
+if isinstance(model.head.core, Tiles):
+    model.head.core.triton = triton
 model.head.validate = False # it waits for the device; Blocks checks the ids, and this script stops at a loss that is not finite
 model.to(device)
 optimizer = make_optimizer(model)
@@ -248,14 +251,17 @@ if compile:
     try:
         print0("compiling the model, this takes a minute...")
         model.features = torch.compile(model.features)
-        model.head.compile_tiles()
-        model.eval() # in training mode the head may update its statistics
-        with torch.no_grad(), autocast:
-            model(x, y)
+        model.head.compile_loss()
+        model.head.eval() # in training mode it may update its statistics
+        with autocast:
+            loss = model(x, y)[1]
+        loss.backward()
     except Exception as e:
         print0(f"torch.compile does not work here, going on without it ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''})")
         model.features = eager
-        model.head.compile_tiles(False)
+        model.head.compile_loss(False)
+    model.zero_grad(set_to_none=True)
+    model.train()
 if ddp:
     model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None)
 num_params = sum(p.numel() for p in raw_model.parameters())

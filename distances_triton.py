@@ -1,0 +1,272 @@
+"""
+CUDA kernels of the elementwise cores of distances.py: s for all pairs, and its gradients, without anything of size N x V x D.
+
+    s = forward(kernel, h, w)                  # h (N, D), w (V, D) -> (N, V), all fp32
+    backward(kernel, h, w, s, g, dh, dw)       # adds g ds/dh to dh (N, D) and g ds/dw to dw (V, D); s, g (N, V)
+
+    kernel                          s                               slope of |x|, x = h - w, 0 at x = 0 (exactly, ties included)
+    ("l1",)                         sum |x|                         1
+    ("linf",)                       max |x|                         1 / number of ties where |x| = s, else 0
+    ("lp", p), 1 < p <= 4           (sum |x|^p)^(1/p)               (|x| / s)^(p-1); 1.5 and 3 have kernels without powers
+    ("canberra", eps, min_denom)    sum |x| / q, q =                its derivative; a q at its floor does not move. 1e-30 in place of
+                                    max(|h|+|w|+eps, min_denom)     eps = 0, so that 0 / 0 counts as 0
+
+    python distances_triton.py                 # instructions per element of every inner loop, compiled for sm_90; needs no GPU
+
+How it is built. A tile of the result stays in registers while one coordinate (forward) or one row (backward) after the other passes
+by: `acc += f(column, row)`. A product of matrices does no more, except that here f takes 2 to 14 instructions on no tensor core. So the
+number of instructions per element is the cost, and everything else is done outside of the loop:
+    a rescaling of h and w by a power of two, which is exact, keeps powers in range, and turns sign(x) into one instruction, clamp(x, -1, 1)
+    whatever depends on (n, v) alone, such as g s^(1-p), is multiplied into g beforehand
+    dh and dw come from one kernel with h and w exchanged, as the slope in w is that in h with h and w exchanged, for every core here
+TRITON_INTERPRET=1 in the environment runs all of it on CPU tensors, slowly.
+"""
+import math
+import re
+import sys
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import libdevice
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _log2(x):
+    """tl.log2 is a polynomial of some 25 instructions; the hardware's own is good to 2^-22, but unknown to the interpreter."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)
+
+
+@triton.jit
+def _forward(hT, wT, s, known, top, N, V, D, HS, WS, p, eps, floor, KIND: tl.constexpr, FLOOR: tl.constexpr, TN: tl.constexpr, TV: tl.constexpr):
+    """s (N, V) of hT (D+1, HS), wT (D+1, WS), which are padded to whole tiles. KIND "ties" counts the coordinates with |x| = known (N, V)."""
+    n = tl.program_id(0) * TN + tl.arange(0, TN)
+    v = tl.program_id(1) * TV + tl.arange(0, TV)
+    tile, mask = n.to(tl.int64)[:, None] * V + v[None, :], (n < N)[:, None] & (v < V)[None, :]
+    hT += n
+    wT += v
+    acc = tl.full((TN, TV), 0.0, tl.float32)
+    if KIND == "ties":
+        s_known = tl.load(known + tile, mask, 0.0)
+    h_next, w_next = tl.load(hT), tl.load(wT)
+    for _ in range(D):
+        h, w = h_next.to(tl.float32)[:, None], w_next.to(tl.float32)[None, :]
+        hT += HS
+        wT += WS
+        h_next, w_next = tl.load(hT), tl.load(wT) # on their way during the arithmetic; row D is padding
+        x = tl.abs(h - w)
+        if KIND == "l1":
+            acc += x
+        elif KIND == "linf":
+            acc = tl.maximum(acc, x)
+        elif KIND == "ties":
+            acc = tl.where(x == s_known, acc + 1.0, acc)
+        elif KIND == "l1.5":
+            acc += x * tl.sqrt(x)
+        elif KIND == "l3":
+            acc += x * x * x
+        elif KIND == "lp":
+            acc += tl.exp2(p * _log2(x)) # 0 at 0: 2^(p log 0) = 2^-inf
+        else:
+            q = tl.abs(h) + tl.abs(w) + eps
+            if FLOOR:
+                q = tl.maximum(q, floor)
+            r = tl.rsqrt(q)
+            acc += x * (r * r) # a division would take more instructions
+    if KIND == "l1.5" or KIND == "l3" or KIND == "lp":
+        acc = tl.where(acc > 1e-36, tl.exp2(_log2(acc) / p), 0.0) * tl.load(top)
+    tl.store(s + tile, acc, mask)
+
+
+@triton.jit
+def _backward(a, b, c, s, out, scale, A, B, D, rows, p, eps, floor, KIND: tl.constexpr, FLOOR: tl.constexpr, TA: tl.constexpr, TD: tl.constexpr):
+    """Adds sum_j c[j, i] slope(a[i], b[j]) to out (parts, A, D), part k over its own `rows` rows j. a (A, D), b (B, D), c and s (B, A)."""
+    d = tl.program_id(0) * TD + tl.arange(0, TD)
+    i = tl.program_id(1) * TA + tl.arange(0, TA)
+    part = tl.program_id(2)
+    tile, mask = i.to(tl.int64)[:, None] * D + d[None, :], (i < A)[:, None] & (d < D)[None, :]
+    r = tl.load(scale)
+    x = tl.load(a + tile, mask, 0.0).to(tl.float32) * r
+    sign = tl.clamp(x * 2.0 ** 126, -1.0, 1.0)
+    acc = tl.full((TA, TD), 0.0, tl.float32)
+    first = (part * rows).to(tl.int64)
+    last = min(first + rows, B)
+    b += first * D + d
+    c += first * A + i
+    s += first * A + i
+    b_next, c_next = tl.load(b, d < D), tl.load(c, i < A)
+    if KIND == "linf":
+        s_next = tl.load(s, i < A)
+    for j in range(first, last):
+        y, g = b_next.to(tl.float32)[None, :] * r, c_next[:, None]
+        D_next, A_next = tl.where(j + 1 < last, D, 0), tl.where(j + 1 < last, A, 0)
+        b += D
+        c += A
+        b_next, c_next = tl.load(b, d < D_next), tl.load(c, i < A_next)
+        z = x - y
+        if KIND == "l1":
+            acc += g * tl.clamp(z, -1.0, 1.0)
+        elif KIND == "linf":
+            acc = tl.where(tl.abs(z) == s_next[:, None], acc + g * z, acc)
+            s += A
+            s_next = tl.load(s, i < A_next)
+        elif KIND == "l1.5":
+            acc += g * (z * tl.rsqrt(tl.abs(z) + 1e-37))
+        elif KIND == "l3":
+            acc += g * (z * tl.abs(z))
+        elif KIND == "lp":
+            acc += g * (z * tl.exp2((p - 2) * _log2(tl.abs(z) + 1e-37)))
+        else: # of the same sign: sign(z) (2|y| + eps) / q^2, of opposite sign: sign(z) eps / q^2, at the floor: sign(z) / floor
+            k = tl.abs(y) + eps
+            q = tl.abs(x) + k
+            k += sign * y
+            if FLOOR:
+                k = tl.where(q > floor, k, floor)
+                q = tl.maximum(q, floor)
+            u = tl.rsqrt(q)
+            u *= u
+            k = k * u * u
+            acc += g * tl.clamp(z * 2.0 ** 126, -k, k)
+    out += part.to(tl.int64) * A * D
+    tl.store(out + tile, tl.load(out + tile, mask, 0.0) + acc, mask)
+
+
+# -----------------------------------------------------------------------------
+# what one uses
+
+def supports(kernel):
+    """Whether there is a kernel; beyond p = 4 the sum of powers would leave the range of fp32."""
+    return kernel[0] in ("l1", "linf", "canberra") or kernel[0] == "lp" and 1 < kernel[1] <= 4
+
+
+def _parse(kernel):
+    """-> KIND, p, eps, floor"""
+    name, *numbers = kernel
+    if name == "canberra":
+        return name, 1.0, max(float(numbers[0]), 1e-30), float(numbers[1])
+    if name == "lp":
+        return {1.5: "l1.5", 3.0: "l3"}.get(numbers[0], "lp"), float(numbers[0]), 0.0, 0.0
+    return name, 1.0, 0.0, 0.0
+
+
+def _tiles(KIND):
+    """Rows and columns of a tile, forward and backward: as large as 128 threads hold in registers."""
+    return ((128, 64) if KIND in ("canberra", "ties") else (128, 128)), ((128, 32) if KIND == "canberra" else (128, 64))
+
+
+def _scale(h, w, exponent):
+    """The power of two that brings the largest coordinate to just below 2^exponent, as a scalar on the device, without waiting for it."""
+    top = torch.maximum(*(torch.linalg.vector_norm(x, math.inf) for x in (h, w)))
+    return (((exponent - torch.frexp(top).exponent).clamp(-126, 126) + 127) << 23).view(torch.float32)
+
+
+def _columns(x, r, tile):
+    """x (M, D) -> r x transposed, with zeros after it to whole tiles: (D+1, M rounded up)"""
+    out = x.new_zeros(x.shape[1] + 1, -(-len(x) // tile) * tile)
+    torch.mul(x.T, r, out=out[:-1, :len(x)])
+    return out
+
+
+def _launch_forward(kind, h, w, known=None):
+    KIND, p, eps, floor = kind
+    (N, D), V, (TN, TV) = h.shape, len(w), _tiles(KIND)[0]
+    s = h.new_empty(N, V)
+    r = _scale(h, w, 0) if KIND in ("l1.5", "l3", "lp") else h.new_ones(())
+    hT, wT = _columns(h, r, TN), _columns(w, r, TV)
+    _forward[triton.cdiv(N, TN), triton.cdiv(V, TV)](hT, wT, s, s if known is None else known, 1 / r, N, V, D, hT.shape[1], wT.shape[1], p, eps, floor,
+                                                     KIND, floor > 0, TN, TV, num_warps=4, enable_fp_fusion=True)
+    return s
+
+
+def forward(kernel, h, w):
+    """s (N, V) for all pairs of rows: h (N, D), w (V, D)."""
+    if not len(h) or not len(w):
+        return h.new_empty(len(h), len(w))
+    with torch.cuda.device_of(h):
+        return _launch_forward(_parse(kernel), h, w)
+
+
+def backward(kernel, h, w, s, g, dh, dw):
+    """Adds the gradients for g (N, V) of s = forward(kernel, h, w) to dh (N, D) and dw (V, D). The order of every sum is fixed."""
+    if not g.numel():
+        return
+    KIND, p, _, _ = kind = _parse(kernel)
+    h, w, s = h.contiguous(), w.contiguous(), s.contiguous()
+    with torch.cuda.device_of(h):
+        r = h.new_ones(()) if KIND == "canberra" else _scale(h, w, 126 if KIND == "l1" else 0) # l1: any difference becomes at least 1
+        if KIND == "linf" or p > 1: # into g goes what depends on the pair alone, in the scale of the kernel: z / s is sign(x)
+            s_r = s * r
+            c = _launch_forward(("ties", *kind[1:]), h, w, s).clamp_(min=1).mul_(s_r).reciprocal_() if KIND == "linf" else s_r.pow(1 - p)
+            g, s = c.mul_(g).masked_fill_(s_r < 1e-36 ** (1 / p), 0), s_r
+        _launch_backward(kind, h, w, g.T.contiguous(), s.T.contiguous() if KIND == "linf" else s, r, dh)
+        _launch_backward(kind, w, h, g.contiguous(), s, r, dw)
+
+
+def _launch_backward(kind, a, b, c, s, r, grad):
+    """grad (A, D) += sum_j c[j] slope(a, b[j])"""
+    KIND, p, eps, floor = kind
+    (A, D), B, (TA, TD) = a.shape, len(b), _tiles(KIND)[1]
+    tiles = triton.cdiv(A, TA) * triton.cdiv(D, TD)
+    rows = triton.cdiv(B, max(1, min(1056 // tiles, triton.cdiv(B, 64)))) # a GPU of 132 processors holds some 264 tiles at a time: four rounds
+    parts = triton.cdiv(B, rows)
+    out = grad if parts == 1 and grad.is_contiguous() else grad.new_zeros(parts, A, D)
+    _backward[triton.cdiv(D, TD), triton.cdiv(A, TA), parts](a, b, c, s, out, r, A, B, D, rows, p, eps, floor, KIND, floor > 0, TA, TD,
+                                                             num_warps=4, enable_fp_fusion=True)
+    if out is not grad:
+        grad += out.sum(0)
+
+
+# -----------------------------------------------------------------------------
+# the budget
+
+def _count(kernel, KIND, floor, tile):
+    """Compiles for sm_90 -> instructions of the inner loop per element, registers, instructions that spill."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    constants = dict(zip([x.name for x in kernel.params if x.is_constexpr], (KIND, floor, *tile)))
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("p", "eps", "floor"), "fp32") | dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(set(kernel.arg_names) & {"hT", "wT", "s", "known", "top", "a", "b", "c", "out", "scale"}, "*fp32")
+    # addresses and sizes are multiples of 16, as those of a language model
+    attrs = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(types) if types[name] in ("*fp32", "i32") and name != "rows"}
+    source = ASTSource(kernel, types, constants, attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=True))
+    code, labels, loops = [], {}, []
+    for line in compiled.asm["sass"].splitlines():
+        if line.startswith("LBB"):
+            labels[line.rstrip(":")] = len(code)
+        elif "\t" in line:
+            code.append(line.split("\t")[1])
+            back = re.search(r"BRA.* (LBB\d+);", code[-1])
+            if back and back[1] in labels:
+                loops.append(len(code) - labels[back[1]])
+    registers = max(int(n) for n in re.findall(r"\bR(\d+)\b", "".join(code))) + 1
+    return max(loops) / (tile[0] * tile[1] / 128), registers, len(re.findall(r"\b(?:STL|LDL)\b", "".join(code)))
+
+
+def budget():
+    """Rows (distance, pass, instructions per element, registers, spills). The backward pass is one kernel for dh and for dw."""
+    rows = []
+    for KIND, floor in (("l1", False), ("linf", False), ("ties", False), ("l1.5", False), ("l3", False), ("lp", False), ("canberra", False), ("canberra", True)):
+        name = KIND + " with floor" * floor
+        rows.append((name, "forward", *_count(_forward, KIND, floor, _tiles(KIND)[0])))
+        if KIND != "ties": # a count that linf's backward pass makes once
+            rows.append((name, "backward", *_count(_backward, KIND, floor, _tiles(KIND)[1])))
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rows = budget()
+    except Exception as e: # another Triton, or one without its disassembler
+        sys.exit(f"the kernels cannot be compiled for sm_90 here: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+    print(f"{'distance':<20} {'pass':<10} {'instructions per element':>24} {'registers':>10} {'spills':>7}")
+    for name, step, instructions, registers, spills in rows:
+        print(f"{name:<20} {step:<10} {instructions:>24.2f} {registers:>10} {spills:>7}")
