@@ -44,8 +44,12 @@ from torch import nn
 #   value(h, w)                       one pair, or any that broadcast: (..., D), (..., D) -> (...)
 #   gradient(h, w, s, g)              of those: g ds/dh and g ds/dw (..., D)
 #   once(w)                           what all chunks of h need of w
-#   forward(h, w, once)               all pairs (N, V)
+#   forward(h, w, once, out)          all pairs, into out (N, V); of a matrix product just that, which
+#   assemble(out, h, w, once)         then makes s of: apart, as torch.compile fuses it with what follows
 #   backward(h, w, s, g, dh, dw)      all pairs: adds the gradients to dh and dw in place, without a copy of w
+
+CACHE_ELEMENTS = 2 ** 18 # of a temporary on a CPU: 1 MB in fp32 stays in cache, where a larger one costs more than the arithmetic
+
 
 def _sum_d(x):
     return x.sum(-1)
@@ -59,18 +63,33 @@ def _norm2(x): # without a temporary the size of x
     return torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)).square_()
 
 
-def _addmm(acc, a, b, alpha=1.0, out=None):
-    """acc + alpha a @ b in acc's dtype. The products of bf16 numbers are exact in fp32; a GPU takes them as they are and adds in fp32."""
-    if a.dtype != acc.dtype and a.is_cuda:
-        return torch.addmm(acc, a, b, out_dtype=acc.dtype, alpha=alpha, out=out)
-    return torch.addmm(acc, a.to(acc.dtype), b.to(acc.dtype), alpha=alpha, out=out)
+def _slices(n, step):
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
-class SquaredL2:
+def _product(a, b, out, alpha=1.0, beta=0.0):
+    """out = beta out + alpha a @ b in out's dtype. The products of bf16 numbers are exact in fp32; a GPU takes them as they are and adds in fp32."""
+    if a.dtype != out.dtype and a.is_cuda:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, beta=beta, out=out)
+    return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), alpha=alpha, beta=beta, out=out)
+
+
+class Core:
+    is_product = False # of matrices: the backward pass does without s
+    rounds = False # its operands to bf16 under autocast
+
+    def once(self, w):
+        return None
+
+    def assemble(self, out, h, w, once):
+        return out
+
+
+class SquaredL2(Core):
     """s = |h - w|^2 by one matrix product. The identity |h|^2 + |w|^2 - 2 h.w cancels when h and w are close: its absolute error is
     up to 16 x 2^-24 (|h|^2 + |w|^2) in fp32. So the loss computes the target's s directly, and `distances` all close pairs.
     bf16 operands: the norms are those of the rounded vectors, or the difference of the roundings would be taken for a distance."""
-    is_product = True # of matrices: autocast may lower its operands
+    is_product = rounds = True
     close = 1e-2 # a pair is close where s < close * (|h|^2 + |w|^2); beyond it the relative error of d is below 1e-4
 
     def value(self, h, w):
@@ -83,8 +102,11 @@ class SquaredL2:
     def once(self, w):
         return _norm2(w)
 
-    def forward(self, h, w, once):
-        return _addmm(once, h, w.T, -2).add_(_norm2(h)[:, None]).clamp_(min=0) # (N, V)
+    def forward(self, h, w, once, out):
+        _product(h, w.T, out)
+
+    def assemble(self, out, h, w, once):
+        return (_norm2(h)[:, None] + once - 2 * out).clamp_min(0)
 
     def size(self, h, w): # of the terms that cancel
         return _norm2(h)[:, None] + _norm2(w)
@@ -97,13 +119,13 @@ class SquaredL2:
 
     def backward(self, h, w, s, g, dh, dw):
         g = g.to(w.dtype) # the sums are those of the rounded g, as the products are
-        _addmm(dh.addcmul_(h, g.sum(1, dtype=s.dtype)[:, None], value=2), g, w, -2, out=dh)
-        _addmm(dw.addcmul_(w, g.sum(0, dtype=s.dtype)[:, None], value=2), g.T, h, -2, out=dw)
+        _product(g, w, dh.addcmul_(h, g.sum(1, dtype=dh.dtype)[:, None], value=2), -2, 1)
+        _product(g.T, h, dw.addcmul_(w, g.sum(0, dtype=dw.dtype)[:, None], value=2), -2, 1)
 
 
 class WeightedSquaredL2(SquaredL2):
     """s = sum alpha_k^2 (h - w_k)^2 with a weight per prototype and dimension; w holds [w, alpha] side by side (V, 2D)."""
-    is_product = False # its products are of derived matrices: they stay in fp32
+    rounds = False # its products are of derived matrices
 
     def value(self, h, w):
         w, alpha = w.chunk(2, -1)
@@ -115,26 +137,25 @@ class WeightedSquaredL2(SquaredL2):
         gh = g * alpha ** 2 * x
         return gh, torch.cat([-gh, g * alpha * x * x], -1)
 
-    def slices(self, V): # the copies of w stay small
-        return (slice(j, min(j + 4096, V)) for j in range(0, V, 4096))
-
     def once(self, w):
         return None
 
-    def forward(self, h, w, once):
-        s, h2 = h.new_empty(len(h), len(w)), h * h
-        for j in self.slices(len(w)):
+    def forward(self, h, w, once, out):
+        h2 = h * h
+        for j in _slices(len(w), 4096): # the copies of w stay small
             w_j, alpha = w[j].chunk(2, -1)
             a2 = alpha ** 2
-            s[:, j] = torch.addmm(_sum_d(a2 * w_j * w_j), h, (a2 * w_j).T, alpha=-2).addmm_(h2, a2.T)
-        return s.clamp_(min=0)
+            out[:, j] = torch.addmm(_sum_d(a2 * w_j * w_j), h, (a2 * w_j).T, alpha=-2).addmm_(h2, a2.T)
+
+    def assemble(self, out, h, w, once):
+        return out.clamp_min(0)
 
     def size(self, h, w):
         w, alpha = w.chunk(2, -1)
         return (h * h) @ (alpha ** 2).T + _sum_d((alpha * w) ** 2)
 
     def backward(self, h, w, s, g, dh, dw):
-        for j in self.slices(len(w)):
+        for j in _slices(len(w), 4096):
             (w_j, alpha), (dw_j, dalpha), g_j = w[j].chunk(2, -1), dw[j].chunk(2, -1), g[:, j]
             a2, g_h, g_v = alpha ** 2, g_j.T @ h, g_j.sum(0)[:, None]
             dh += 2 * (h * (g_j @ a2) - g_j @ (a2 * w_j))
@@ -142,9 +163,9 @@ class WeightedSquaredL2(SquaredL2):
             dalpha += 2 * alpha * (g_j.T @ (h * h) - 2 * w_j * g_h + w_j * w_j * g_v)
 
 
-class Dot:
+class Dot(Core):
     """s = h.w"""
-    is_product = True
+    is_product = rounds = True
 
     def value(self, h, w):
         return _sum_d(h * w)
@@ -152,19 +173,16 @@ class Dot:
     def gradient(self, h, w, s, g):
         return g[..., None] * w, g[..., None] * h
 
-    def once(self, w):
-        return w.new_zeros((), dtype=_wide(w))
-
-    def forward(self, h, w, once):
-        return _addmm(once, h, w.T)
+    def forward(self, h, w, once, out):
+        _product(h, w.T, out)
 
     def backward(self, h, w, s, g, dh, dw):
         g = g.to(w.dtype)
-        _addmm(dh, g, w, out=dh)
-        _addmm(dw, g.T, h, out=dw)
+        _product(g, w, dh, 1, 1)
+        _product(g.T, h, dw, 1, 1)
 
 
-class Tiles:
+class Tiles(Core):
     """Any other s = value(h, w), tile by tile, so that N x V x D is never held.
 
     slope(h, w, s, g) is the gradient per element, (g ds/dh, g ds/dw) with s and g (..., 1); where it is None autograd finds it.
@@ -173,9 +191,6 @@ class Tiles:
 
     Three ways to run it: eager tiles; compile = True: larger tiles of one fixed shape through torch.compile, in which nothing of size
     N x V x D is held either; triton = True: hand-written kernels, where there are a GPU, triton and a kernel."""
-    is_product = False
-    eager_elements = 2 ** 20 # elements of one eager temporary: 4 MB in fp32, which stays in cache
-
     def __init__(self, value, slope=None, pair=None, kernel=None):
         self.value, self.slope, self.pair, self.kernel = value, slope, pair, kernel
         self.compile, self.triton, self._functions = False, True, None
@@ -188,9 +203,6 @@ class Tiles:
         if self.pair is not None:
             s, g = self.pair(h, w, s, g)
         return self.slope(h, w, s[..., None], g[..., None])
-
-    def once(self, w):
-        return None
 
     def _kernels(self, h):
         """The module of GPU kernels, if it has one for this core."""
@@ -205,18 +217,16 @@ class Tiles:
             return None
         return distances_triton if distances_triton.supports(self.kernel) else None
 
-    def forward(self, h, w, once):
+    def forward(self, h, w, once, out):
         kernels = self._kernels(h)
         if kernels:
-            return kernels.forward(self.kernel, h, w)
-        s = h.new_empty(len(h), len(w))
-        for i, j in self._tiles(*s.shape, h.shape[1], h.is_cuda):
+            return out.copy_(kernels.forward(self.kernel, h, w))
+        for i, j in self._tiles(*out.shape, h.shape[1], h.is_cuda):
             if self.compile:
                 h_i, w_j = _fill(h[i], self.tile[0]), _fill(w[j], self.tile[1])
-                s[i, j] = self._tile_functions().forward(h_i, w_j)[:i.stop - i.start, :j.stop - j.start]
+                out[i, j] = self._tile_functions().forward(h_i, w_j)[:i.stop - i.start, :j.stop - j.start]
             else:
-                s[i, j] = self.value(h[i][:, None], w[j][None])
-        return s
+                out[i, j] = self.value(h[i][:, None], w[j][None])
 
     def backward(self, h, w, s, g, dh, dw):
         kernels = self._kernels(h)
@@ -238,10 +248,8 @@ class Tiles:
     tile = 256, 512 # of torch.compile: measured best on CPUs
 
     def _tiles(self, N, V, D, cuda):
-        tn, tv = self.tile if self.compile else (16, max(1, self.eager_elements * (32 if cuda else 1) // (16 * D)))
-        for i in range(0, N, tn):
-            for j in range(0, V, tv):
-                yield slice(i, min(i + tn, N)), slice(j, min(j + tv, V))
+        tn, tv = self.tile if self.compile else (16, max(1, CACHE_ELEMENTS * (128 if cuda else 1) // (16 * D)))
+        return ((i, j) for i in _slices(N, tn) for j in _slices(V, tv))
 
     def _tile_functions(self):
         """Of one tile (n, v): forward, pair, and each gradient on its own with its sum innermost, since a kernel that sums along both
@@ -356,9 +364,9 @@ class HardBits(Tiles):
     def once(self, w):
         return self.bits(w)
 
-    def forward(self, h, w, once):
+    def forward(self, h, w, once, out):
         h = self.bits(h)
-        return torch.addmm(_sum_d(once), h, once.T, alpha=-2).add_(_sum_d(h)[:, None]) # |h - w|^2, exact for bits
+        torch.addmm(_sum_d(once), h, once.T, alpha=-2, out=out).add_(_sum_d(h)[:, None]) # |h - w|^2, exact for bits
 
 
 def canberra(o, min_denom=0.0):
@@ -506,8 +514,8 @@ def _plus_eps(s, a, b, o):
     return s + o.eps
 
 
-def _root(s, a, b, o):
-    return (s + o.eps ** 2).sqrt()
+def _plus_eps2(s, a, b, o): # d squared
+    return s + o.eps ** 2
 
 
 def _mean(s, a, b, o):
@@ -534,6 +542,7 @@ class Distance:
     # where z starts with a spread of about half a nat, and features of unit norm, the scale at which prototypes start (else of unit variance)
     n_scale: float = 1.0
     unit_norm: bool = True
+    squared: bool = False               # finish gives d^2, and the link takes the root: of a logarithm that is a factor 1/2
     formula: str = ""
 
 
@@ -546,7 +555,7 @@ _lambda = dict(reg_lambda=1e-2)
 # the first variant of each distance is its default
 DISTANCES = {
     "euclidean": {
-        "standard": Distance(lambda o: SquaredL2(), _root, formula="sqrt(sum (h-w)^2 + eps^2)"),
+        "standard": Distance(lambda o: SquaredL2(), _plus_eps2, squared=True, formula="sqrt(sum (h-w)^2 + eps^2)"),
     },
     "manhattan": {
         "standard": Distance(l1, formula="sum |h-w| + eps"),
@@ -591,18 +600,18 @@ DISTANCES = {
                                formula="abs, after |h|+eps and |w|+eps are scaled to sum 1"),
     },
     "mahalanobis": {
-        "standard": Distance(lambda o: SquaredL2(), _root, _whiten_standard, params=_lambda, tensors=dict(A=lambda V, D: torch.eye(D)),
+        "standard": Distance(lambda o: SquaredL2(), _plus_eps2, _whiten_standard, squared=True, params=_lambda, tensors=dict(A=lambda V, D: torch.eye(D)),
                              formula="sqrt((h-w)' P (h-w) + eps^2), P = A'A + lambda I"),
-        "diagonal": Distance(lambda o: SquaredL2(), _root, _whiten_diagonal, params=_lambda,
+        "diagonal": Distance(lambda o: SquaredL2(), _plus_eps2, _whiten_diagonal, squared=True, params=_lambda,
                              tensors=dict(theta=lambda V, D: torch.zeros(D)), formula="P = diag(exp theta) + lambda I"),
-        "cholesky": Distance(lambda o: SquaredL2(), _root, _whiten_cholesky, params=_lambda,
+        "cholesky": Distance(lambda o: SquaredL2(), _plus_eps2, _whiten_cholesky, squared=True, params=_lambda,
                              tensors=dict(L=lambda V, D: torch.zeros(D, D)), formula="P = LL' + lambda I, L lower triangular"),
-        "covariance": Distance(lambda o: SquaredL2(), _root, _whiten_covariance, params=dict(momentum=0.99, shrinkage=0.1, **_lambda),
+        "covariance": Distance(lambda o: SquaredL2(), _plus_eps2, _whiten_covariance, squared=True, params=dict(momentum=0.99, shrinkage=0.1, **_lambda),
                                buffers=dict(covariance=lambda V, D: torch.eye(D)),
                                formula="P = (running within-class covariance, regularised)^-1, not learned"),
     },
     "offset_l2": {
-        "standard": Distance(lambda o: WeightedSquaredL2(), _root, _append_alpha, tensors=dict(alpha=lambda V, D: torch.ones(V, D)),
+        "standard": Distance(lambda o: WeightedSquaredL2(), _plus_eps2, _append_alpha, squared=True, tensors=dict(alpha=lambda V, D: torch.ones(V, D)),
                              formula="sqrt(sum alpha_k^2 (h-w_k)^2 + eps^2), alpha learned"),
     },
 }
@@ -664,13 +673,19 @@ def _full_fp32(x):
             torch.set_float32_matmul_precision(before)
 
 
+def _all_pairs(core, h, w):
+    once, out = core.once(w), h.new_empty(len(h), len(w), dtype=_wide(h))
+    core.forward(h, w, once, out)
+    return core.assemble(out, h, w, once)
+
+
 class _Matrix(torch.autograd.Function):
     """s for all pairs (N, V), with the core's own gradients."""
 
     @staticmethod
     def forward(ctx, core, h, w):
         with _full_fp32(h):
-            s = core.forward(h, w, core.once(w))
+            s = _all_pairs(core, h, w)
             if hasattr(core, "refine"):
                 s = core.refine(h, w, s)
         ctx.core = core
@@ -687,58 +702,74 @@ class _Matrix(torch.autograd.Function):
         return None, dh, dw
 
 
-def _scores(d, n, link, num_classes):
-    """z (N, V) of distances"""
-    z = -n * (d.log() if link == "harmonic" else d)
+def _scores(d, n, link, num_classes, squared=False):
+    """z (N, V) of distances, or of their squares"""
+    if squared:
+        z = -n / 2 * d.log() if link == "harmonic" else -n * d.sqrt()
+    else:
+        z = -n * (d.log() if link == "harmonic" else d)
     if num_classes < d.shape[1]: # padding rows are prototypes too, but of nothing
         z = z.masked_fill(torch.arange(d.shape[1], device=d.device) >= num_classes, -math.inf)
     return z
 
 
-def _row_function(finish, o, link, n, num_classes):
-    """rows(need_grad, s, y, weights, a, b, learned n) -> (nll (c,), gradients of sum(weights * nll) by s (c, V), at the targets apart (c,),
-    and by those of a, b, n that are given): all that a chunk needs besides the core, in one function that torch.compile makes two passes of."""
-    def rows(need_grad, s, y, weights, a, b, learned):
+def _row_function(core, finish, squared, o, link, n, num_classes):
+    """rows(s, s_y, gs, h, w, once, y, weights, a, b, learned n, need) -> the targets' -log p (c,) and the gradients of
+    sum(weights * nll) by the targets' s (c,) and by those of a, b, learned n for which need is true; that by all other s goes into gs
+    (c, V), which may be s. All that a chunk needs besides products and tiles, in one function that torch.compile makes few passes of.
+    need = (): no gradients."""
+    def rows(s, s_y, gs, h, w, once, y, weights, a, b, learned, need):
+        target = torch.arange(s.shape[1], device=y.device) == y[:, None]
+        s = torch.where(target, s_y[:, None], core.assemble(s, h, w, once))
+
         def score(s, *given):
             given = iter(given)
-            a_, b_, n_ = (None if x is None else next(given) for x in (a, b, learned))
-            return _scores(finish(s, a_, b_, o), n if n_ is None else n_, link, num_classes)
-        given = [x for x in (a, b, learned) if x is not None]
-        z, vjp = torch.func.vjp(score, s, *given) if need_grad else (score(s, *given), None)
+            a_, b_, n_ = (next(given) if k else x for k, x in zip(need or (False,) * 3, (a, b, learned)))
+            return _scores(finish(s, a_, b_, o), n if n_ is None else n_, link, num_classes, squared)
+        given = [x for k, x in zip(need, (a, b, learned)) if k]
+        z, vjp = torch.func.vjp(score, s, *given) if need else (score(s), None)
         logp = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
         nll = -logp.gather(1, y[:, None])[:, 0]
-        if not need_grad:
-            return nll, None, None, None
-        target = torch.arange(z.shape[1], device=y.device) == y[:, None]
-        gs, *gs_given = vjp((logp.exp() - target.to(z.dtype)) * weights[:, None]) # dL/dz = p - 1_y
-        return nll, gs.masked_fill(target, 0), gs.gather(1, y[:, None])[:, 0], gs_given
+        if not need:
+            return nll, None, None
+        g, *g_given = vjp((logp.exp() - target.to(z.dtype)) * weights[:, None]) # dL/dz = p - 1_y
+        g_y = g.gather(1, y[:, None])[:, 0]
+        gs.copy_(g.masked_fill(target, 0))
+        return nll, g_y, g_given
     return rows
 
 
-def _nll(core, rows, h, w, a, b, n, targets, weights, chunk, need_grad, mm_dtype):
-    """-log p_y per row (N,) and, with need_grad, the gradients of sum(weights * nll) with respect to h, w, a, b, n. One chunk of rows
+def _nll(core, rows, h, w, a, b, n, targets, weights, chunk, need, mm_dtype):
+    """-log p_y per row (N,) and, unless need is (), the gradients of sum(weights * nll) with respect to h, w, a, b, n. One chunk of rows
     at a time: nothing larger than chunk x V. The target's own column is computed directly, value and gradient, from operands that are
     not rounded to mm_dtype: it is the one that comes close to h, where a matrix product cancels."""
     nll = h.new_empty(len(h))
-    grads = [None if x is None or not need_grad else torch.zeros_like(x) for x in (h, w, a, b, n)]
+    grads = [torch.zeros_like(x) if k else None for x, k in zip((h, w, a, b, n), (need and (True, True, *need)) or (False,) * 5)]
     w_mm = w.to(mm_dtype)
-    once = core.once(w_mm)
-    for start in range(0, len(h), chunk):
-        i = slice(start, start + chunk)
+    once, s = core.once(w_mm), h.new_empty(min(chunk, len(h)), len(w)) # every chunk's
+    gs = s if core.is_product or not need else torch.empty_like(s) # tiles need s for their gradient
+    block = chunk if h.is_cuda else max(1, CACHE_ELEMENTS // len(w)) # rows
+    for i in _slices(len(h), chunk):
         h_i, y = h[i], targets[i]
         w_y = w[y] # (c, D)
         h_mm = h_i.to(mm_dtype)
         s_y = core.value(h_i, w_y)
-        s = core.forward(h_mm, w_mm, once) # (c, V)
-        s.scatter_(1, y[:, None], s_y[:, None])
-        nll[i], gs, gs_y, gs_given = rows(need_grad, s, y, weights[i], None if a is None else a[i], b, n)
-        if need_grad:
-            core.backward(h_mm, w_mm, s, gs, grads[0][i], grads[1]) # without the targets' own terms
+        s_i, gs_i = s[:len(y)], gs[:len(y)] # (c, V)
+        core.forward(h_mm, w_mm, once, s_i)
+        gs_y, a_i, ga_i = torch.empty_like(s_y), *(x if x is None else x[i] for x in (a, grads[2]))
+        for j in _slices(len(y), block):
+            nll[i][j], g_y, g_given = rows(s_i[j], s_y[j], gs_i[j], h_mm[j], w_mm, once, y[j], weights[i][j], None if a is None else a_i[j], b, n, need)
+            if need:
+                gs_y[j] = g_y
+                for k, g in zip([k for k in range(3) if need[k]], g_given):
+                    (grads[2 + k] if k else ga_i[j]).add_(g) # a has a row per row of h
+        if need:
+            if gs is not s:
+                s_i.scatter_(1, y[:, None], s_y[:, None])
+            core.backward(h_mm, w_mm, s_i, gs_i, grads[0][i], grads[1]) # without the targets' own terms
             gh_y, gw_y = core.gradient(h_i, w_y, s_y, gs_y)
             grads[0][i] += gh_y
             grads[1].index_add_(0, y, gw_y)
-            for k, g in zip([k for k, x in enumerate((a, b, n), 2) if x is not None], gs_given):
-                (grads[k][i] if k == 2 else grads[k]).add_(g) # a has a row per row of h
     return nll, grads
 
 
@@ -747,9 +778,10 @@ class _Loss(torch.autograd.Function):
     chunk, and only scaled in the backward pass; those of the vector need the upstream gradient, so its backward pass computes again."""
 
     @staticmethod
-    def forward(ctx, core, rows, chunk, need_grad, mm_dtype, per_row, targets, weights, h, w, a, b, n):
-        nll, grads = _nll(core, rows, h, w, a, b, n, targets, weights, chunk, need_grad and not per_row, mm_dtype)
-        ctx.again = (core, rows, chunk, mm_dtype) if per_row else None
+    def forward(ctx, core, rows, chunk, mm_dtype, per_row, grad_enabled, targets, weights, h, w, a, b, n):
+        need = tuple(ctx.needs_input_grad[-3:]) if grad_enabled and any(ctx.needs_input_grad) else ()
+        nll, grads = _nll(core, rows, h, w, a, b, n, targets, weights, chunk, () if per_row else need, mm_dtype)
+        ctx.again = (core, rows, chunk, mm_dtype, need) if per_row else None
         ctx.save_for_backward(*(h, w, a, b, n, targets, weights) if per_row else grads)
         return weights * nll if per_row else (weights * nll).sum()
 
@@ -759,10 +791,10 @@ class _Loss(torch.autograd.Function):
         if ctx.again is None:
             grads = [None if x is None else x * g for x in ctx.saved_tensors]
         else:
-            core, rows, chunk, mm_dtype = ctx.again
+            core, rows, chunk, mm_dtype, need = ctx.again
             *inputs, targets, weights = ctx.saved_tensors
             with torch.autocast(g.device.type, enabled=False):
-                _, grads = _nll(core, rows, *inputs, targets, g * weights, chunk, True, mm_dtype)
+                _, grads = _nll(core, rows, *inputs, targets, g * weights, chunk, need, mm_dtype)
         return *[None] * 8, *grads
 
 
@@ -789,7 +821,8 @@ def _sides(spec, h, w):
 def _distances(spec, o, h, w, core=None):
     h, w = spec.prep(h, w, o)
     s = _Matrix.apply(core or spec.core(o), h, w)
-    return spec.finish(s, *_sides(spec, h, w), o)
+    d = spec.finish(s, *_sides(spec, h, w), o)
+    return d.sqrt() if spec.squared else d
 
 
 class DistanceHead(nn.Module):
@@ -853,7 +886,7 @@ class DistanceHead(nn.Module):
     def _rows(self):
         key = self.link, self.fixed_n
         if key not in self._row_functions:
-            rows = _row_function(self.spec.finish, self.options, *key, self.num_classes)
+            rows = _row_function(self.core, self.spec.finish, self.spec.squared, self.options, *key, self.num_classes)
             self._row_functions[key] = torch.compile(rows) if self.compiled else rows
         return self._row_functions[key]
 
@@ -920,9 +953,8 @@ class DistanceHead(nn.Module):
             a, b = _sides(self.spec, x, w)
             n = self.n if self.fixed_n is None else None
             chunk = chunk or (max(1024, 2 ** 26 // len(w) // 128 * 128) if x.is_cuda else max(256, 2 ** 20 // len(w)))
-            mm_dtype = x.dtype if not self.core.is_product else self.mm_dtype or (torch.bfloat16 if low else x.dtype)
-            need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, a, b, n))
-            loss = _Loss.apply(self.core, self._rows(), chunk, need_grad, mm_dtype, reduction == "none", targets, weights, x, w, a, b, n)
+            mm_dtype = x.dtype if not self.core.rounds else self.mm_dtype or (torch.bfloat16 if low else x.dtype)
+            loss = _Loss.apply(self.core, self._rows(), chunk, mm_dtype, reduction == "none", torch.is_grad_enabled(), targets, weights, x, w, a, b, n)
             return loss if reduction != "none" else loss.reshape(shape)
 
     @torch.no_grad()

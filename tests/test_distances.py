@@ -255,7 +255,7 @@ def test_precision_of_the_euclidean_identity_in_fp32():
         nll = head.loss(h32, torch.arange(V), reduction='none').double()
         oracle = F.cross_entropy(-exact.log(), torch.arange(V), reduction='none')
         assert (nll - oracle).abs().max() < 3e-6, ratio
-        s = head.core.forward(h32, w32, head.core.once(w32)).double()
+        s = distances._all_pairs(head.core, h32, w32).double()
         scale = (h32 ** 2).sum(-1, dtype=torch.float64)[:, None] + (w32 ** 2).sum(-1, dtype=torch.float64)
         assert ((s - exact ** 2).abs() / scale).max() < 16 * 2 ** -24 # 9 seen
         # the gradient of the target's term, which a matrix product would lose as well
@@ -498,7 +498,7 @@ def peak_bytes(f):
 
 @pytest.mark.parametrize('distance, variant', [('baseline', None), *ALL])
 def test_loss_needs_a_quarter_of_the_memory_of_dense_logits(distance, variant, monkeypatch):
-    monkeypatch.setattr(Tiles, 'eager_elements', 2 ** 14) # the tiles as small as the rest of it
+    monkeypatch.setattr(distances, 'CACHE_ELEMENTS', 2 ** 14) # the tiles as small as the rest of it
     N, V, D = 512, 4096, 16
     h, y = rand(N, D).float().requires_grad_(), torch.arange(N)
     w = torch.nn.Parameter(rand(V, D).float())
