@@ -980,12 +980,12 @@ def padded(vocab_size, multiple=64):
     return -(-vocab_size // multiple) * multiple
 
 
-def lm_head(config):
+def lm_head(config, rows=0):
     """The head of a language model's config (vocab_size, n_embd, distance, variant, distance_params, link, n, learn_n, eps,
     feature_scale), with the distance's own defaults of n and feature scale where the config leaves 0. The model
-    multiplies its last hidden states, of unit variance, by head.feature_scale."""
+    multiplies its last hidden states, of unit variance, by head.feature_scale. rows: of the weight, where it has more than the tokens."""
     spec, D = find(config.distance, config.variant), config.n_embd
-    head = DistanceHead(D, padded(config.vocab_size), config.distance, config.variant or None, config.link,
+    head = DistanceHead(D, padded(rows or config.vocab_size), config.distance, config.variant or None, config.link,
                         config.n or spec.n_scale * math.sqrt(D), config.learn_n, config.eps, config.vocab_size,
                         **parse_params(config.distance_params))
     head.feature_scale = config.feature_scale or (D ** -0.5 if spec.unit_norm else 1.0)

@@ -193,7 +193,7 @@ def make_optimizer(model):
     decay = [p for name, p in params.items() if p.dim() >= 2 and (name == 'head.weight' or not name.startswith('head.'))]
     ids = {id(p) for p in decay}
     groups = [{'params': decay, 'weight_decay': weight_decay}, {'params': [p for p in params.values() if id(p) not in ids], 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type == 'cuda')
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != 'mps')
 
 step, best_val_loss, best_step = 0, float('inf'), 0
 if init_from.startswith('gpt2'):
@@ -288,12 +288,12 @@ def get_lr(it):
 def evaluate():
     """Mean -log p in nats over the first num_val blocks of the validation split; every rank takes its share."""
     raw_model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
+    losses = []
     for first in range(rank * batch_size, num_val, world_size * batch_size):
         vx, vy = read(val_data.fixed, first, min(batch_size, num_val - first))
         with autocast:
-            loss = raw_model(vx.to(device), vy.to(device))[1]
-        total += torch.tensor([loss.item() * len(vx), len(vx)], dtype=torch.float64)
+            losses.append((raw_model(vx.to(device), vy.to(device))[1], len(vx))) # stays on the device
+    total = torch.tensor([(loss.item() * count, count) for loss, count in losses], dtype=torch.float64).reshape(-1, 2).sum(0)
     raw_model.train()
     if ddp:
         total = total.to(device)
