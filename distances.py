@@ -77,6 +77,7 @@ def _product(a, b, out, alpha=1.0, beta=0.0):
 class Core:
     is_product = False # of matrices: the backward pass does without s
     rounds = False # its operands to bf16 under autocast
+    chunk = 256 # rows that the loss takes at a time on a CPU
 
     def once(self, w):
         return None
@@ -126,6 +127,7 @@ class SquaredL2(Core):
 class WeightedSquaredL2(SquaredL2):
     """s = sum alpha_k^2 (h - w_k)^2 with a weight per prototype and dimension; w holds [w, alpha] side by side (V, 2D)."""
     rounds = False # its products are of derived matrices
+    slice = 1024
 
     def value(self, h, w):
         w, alpha = w.chunk(2, -1)
@@ -142,7 +144,7 @@ class WeightedSquaredL2(SquaredL2):
 
     def forward(self, h, w, once, out):
         h2 = h * h
-        for j in _slices(len(w), 4096): # the copies of w stay small
+        for j in _slices(len(w), self.slice): # the copies of w stay small
             w_j, alpha = w[j].chunk(2, -1)
             a2 = alpha ** 2
             out[:, j] = torch.addmm(_sum_d(a2 * w_j * w_j), h, (a2 * w_j).T, alpha=-2).addmm_(h2, a2.T)
@@ -155,7 +157,7 @@ class WeightedSquaredL2(SquaredL2):
         return (h * h) @ (alpha ** 2).T + _sum_d((alpha * w) ** 2)
 
     def backward(self, h, w, s, g, dh, dw):
-        for j in _slices(len(w), 4096):
+        for j in _slices(len(w), self.slice):
             (w_j, alpha), (dw_j, dalpha), g_j = w[j].chunk(2, -1), dw[j].chunk(2, -1), g[:, j]
             a2, g_h, g_v = alpha ** 2, g_j.T @ h, g_j.sum(0)[:, None]
             dh += 2 * (h * (g_j @ a2) - g_j @ (a2 * w_j))
@@ -245,7 +247,8 @@ class Tiles(Core):
                 dh[i] += gh.sum(1)
                 dw[j] += gw.sum(0)
 
-    tile = 256, 512 # of torch.compile: measured best on CPUs
+    tile = 128, 512 # of torch.compile: measured best on CPUs
+    chunk = 128
 
     def _tiles(self, N, V, D, cuda):
         tn, tv = self.tile if self.compile else (16, max(1, CACHE_ELEMENTS * (128 if cuda else 1) // (16 * D)))
@@ -547,7 +550,7 @@ class Distance:
 
 
 def _zero_flag(x): # 1 for the zero vector, whose cosine with anything counts as 0
-    return (_sum_d(x * x) < 0.5).to(x.dtype)
+    return (_norm2(x.detach()) < 0.5).to(x.dtype)
 
 
 _lambda = dict(reg_lambda=1e-2)
@@ -926,7 +929,7 @@ class DistanceHead(nn.Module):
 
         h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction "mean" (over the
         targets that count), "sum" or "none" (per target, whose backward pass computes the distances again). chunk: rows at a time, by
-        default 256, or 1024 on a GPU, and more where that makes no buffer larger than 4 MB (256 MB on a GPU). Runs in fp32 with
+        default 256 (elementwise 128), or 1024 on a GPU, and more where that makes no buffer larger than 4 MB (256 MB on a GPU). Runs in fp32 with
         autocast off, but for the operands of matrix products (mm_dtype); gradients of the weight accumulate in fp32. Raises ValueError
         for shapes that do not fit, a target out of range and a non-finite h.
         """
@@ -952,7 +955,7 @@ class DistanceHead(nn.Module):
             x, w = self.spec.prep(x, w, o)
             a, b = _sides(self.spec, x, w)
             n = self.n if self.fixed_n is None else None
-            chunk = chunk or (max(1024, 2 ** 26 // len(w) // 128 * 128) if x.is_cuda else max(256, 2 ** 20 // len(w)))
+            chunk = chunk or (max(1024, 2 ** 26 // len(w) // 128 * 128) if x.is_cuda else max(self.core.chunk, 2 ** 20 // len(w)))
             mm_dtype = x.dtype if not self.core.rounds else self.mm_dtype or (torch.bfloat16 if low else x.dtype)
             loss = _Loss.apply(self.core, self._rows(), chunk, mm_dtype, reduction == "none", torch.is_grad_enabled(), targets, weights, x, w, a, b, n)
             return loss if reduction != "none" else loss.reshape(shape)
