@@ -77,7 +77,7 @@ def _product(a, b, out, alpha=1.0, beta=0.0):
 class Core:
     is_product = False # of matrices: the backward pass does without s
     rounds = False # its operands to bf16 under autocast
-    chunk = 256 # rows that the loss takes at a time on a CPU
+    rows, elements = 256, 2 ** 21 # that the loss takes at a time on a CPU: at least so many rows, or so many of their N x V
 
     def once(self, w):
         return None
@@ -248,7 +248,7 @@ class Tiles(Core):
                 dw[j] += gw.sum(0)
 
     tile = 128, 512 # of torch.compile: measured best on CPUs
-    chunk = 128
+    rows, elements = 128, 2 ** 20
 
     def _tiles(self, N, V, D, cuda):
         tn, tv = self.tile if self.compile else (16, max(1, CACHE_ELEMENTS * (128 if cuda else 1) // (16 * D)))
@@ -422,7 +422,7 @@ class _Unit(torch.autograd.Function):
     def backward(ctx, g):
         x, inverse = ctx.saved_tensors
         along = torch.linalg.vecdot(x, g)[..., None] * inverse ** 2 * (inverse < 1e12) # the zero vector does not turn
-        return (g * inverse).addcmul_(x, along * inverse, value=-1)
+        return g.mul_(inverse).addcmul_(x, along * inverse, value=-1) # in place: g comes fresh from _Loss or _Matrix, and nobody else has it
 
 
 def _unit(h, w, o):
@@ -719,11 +719,11 @@ def _scores(d, n, link, num_classes, squared=False):
 def _row_function(core, finish, squared, o, link, n, num_classes):
     """rows(s, s_y, gs, h, w, once, y, weights, a, b, learned n, need) -> the targets' -log p (c,) and the gradients of
     sum(weights * nll) by the targets' s (c,) and by those of a, b, learned n for which need is true; that by all other s goes into gs
-    (c, V), which may be s. All that a chunk needs besides products and tiles, in one function that torch.compile makes few passes of.
-    need = (): no gradients."""
+    (c, V), or into s where gs is None (not twice the same tensor: torch.compile would tie itself to their common storage). need = ():
+    no gradients. It is all that a chunk needs besides products and tiles, in one function that torch.compile makes few passes of."""
     def rows(s, s_y, gs, h, w, once, y, weights, a, b, learned, need):
         target = torch.arange(s.shape[1], device=y.device) == y[:, None]
-        s = torch.where(target, s_y[:, None], core.assemble(s, h, w, once))
+        out, s = s if gs is None else gs, torch.where(target, s_y[:, None], core.assemble(s, h, w, once))
 
         def score(s, *given):
             given = iter(given)
@@ -737,7 +737,7 @@ def _row_function(core, finish, squared, o, link, n, num_classes):
             return nll, None, None
         g, *g_given = vjp((logp.exp() - target.to(z.dtype)) * weights[:, None]) # dL/dz = p - 1_y
         g_y = g.gather(1, y[:, None])[:, 0]
-        gs.copy_(g.masked_fill(target, 0))
+        out.copy_(g.masked_fill(target, 0))
         return nll, g_y, g_given
     return rows
 
@@ -750,26 +750,27 @@ def _nll(core, rows, h, w, a, b, n, targets, weights, chunk, need, mm_dtype):
     grads = [torch.zeros_like(x) if k else None for x, k in zip((h, w, a, b, n), (need and (True, True, *need)) or (False,) * 5)]
     w_mm = w.to(mm_dtype)
     once, s = core.once(w_mm), h.new_empty(min(chunk, len(h)), len(w)) # every chunk's
-    gs = s if core.is_product or not need else torch.empty_like(s) # tiles need s for their gradient
+    gs = None if core.is_product or not need else torch.empty_like(s) # tiles need s for their gradient
     block = chunk if h.is_cuda else max(1, CACHE_ELEMENTS // len(w)) # rows
     for i in _slices(len(h), chunk):
         h_i, y = h[i], targets[i]
         w_y = w[y] # (c, D)
         h_mm = h_i.to(mm_dtype)
         s_y = core.value(h_i, w_y)
-        s_i, gs_i = s[:len(y)], gs[:len(y)] # (c, V)
+        s_i, gs_i = s[:len(y)], None if gs is None else gs[:len(y)] # (c, V)
         core.forward(h_mm, w_mm, once, s_i)
         gs_y, a_i, ga_i = torch.empty_like(s_y), *(x if x is None else x[i] for x in (a, grads[2]))
         for j in _slices(len(y), block):
-            nll[i][j], g_y, g_given = rows(s_i[j], s_y[j], gs_i[j], h_mm[j], w_mm, once, y[j], weights[i][j], None if a is None else a_i[j], b, n, need)
+            nll[i][j], g_y, g_given = rows(s_i[j], s_y[j], None if gs is None else gs_i[j], h_mm[j], w_mm, once, y[j], weights[i][j],
+                                           None if a is None else a_i[j], b, n, need)
             if need:
                 gs_y[j] = g_y
                 for k, g in zip([k for k in range(3) if need[k]], g_given):
                     (grads[2 + k] if k else ga_i[j]).add_(g) # a has a row per row of h
         if need:
-            if gs is not s:
+            if gs is not None:
                 s_i.scatter_(1, y[:, None], s_y[:, None])
-            core.backward(h_mm, w_mm, s_i, gs_i, grads[0][i], grads[1]) # without the targets' own terms
+            core.backward(h_mm, w_mm, s_i, s_i if gs is None else gs_i, grads[0][i], grads[1]) # without the targets' own terms
             gh_y, gw_y = core.gradient(h_i, w_y, s_y, gs_y)
             grads[0][i] += gh_y
             grads[1].index_add_(0, y, gw_y)
@@ -929,7 +930,7 @@ class DistanceHead(nn.Module):
 
         h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction "mean" (over the
         targets that count), "sum" or "none" (per target, whose backward pass computes the distances again). chunk: rows at a time, by
-        default 256 (elementwise 128), or 1024 on a GPU, and more where that makes no buffer larger than 4 MB (256 MB on a GPU). Runs in fp32 with
+        default 256 (elementwise 128), or 1024 on a GPU, and more where a buffer stays below 8 MB (4 MB; 256 MB on a GPU). Runs in fp32 with
         autocast off, but for the operands of matrix products (mm_dtype); gradients of the weight accumulate in fp32. Raises ValueError
         for shapes that do not fit, a target out of range and a non-finite h.
         """
@@ -955,7 +956,7 @@ class DistanceHead(nn.Module):
             x, w = self.spec.prep(x, w, o)
             a, b = _sides(self.spec, x, w)
             n = self.n if self.fixed_n is None else None
-            chunk = chunk or (max(1024, 2 ** 26 // len(w) // 128 * 128) if x.is_cuda else max(self.core.chunk, 2 ** 20 // len(w)))
+            chunk = chunk or (max(1024, 2 ** 26 // len(w) // 128 * 128) if x.is_cuda else max(self.core.rows, self.core.elements // len(w)))
             mm_dtype = x.dtype if not self.core.rounds else self.mm_dtype or (torch.bfloat16 if low else x.dtype)
             loss = _Loss.apply(self.core, self._rows(), chunk, mm_dtype, reduction == "none", torch.is_grad_enabled(), targets, weights, x, w, a, b, n)
             return loss if reduction != "none" else loss.reshape(shape)
