@@ -187,3 +187,26 @@ class GPT(nn.Module):
         except ImportError as e:
             raise ImportError(f"init_from={model_type!r} reads the weights with transformers: pip install transformers") from e
         return cls.from_hf(GPT2LMHeadModel.from_pretrained(model_type), **overrides)
+
+    def to_hf(self):
+        """A transformers GPT2LMHeadModel with the same weights, those of the tokens alone. ValueError for a distance head."""
+        c = self.config
+        if c.distance != "baseline":
+            raise ValueError(f"transformers has no layer for the {c.distance} head: only a baseline head can be exported")
+        try:
+            from transformers import GPT2Config, GPT2LMHeadModel
+        except ImportError as e:
+            raise ImportError("exporting to transformers needs it: pip install transformers") from e
+        hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=c.dropout,
+                                        embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights)).to(self.head.weight.dtype).eval()
+        ours = {**self.state_dict(), "lm_head.weight": self.head.weight}
+        with torch.no_grad():
+            for name, q in hf.state_dict().items():
+                p = ours.get(name)
+                if p is None: # bias=False
+                    q.zero_()
+                else:
+                    if name.endswith(("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                        p = p.T # transformers keeps GPT-2's Conv1D layout
+                    q.copy_(p[:len(q)] * (self.head.feature_scale if name.startswith("transformer.ln_f") else 1.0))
+        return hf

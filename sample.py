@@ -1,10 +1,11 @@
 """
-Write text with a trained model, and show which tokens its geometry thinks alike.
+Write text with a trained model (BERT: fill in [MASK]), and show which tokens its geometry thinks alike.
 
 $ python sample.py --out_dir=out/demo
 $ python sample.py --out_dir=out/demo --start='def main(' --temperature=0 --num_samples=1
 $ python sample.py --out_dir=out/demo --num_samples=0 --nearest='self,return,True'
 $ python sample.py --init_from=gpt2 --start=FILE:prompt.txt
+$ python sample.py --out_dir=out/bert --start='    return [MASK].name'
 
 It reads one checkpoint and, for the tokenizer, the dataset folder that the run was trained on. No key-value cache: each token
 costs a full forward pass.
@@ -16,6 +17,11 @@ import torch
 from configurator import configure, fail
 from data import load_encoding, load_meta
 from model import GPT, GPTConfig
+from model_bert import BERT, BERTConfig
+from model_qwen2 import Qwen2, Qwen2Config
+
+# model, its config, the names of pretrained weights
+FAMILIES = {'gpt': (GPT, GPTConfig, ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')), 'bert': (BERT, BERTConfig, ('bert*',)), 'qwen2': (Qwen2, Qwen2Config, ('Qwen/Qwen2*',))}
 
 # -----------------------------------------------------------------------------
 # defaults
@@ -65,9 +71,25 @@ def load_run(out_dir, checkpoint, device):
     if not os.path.exists(path):
         raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), or name another --out_dir or --checkpoint")
     ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    model = GPT(GPTConfig(**ckpt['model_args']))
+    Model, Config, _ = FAMILIES[ckpt['config'].get('model', 'gpt')]
+    model = Model(Config(**ckpt['model_args']))
     model.load_state_dict(ckpt['model'])
     return model.eval().to(device), ckpt['config'], ckpt['step']
+
+
+@torch.no_grad()
+def fill_masks(model, encoding, text, k):
+    """Lines of text: for each [MASK] of the text, read from both sides, the k most probable tokens. ValueError where there is none, or no room."""
+    parts = [encoding.encode(part) for part in text.split('[MASK]')]
+    ids = [i for part in parts for i in (*part, model.mask_id)][:-1]
+    if len(parts) == 1:
+        raise ValueError(f"BERT fills in [MASK], there is none in {text!r}")
+    if len(ids) > model.config.block_size:
+        raise ValueError(f"start has {len(ids)} tokens, block_size is {model.config.block_size}")
+    idx = torch.tensor([ids], device=model.head.weight.device)
+    positions = (idx == model.mask_id).nonzero()[:, 1][None] # (1, masks)
+    p, tokens = model(idx, positions=positions)[0][0].softmax(-1).topk(min(k, model.config.vocab_size)) # (masks, k)
+    return ["  ".join(f"{encoding.decode([t])!r} {q:.3f}" for t, q in zip(*row)) for row in zip(tokens.tolist(), p.tolist())]
 
 
 def nearest_prototypes(model, encoding, words, k):
@@ -93,7 +115,7 @@ def nearest_prototypes(model, encoding, words, k):
 if __name__ == '__main__':
     configure(globals())
     fail([message for bad, message in (
-        (init_from not in ('run', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), f"init_from is {init_from!r}: use run, gpt2, gpt2-medium, gpt2-large or gpt2-xl"),
+        (init_from not in ('run', *FAMILIES['gpt'][2]), f"init_from is {init_from!r}: use run, {', '.join(FAMILIES['gpt'][2])}"),
         (num_samples < 0, f"num_samples is {num_samples}, it must be >= 0"),
         (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}, it must be >= 0"),
         (num_nearest < 1, f"num_nearest is {num_nearest}, it must be at least 1"),
@@ -117,9 +139,16 @@ if __name__ == '__main__':
         prompt = encoding.encode(text)
     except (ImportError, OSError, ValueError) as e:
         raise SystemExit(str(e)) from None
-    if not prompt:
+    if not prompt and not isinstance(model, BERT):
         raise SystemExit("start is empty: give at least one token to go on from")
     print(f"{init_from if step == 0 else os.path.join(out_dir, checkpoint) + f' at step {step}'}: {model.head.extra_repr()}")
+    if isinstance(model, BERT):
+        try:
+            lines = fill_masks(model, encoding, text, num_nearest) if num_samples else []
+        except ValueError as e:
+            raise SystemExit(str(e)) from None
+        print("\n".join([text, *(f"[MASK] {i + 1}: {line}" for i, line in enumerate(lines))]))
+        num_samples = 0
     idx = torch.tensor(prompt, device=device).repeat(num_samples, 1) # (B, T)
     generator = torch.Generator(device=device).manual_seed(seed)
     for i, ids in enumerate(generate(model, idx, max_new_tokens, temperature, top_k, top_p, encoding.eot, generator).tolist() if num_samples else []):

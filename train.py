@@ -1,10 +1,13 @@
 """
-Pretrain a GPT whose output layer is a distance head. Read distances.py, then model.py, then this file from top to bottom.
+Pretrain a GPT, BERT or Qwen2 whose output layer is a distance head. Read distances.py, then model.py, then this file from top to bottom.
 
 On a CPU, or one GPU:
 $ python train.py config/cpu.py --distance=cosine
 On one GPU of 8 to 12 GB:
 $ python train.py config/gpu12gb.py --distance=euclidean
+BERT by masked tokens, or Qwen2:
+$ python train.py config/cpu.py --model=bert --distance=euclidean
+$ python train.py config/cpu.py --model=qwen2 --scale=tiny
 GPT-2 124M at the paper's settings, on 8 GPUs of one node, or on 2 nodes of 8:
 $ torchrun --standalone --nproc_per_node=8 train.py config/gpt2_cosine.py
 $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 --master_port=1234 train.py config/gpt2_cosine.py
@@ -23,6 +26,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
+from fnmatch import fnmatch
 
 import numpy as np
 import torch
@@ -32,14 +36,16 @@ from configurator import configure, fail
 from data import Blocks, load_meta
 from distances import DistanceHead, Tiles, parse_params
 from emissions import Emissions, grid_factor
-from model import GPT, GPTConfig
+from model_bert import mask_tokens
+from model_qwen2 import SCALES
+from sample import FAMILIES
 
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 124M with the linear head on OpenWebText; every line can be set in a config file or as --key=value
 # I/O
 out_dir = 'out/gpt2' # the run's folder
 overwrite = False # True: start afresh in an out_dir that holds a run already
-init_from = 'scratch' # 'scratch', 'resume', or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (needs transformers)
+init_from = 'scratch' # 'scratch', 'resume', or a name: 'gpt2', 'gpt2-medium', ..., 'bert-base-uncased', ..., 'Qwen/Qwen2-0.5B', ... (needs transformers)
 eval_interval = 1000 # steps between evaluations; each also writes a checkpoint and a row of emissions.csv
 eval_iters = 100 # batches of the validation range, the same tokens every time; -1: the whole split
 log_interval = 10 # steps between log lines
@@ -54,6 +60,8 @@ batch_size = 12 # micro-batch: sequences per forward pass of one rank
 block_size = 1024 # tokens per sequence
 gradient_accumulation_steps = 40 # micro-batches per step, summed over all ranks
 # model
+model = 'gpt' # 'gpt', 'bert' (masked tokens), or 'qwen2'
+scale = '' # qwen2: a shape by name, such as 'tiny' or '0.5B', in place of n_layer, n_head, n_kv_head, n_embd and intermediate_size
 vocab_size = 0 # tokens; 0: as many as the data have
 n_layer = 12
 n_head = 12
@@ -61,6 +69,10 @@ n_embd = 768
 dropout = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
 bias = False # do we use bias inside LayerNorm and Linear layers?
 tie_weights = False # one matrix for token embeddings and prototypes
+n_kv_head = 2 # qwen2: heads of keys and values
+intermediate_size = 4864 # qwen2: width of the MLP
+mlm_probability = 0.15 # bert: share of the tokens of each sequence that are to be predicted
+mask_id = -1 # bert: the id of [MASK]; -1: the first id beyond the text's, so that it is no ordinary token
 # head, see `python distances.py`
 distance = 'baseline' # baseline, euclidean, manhattan, chebyshev, minkowski, cosine, hamming, canberra, bray_curtis, mahalanobis, offset_l2
 variant = '' # '': the distance's default
@@ -113,6 +125,16 @@ def print0(*args):
         print(*args, flush=True)
 
 # what cannot run is said now, all of it at once
+family = model
+if family not in FAMILIES:
+    problems.append(f"model is {family!r}: use {', '.join(FAMILIES)}")
+Model, Config, names = FAMILIES.get(family, FAMILIES['gpt'])
+if scale and (family != 'qwen2' or scale not in SCALES):
+    problems.append(f"scale is {scale!r}: it is for model=qwen2, and one of {', '.join(SCALES)}")
+elif scale: # beats config files, not flags
+    chosen = {k: v for k, v in SCALES[scale].items() if sources[k] != 'command line'}
+    config.update(chosen)
+    globals().update(chosen)
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 device_type = device.split(':')[0]
@@ -135,18 +157,23 @@ if gradient_accumulation_steps % world_size:
                     f"ranks: try {lower + world_size}" + (f" or {lower}" if lower else ""))
 if n_head > 0 and n_embd % n_head:
     problems.append(f"n_embd {n_embd} must be a multiple of n_head {n_head}")
+if family == 'qwen2' and (n_kv_head < 1 or n_head % n_kv_head):
+    problems.append(f"n_head {n_head} must be a multiple of n_kv_head {n_kv_head}")
 for key, legal, ok in (('dropout', 'in [0, 1)', 0 <= dropout < 1), ('learning_rate', '>= 0', learning_rate >= 0), ('min_lr', '>= 0', min_lr >= 0),
                        ('weight_decay', '>= 0', weight_decay >= 0), ('beta1', 'in [0, 1)', 0 <= beta1 < 1), ('beta2', 'in [0, 1)', 0 <= beta2 < 1),
                        ('grad_clip', '>= 0', grad_clip >= 0), ('max_iters', '>= 0', max_iters >= 0), ('warmup_iters', '>= 0', warmup_iters >= 0),
-                       ('vocab_size', '>= 0', vocab_size >= 0), ('out_dir', 'the name of a folder', out_dir != ''), ('seed', 'in [0, 2^32)', 0 <= seed < 2 ** 32)):
+                       ('vocab_size', '>= 0', vocab_size >= 0),
+                       ('mlm_probability', 'in (0, 1)', 0 < mlm_probability < 1), ('mask_id', '>= -1', mask_id >= -1), ('intermediate_size', '>= 1', intermediate_size >= 1),
+                       ('out_dir', 'the name of a folder', out_dir != ''), ('seed', 'in [0, 2^32)', 0 <= seed < 2 ** 32)):
     if not ok:
         problems.append(f"{key} is {config[key]!r}, it must be {legal}")
 if eval_iters < 1 and eval_iters != -1:
     problems.append(f"eval_iters is {eval_iters}: use the number of batches, or -1 for the whole validation split")
 if n < 0:
     problems.append(f"n is {n}: it must be > 0, or 0 for the distance's default")
-if init_from not in ('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
-    problems.append(f"init_from is {init_from!r}: use scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+pretrained = init_from not in ('scratch', 'resume')
+if pretrained and not any(fnmatch(init_from, name) for name in names):
+    problems.append(f"init_from is {init_from!r}: use scratch, resume or, with model={family}, {', '.join(names)}")
 if init_from != 'resume' and not overwrite and os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
     problems.append(f"{out_dir} holds a run: go on with it (--init_from=resume), write elsewhere (--out_dir=...), or discard it (--overwrite=true)")
 try:
@@ -157,7 +184,11 @@ try:
     meta = load_meta(os.path.join(data_dir, dataset))
     if 0 < vocab_size < meta['vocab_size']:
         problems.append(f"vocab_size {vocab_size} is smaller than the {meta['vocab_size']} tokens of the data: use 0 for the data's own")
+    if vocab_size > meta['vocab_size'] and init_from == 'scratch':
+        print0(f"note: {vocab_size - meta['vocab_size']:,} of {vocab_size:,} prototypes belong to tokens that the data do not have (vocab_size=0 leaves them out)")
     vocab_size = vocab_size or meta['vocab_size']
+    if family == 'bert' and mask_id >= vocab_size:
+        problems.append(f"mask_id {mask_id} is beyond the {vocab_size} tokens: use -1 for an id of its own")
     train_data, val_data = (Blocks(os.path.join(data_dir, dataset), split, block_size, vocab_size, seed) for split in ('train', 'val'))
 except (ValueError, OSError) as e:
     problems.append(str(e))
@@ -196,18 +227,19 @@ def make_optimizer(model):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != 'mps')
 
 step, best_val_loss, best_step = 0, float('inf'), 0
-if init_from.startswith('gpt2'):
-    try:
-        shape = ('n_layer', 'n_head', 'n_embd', 'bias') # the weights bring their own; one that was asked for must be it
-        model = GPT.from_pretrained(init_from, **{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config and f.name != 'vocab_size'
-                                                  and (f.name not in shape or sources[f.name] != 'default')})
-        config.update({k: getattr(model.config, k) for k in (*shape, 'vocab_size')})
-    except (ImportError, ValueError, OSError) as e:
-        raise SystemExit(str(e)) from None
+settings = {f.name: config[f.name] for f in fields(Config) if f.name in config}
+shape = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'intermediate_size', 'bias', 'tie_weights') # pretrained weights bring their own; one that was asked for must be it
+try:
+    if pretrained:
+        model = Model.from_pretrained(init_from, **{k: v for k, v in settings.items() if k != 'vocab_size' and (k not in shape or sources[k] != 'default')})
+    else:
+        model = Model(Config(**{**settings, 'vocab_size': vocab_size}))
+except (ImportError, ValueError, OSError) as e:
+    raise SystemExit(str(e)) from None
+if pretrained:
+    config.update({k: getattr(model.config, k) for k in (*shape, 'vocab_size', 'mask_id') if hasattr(model.config, k)})
     if vocab_size > model.config.vocab_size:
-        raise SystemExit(f"{init_from} has {model.config.vocab_size} tokens, the data have {vocab_size}: prepare them with --encoding gpt2")
-else:
-    model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
+        raise SystemExit(f"{init_from} has {model.config.vocab_size} tokens, the data have {vocab_size}: prepare them with its own tokenizer")
 if isinstance(model.head.core, Tiles):
     model.head.core.triton = triton
 model.head.validate = False # it waits for the device; Blocks checks the ids, and this script stops at a loss that is not finite
@@ -215,6 +247,8 @@ model.to(device)
 optimizer = make_optimizer(model)
 if init_from == 'resume':
     ckpt = torch.load(os.path.join(out_dir, 'ckpt.pt'), map_location='cpu', weights_only=True)
+    other = ckpt['config'].get('model', 'gpt')
+    fail([f"cannot resume {out_dir}: it holds a {other}, model is {family} here"] if other != family else [])
     differ = [f"{k} is {v!r} here, {ckpt['model_args'].get(k)!r} in the checkpoint" for k, v in asdict(model.config).items() if v != ckpt['model_args'].get(k)]
     if meta.get('hash') != ckpt['data_hash']:
         differ.append(f"the data are others: hash {meta.get('hash')} here, {ckpt['data_hash']} in the checkpoint")
@@ -238,14 +272,27 @@ def read(blocks, *args):
     except ValueError as e: # an id that the vocabulary does not have
         raise SystemExit(str(e)) from None
 
-def batch(index):
-    """The index-th micro-batch of this rank: x, y (B, T) on the device. A pure function of (seed, index, rank)."""
-    x, y = read(train_data.batch, (index * world_size + rank) * batch_size, batch_size)
-    if device_type == 'cuda':
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-    return x.to(device), y.to(device)
+def masked(x, *key):
+    """What BERT takes of x (B, T): inputs (B, T), labels (B, k), positions (B, k). A pure function of key."""
+    return mask_tokens(x, np.random.RandomState(key), raw_model.mask_id, vocab_size, [meta['eot']] if meta['eot'] is not None else [], mlm_probability)
 
-x, y = batch(step * micro_steps) # the first one, also to try the compiler with
+def to_device(tensors):
+    return tuple(t.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else t.to(device) for t in tensors)
+
+def train_batch(index):
+    """The index-th micro-batch of this rank, (x, y) of (B, T) each or what BERT takes: a pure function of (seed, index, rank)."""
+    i = index * world_size + rank
+    x, y = read(train_data.batch, i * batch_size, batch_size)
+    return to_device(masked(x, seed, i, 1) if family == 'bert' else (x, y))
+
+def val_batch(first, count):
+    """Blocks first..first+count-1 of the validation split, for BERT each with masks of its own, the same whatever the seed."""
+    x, y = read(val_data.fixed, first, count)
+    if family != 'bert':
+        return to_device((x, y))
+    return to_device([torch.cat(parts) for parts in zip(*(masked(x[i:i + 1], 0, first + i, 2) for i in range(count)))])
+
+batch = train_batch(step * micro_steps) # the first one, also to try the compiler with
 if compile:
     eager = model.features
     try:
@@ -254,7 +301,7 @@ if compile:
         model.head.compile_loss()
         model.head.eval() # in training mode it may update its statistics
         with autocast:
-            loss = model(x, y)[1]
+            loss = model(*batch)[1]
         loss.backward()
     except Exception as e:
         print0(f"torch.compile does not work here, going on without it ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''})")
@@ -268,7 +315,7 @@ num_params = sum(p.numel() for p in raw_model.parameters())
 if resumed_at is None or master:
     print0(f"{dataset}: {meta.get('train_tokens', 0) or os.path.getsize(train_data.path) // train_data.dtype.itemsize:,} training tokens, "
            f"vocab_size {vocab_size:,} ({meta['source']}); validation on {num_val * block_size:,} tokens")
-    print0(f"GPT: {num_params / 1e6:.2f}M parameters; head: {raw_model.head.extra_repr()}, features x {raw_model.head.feature_scale:.4g}")
+    print0(f"{Model.__name__}: {num_params / 1e6:.2f}M parameters; head: {raw_model.head.extra_repr()}, features x {raw_model.head.feature_scale:.4g}")
     print0(f"{tokens_per_step:,} tokens per step = {gradient_accumulation_steps} micro-batches x {batch_size} x {block_size}, on {world_size} rank(s), {device_type}, {dtype}")
 
 # -----------------------------------------------------------------------------
@@ -290,9 +337,9 @@ def evaluate():
     raw_model.eval()
     losses = []
     for first in range(rank * batch_size, num_val, world_size * batch_size):
-        vx, vy = read(val_data.fixed, first, min(batch_size, num_val - first))
+        count = min(batch_size, num_val - first)
         with autocast:
-            losses.append((raw_model(vx.to(device), vy.to(device))[1], len(vx))) # stays on the device
+            losses.append((raw_model(*val_batch(first, count))[1], count)) # stays on the device
     total = torch.tensor([(loss.item() * count, count) for loss, count in losses], dtype=torch.float64).reshape(-1, 2).sum(0)
     raw_model.train()
     if ddp:
@@ -304,10 +351,12 @@ def evaluate():
 PEAKS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 gpu_name = torch.cuda.get_device_name() if device_type == 'cuda' else platform.processor() or platform.machine()
 peak = next((flops for name, flops in PEAKS.items() if name in gpu_name), None) if dtype != 'float32' else None
-# PaLM appendix B: 6 per parameter that multiplies (embeddings do not) + attention. A distance head counts as the linear head it replaces
+# PaLM appendix B: 6 per parameter that multiplies (embeddings do not) + attention. A distance head counts as the linear head it replaces;
+# BERT's works on the masked tokens only
 c = raw_model.config
-flops_per_token = 6 * (num_params - c.n_embd * c.block_size - (0 if c.tie_weights else raw_model.transformer.wte.weight.numel())) \
-    + 12 * c.n_layer * c.n_embd * c.block_size
+embeddings = {id(m.weight) for m in raw_model.modules() if isinstance(m, torch.nn.Embedding)} | {id(raw_model.head.weight)}
+flops_per_token = 6 * sum(p.numel() for p in raw_model.parameters() if id(p) not in embeddings) + 12 * c.n_layer * c.n_embd * c.block_size \
+    + 6 * raw_model.head.weight.numel() * (mlm_probability if family == 'bert' else 1)
 
 # -----------------------------------------------------------------------------
 # the run's folder
@@ -385,7 +434,7 @@ def plot():
 def stop_non_finite(at, loss, norm):
     """The numbers one needs to see why, then the end. The weights are those before this step when log_interval is 1."""
     with torch.no_grad(), autocast:
-        h, d = raw_model.features(x[:1])[0].float(), ''
+        h, d = raw_model.features(batch[0][:1])[0].float(), ''
         if distance != 'baseline':
             try:
                 d = f", smallest distance {raw_model.head.distances(h).min().item():.3e}"
@@ -443,8 +492,8 @@ try:
             if ddp: # the last micro-step synchronises; the flag must be set before the forward pass
                 model.require_backward_grad_sync = micro == micro_steps - 1
             with autocast:
-                loss = model(x, y)[1] / micro_steps
-            x, y = batch(index + 1) # fetched while the device works on this one
+                loss = model(*batch)[1] / micro_steps
+            batch = train_batch(index + 1) # fetched while the device works on this one
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
@@ -480,7 +529,7 @@ try:
         peak_memory = torch.cuda.max_memory_allocated() if device_type == 'cuda' else None
         summary = dict(step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(min(val_loss, 700)),
                        best_val_loss=best_val_loss, best_step=best_step, n=exponent(), num_params=num_params, peak_memory_bytes=peak_memory, **cumulative)
-        if meta.get('val_bytes'):
+        if meta.get('val_bytes') and family != 'bert': # whose loss is that of the masked tokens
             summary['bits_per_byte'] = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
         write(os.path.join(out_dir, 'summary.json'), json.dumps(summary, indent=1))
         plot()

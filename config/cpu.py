@@ -18,4 +18,5 @@ beta2 = 0.99
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
+intermediate_size = 352 # of qwen2
 compile = False # on so small a model it costs more than it saves; elementwise distances want --compile=true

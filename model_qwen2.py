@@ -1,0 +1,235 @@
+"""
+Qwen2, with any distance head as its output layer: read distances.py and model.py first, of which it needs distances.py only.
+
+1) Qwen2 Technical Report: https://arxiv.org/abs/2407.10671
+2) transformers, whose scores it has: https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/modeling_qwen2.py
+
+    model = Qwen2(Qwen2Config(**SCALES["tiny"], vocab_size=4096, distance="cosine"))
+    h = model.features(idx)                 # (B, T, D), what the head sees
+    z = model.head(h)                       # (B, T, V), softmax(z) is p
+    _, loss = model(idx, targets)           # head.loss(h, targets): exact, never holds B*T x V
+"""
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from distances import lm_head, padded
+
+
+@dataclass
+class Qwen2Config:
+    block_size: int = 1024 # RoPE has no weights: any length will do
+    vocab_size: int = 151936 # tokens; embedding and head have as many rows rounded up to a multiple of 64, the rest masked out of p
+    n_layer: int = 24
+    n_head: int = 14 # of queries
+    n_kv_head: int = 2 # of keys and values, each shared by n_head / n_kv_head queries
+    n_embd: int = 896
+    intermediate_size: int = 4864 # of the MLP
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    tie_weights: bool = False # one matrix for token embeddings and prototypes; the published 0.5B has it
+    # the head, see distances.py
+    distance: str = "baseline"
+    variant: str = "" # "": the distance's default
+    distance_params: str = "" # such as "p=3"
+    link: str = "harmonic"
+    n: float = 0.0 # exponent; 0: the distance's default
+    learn_n: bool = False
+    eps: float = 1e-4
+    feature_scale: float = 0.0 # hidden states are multiplied by it; 0: the distance's default
+
+
+# parameters without embeddings and head
+SCALES = {
+    "tiny": dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, intermediate_size=352), # 0.7M, for a CPU
+    "small": dict(n_layer=6, n_head=6, n_kv_head=2, n_embd=384, intermediate_size=1024), # 9.4M
+    "medium": dict(n_layer=12, n_head=12, n_kv_head=2, n_embd=768, intermediate_size=2048), # 73M
+    "0.5B": dict(n_layer=24, n_head=14, n_kv_head=2, n_embd=896, intermediate_size=4864), # 358M, Qwen2-0.5B
+}
+
+
+def rotary(block_size, size, theta):
+    """cos and sin (2, block_size, size / 2) of RoPE's angles t theta^(-2i / size), in fp32."""
+    angles = torch.arange(block_size).float()[:, None] * (1.0 / theta ** (torch.arange(0, size, 2).float() / size))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, cos, sin):
+    """x (B, nh, T, hs), the pairs (x_i, x_i+hs/2) turned by their position's angles."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
+        size = config.n_embd // config.n_head
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * size)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * size)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, -1, C // self.n_head).transpose(1, 2) for t in (self.q_proj(x), self.k_proj(x), self.v_proj(x))) # (B, nh, T, hs)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
+                                           enable_gqa=self.n_kv_head < self.n_head)
+        y = self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """SwiGLU"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attn(self.ln_1(x), cos, sin)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class Qwen2(nn.Module):
+    """features(idx) (B, T, D) and head; forward is the two and the loss. Raises ValueError for a config that does not fit together."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
+        if config.n_kv_head < 1 or config.n_head % config.n_kv_head:
+            raise ValueError(f"n_head {config.n_head} must be a multiple of n_kv_head {config.n_kv_head}")
+        if config.n_embd // config.n_head % 2:
+            raise ValueError(f"n_embd / n_head is {config.n_embd // config.n_head}, it must be even: RoPE turns pairs")
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(padded(config.vocab_size), config.n_embd),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.RMSNorm(config.n_embd, config.norm_eps),
+        ))
+        self.register_buffer("rope", rotary(config.block_size, config.n_embd // config.n_head, config.rope_theta), persistent=False)
+        self.apply(self._init_weights)
+        # the head is made last, so that every head meets the same backbone for the same seed
+        self.head = lm_head(config)
+        if config.tie_weights:
+            self.transformer.wte.weight = self.head.weight
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+
+    def features(self, idx):
+        """idx (B, T) token ids -> (B, T, D) hidden states, the head's feature scale applied."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens, but block_size is {self.config.block_size}")
+        cos, sin = self.rope[:, :T]
+        x = F.dropout(self.transformer.wte(idx), self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, cos, sin)
+        return self.transformer.ln_f(x) * self.head.feature_scale
+
+    def forward(self, idx, targets=None):
+        """With targets (B, T), -1 ignored: (None, mean loss in nats). Without: (z of the last position (B, 1, V), None)."""
+        h = self.features(idx)
+        if targets is None:
+            return self.head(h[:, [-1]]), None
+        return None, self.head.loss(h, targets)
+
+    @classmethod
+    def from_hf(cls, hf_model, **overrides):
+        """From a transformers Qwen2ForCausalLM in memory, in fp32. overrides: Qwen2Config fields, such as a distance (its prototypes then
+        start afresh unless tie_weights), dropout, or a smaller block_size."""
+        hf = hf_model.config
+        if hf.model_type != "qwen2" or hf.hidden_act != "silu":
+            raise ValueError(f"this is Qwen2 with SiLU, the model is {hf.model_type!r} with {hf.hidden_act!r}")
+        if hf.use_sliding_window and "sliding_attention" in getattr(hf, "layer_types", ["sliding_attention"]):
+            raise ValueError("this Qwen2 sees all that came before, the model has a sliding window")
+        rope = getattr(hf, "rope_parameters", None) or {**(hf.rope_scaling or {}), "rope_theta": hf.rope_theta} # transformers 5, or 4
+        kind, size = rope.get("rope_type", rope.get("type", "default")), hf.hidden_size // hf.num_attention_heads
+        if kind != "default" or (getattr(hf, "head_dim", None) or size) != size:
+            raise ValueError(f"this Qwen2 has rope_type 'default' and head_dim {size}, the model has {kind!r} and {getattr(hf, 'head_dim', None) or size}")
+        config = Qwen2Config(block_size=hf.max_position_embeddings, vocab_size=hf.vocab_size, n_layer=hf.num_hidden_layers, n_head=hf.num_attention_heads,
+                             n_kv_head=hf.num_key_value_heads, n_embd=hf.hidden_size, intermediate_size=hf.intermediate_size,
+                             rope_theta=rope["rope_theta"], norm_eps=hf.rms_norm_eps, dropout=hf.attention_dropout, tie_weights=hf.tie_word_embeddings)
+        unknown = set(overrides) - {f.name for f in fields(Qwen2Config)}
+        if unknown:
+            raise ValueError(f"Qwen2Config has no {', '.join(sorted(unknown))}")
+        fixed = [k for k in ("n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "rope_theta", "norm_eps", "vocab_size")
+                 if overrides.get(k, getattr(config, k)) != getattr(config, k)]
+        if fixed:
+            raise ValueError("the pretrained weights fix " + ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in fixed))
+        config = replace(config, **overrides)
+        if config.block_size > hf.max_position_embeddings:
+            raise ValueError(f"block_size {config.block_size} is beyond the {hf.max_position_embeddings} positions of the pretrained weights")
+        model = cls(config)
+        theirs = hf_model.state_dict()
+        with torch.no_grad():
+            for name, p in model.state_dict().items():
+                if name.startswith("transformer.") or name == "head.weight" and config.distance == "baseline" and not config.tie_weights:
+                    q = theirs[_hf_name(name)]
+                    p[:len(q)] = q # the rest is padding of the vocabulary
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name, **overrides):
+        """Qwen/Qwen2-0.5B, Qwen/Qwen2-1.5B, ... or a folder that holds one, read by transformers (optional: pip install transformers)."""
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError as e:
+            raise ImportError(f"init_from={name!r} reads the weights with transformers: pip install transformers") from e
+        return cls.from_hf(AutoModelForCausalLM.from_pretrained(name), **overrides)
+
+    def to_hf(self):
+        """The inverse of from_hf: a transformers Qwen2ForCausalLM of the same scores, a copy. Raises ValueError for a distance head."""
+        c = self.config
+        if c.distance != "baseline":
+            raise ValueError(f"transformers has no layer for the {c.distance} head: only a model with the baseline head can be exported")
+        from transformers import Qwen2Config as HFConfig
+        from transformers import Qwen2ForCausalLM
+        hf = Qwen2ForCausalLM(HFConfig(max_position_embeddings=c.block_size, vocab_size=c.vocab_size, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+                                       num_key_value_heads=c.n_kv_head, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, rope_theta=c.rope_theta,
+                                       rms_norm_eps=c.norm_eps, attention_dropout=c.dropout, tie_word_embeddings=c.tie_weights)).to(self.head.weight)
+        theirs = hf.state_dict()
+        with torch.no_grad():
+            for name, p in self.state_dict().items():
+                q = theirs[_hf_name(name)]
+                q.copy_(p[:len(q)])
+            hf.model.norm.weight *= self.head.feature_scale # 1 unless it was set; theirs has no other place for it
+        return hf.eval()
+
+
+def _hf_name(name):
+    """The name in transformers of one of our weights."""
+    for ours, theirs in (("transformer.wte.", "model.embed_tokens."), ("transformer.h.", "model.layers."), ("transformer.ln_f.", "model.norm."),
+                         (".ln_1.", ".input_layernorm."), (".ln_2.", ".post_attention_layernorm."), (".attn.", ".self_attn."), ("head.", "lm_head.")):
+        name = name.replace(ours, theirs)
+    return name
