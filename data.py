@@ -3,9 +3,10 @@ The data format, defined once: train.py and sample.py read it, the prepare scrip
 
 A dataset is a folder data/<dataset>/ with
   train.bin, val.bin   token ids, nothing else: uint16, or uint32 when an id can exceed 65,535
-  meta.pkl             a dict of plain values: vocab_size, dtype, encoding (a tiktoken name, or the name of a rank file in the folder,
-                       then with pat_str and special_tokens), eot, hash, source; train_tokens, train_docs, train_bytes (of the text in
-                       utf-8, for bits per byte) and the same for val
+  meta.pkl             a dict of plain values: vocab_size, dtype, encoding (a tiktoken name; or the name of a rank file in the folder,
+                       then with pat_str and special_tokens; or tokenizer.json, in the folder too, then with special_ids and mask_id),
+                       eot, hash, source; train_tokens, train_docs, train_bytes (of the text in utf-8, for bits per byte; 0 where the
+                       tokenizer does not keep the text) and the same for val
 nanoGPT's own folders work as they are: without meta.pkl (openwebtext, shakespeare: GPT-2 tokens) and with the char-level one.
 
 Make one, then train on it:
@@ -131,6 +132,39 @@ def own_encoding(ranks, pat_str=GPT2_PAT, special_tokens=None):
         raise ValueError(f"every token needs an id of its own, {EOT} too; the special tokens are {special_tokens}")
     return tiktoken.Encoding('own ranks', pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
 
+class JsonTokenizer:
+    """
+    A tokenizer.json of the tokenizers library, such as BERT's WordPiece or Qwen2's BPE, with what is used here of tiktoken.Encoding.
+    source: the json itself. ValueError when it is not one, or has no token that ends a text.
+    """
+    name, _mergeable_ranks = 'tokenizer.json', {} # WordPiece does not keep the text, so that no bytes are counted
+
+    def __init__(self, source):
+        from tokenizers import Tokenizer
+        try:
+            self._tokenizer = Tokenizer.from_str(source)
+        except Exception as e: # the library raises nothing narrower
+            raise ValueError(f"not a tokenizer.json: {e}") from None
+        self._tokenizer.encode_special_tokens = True # a marker in a text stays text
+        self._pat_str, ids = source, self._tokenizer.get_vocab()
+        end = next((token for token in (EOT, '[SEP]', '</s>') if token in ids), None)
+        if end is None:
+            raise ValueError(f"the tokenizer has no {EOT}, [SEP] or </s> to end a text with")
+        self.n_vocab, self.eot_token, self.mask_id = max(ids.values()) + 1, ids[end], ids.get('[MASK]')
+        self.special_ids = sorted(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    def __reduce__(self): # to another process, with the setting above, which the library's own pickle forgets
+        return JsonTokenizer, (self._pat_str,)
+
+    def encode(self, text, **ignored):
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text, **ignored):
+        return np.array(self.encode(text), np.int64)
+
+    def decode(self, ids):
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
 def read_ranks(path):
     """{token bytes: id} of a rank file: per line the token in base64, a space, its id. ValueError names a line that is not."""
     # not tiktoken.load.load_tiktoken_bpe: it caches by path, and would give yesterday's tokens after the file was made anew
@@ -159,7 +193,10 @@ def load_encoding(meta, data_dir):
                 raise ValueError(f"the characters {unknown} are not in this dataset's vocabulary of {meta['vocab_size']}")
             return [meta['stoi'][c] for c in text]
         return SimpleNamespace(encode=encode, decode=lambda ids: ''.join(meta['itos'][i] for i in ids), eot=None)
-    if 'pat_str' in meta:
+    if meta['encoding'] == JsonTokenizer.name:
+        with open(os.path.join(data_dir, meta['encoding']), encoding='utf-8') as f:
+            enc = JsonTokenizer(f.read())
+    elif 'pat_str' in meta:
         enc = own_encoding(read_ranks(os.path.join(data_dir, meta['encoding'])), meta['pat_str'], meta['special_tokens'])
     else:
         enc = named_encoding(meta['encoding'])
@@ -246,22 +283,28 @@ def in_val(seed, key, val_fraction):
 
 def write_dataset(out_dir, pairs, enc, source):
     """
-    Writes train.bin, val.bin, meta.pkl (and tokenizer.tiktoken for ranks of one's own) and prints what they hold. Returns meta.
+    Writes train.bin, val.bin, meta.pkl (and tokenizer.tiktoken for ranks of one's own, or tokenizer.json) and prints what they hold.
+    Returns meta.
 
-    pairs: yields (train ids, val ids), 1-D arrays to be appended to the two files; enc: the tiktoken.Encoding, which has end-of-text.
+    pairs: yields (train ids, val ids), 1-D arrays to be appended to the two files; enc: the tiktoken.Encoding, which has end-of-text, or
+    a JsonTokenizer.
     Killed at any moment it leaves no train.bin with another dataset's meta.pkl. ValueError when a split stays empty.
     """
     import tiktoken
     os.makedirs(out_dir, exist_ok=True)
     meta = {'vocab_size': enc.n_vocab, 'dtype': token_dtype(enc.n_vocab), 'encoding': enc.name, 'eot': enc.eot_token, 'source': source}
-    own = enc.name not in tiktoken.list_encoding_names()
-    if own:
-        meta |= {'encoding': 'tokenizer.tiktoken', 'pat_str': enc._pat_str, 'special_tokens': dict(enc._special_tokens)}
+    own = None # the tokenizer's file
+    if isinstance(enc, JsonTokenizer):
+        own = enc.name, enc._pat_str.encode()
+        meta |= {'special_ids': enc.special_ids, 'mask_id': enc.mask_id}
+    elif enc.name not in tiktoken.list_encoding_names():
+        own = 'tokenizer.tiktoken', b''.join(base64.b64encode(token) + b' %d\n' % rank for token, rank in sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
+        meta |= {'encoding': own[0], 'pat_str': enc._pat_str, 'special_tokens': dict(enc._special_tokens)}
     num_bytes = np.zeros(enc.n_vocab, np.int64) # of text per id, none for special tokens
     for token, rank in enc._mergeable_ranks.items():
         num_bytes[rank] = len(token)
 
-    splits, names = ('train', 'val'), ['val.bin', 'meta.pkl'] + ['tokenizer.tiktoken'] * own + ['train.bin']
+    splits, names = ('train', 'val'), ['val.bin', 'meta.pkl', *([own[0]] if own else []), 'train.bin']
     tokens, text_bytes, docs, last, shas = [0, 0], [0, 0], [0, 0], [None, None], [hashlib.sha256(), hashlib.sha256()]
     def tmp(name):
         return os.path.join(out_dir, name + '.tmp')
@@ -288,9 +331,8 @@ def write_dataset(out_dir, pairs, enc, source):
     with open(tmp('meta.pkl'), 'wb') as f:
         pickle.dump(meta, f, protocol=4)
     if own:
-        with open(tmp('tokenizer.tiktoken'), 'wb') as f:
-            for token, rank in sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]):
-                f.write(base64.b64encode(token) + b' %d\n' % rank)
+        with open(tmp(own[0]), 'wb') as f:
+            f.write(own[1])
     # a folder counts as a dataset when it has a train.bin: the old one goes first, the new one comes last
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(out_dir, 'train.bin'))
@@ -300,6 +342,7 @@ def write_dataset(out_dir, pairs, enc, source):
     parent, dataset = os.path.split(os.path.normpath(out_dir))
     print(f"{out_dir}: {', '.join(sorted(names))}; vocab_size {meta['vocab_size']:,} ({meta['dtype']})")
     for i, split in enumerate(splits):
-        print(f"  {split:5s} {meta[f'{split}_docs']:>9,} documents {tokens[i]:>13,} tokens {text_bytes[i] / tokens[i]:.2f} bytes per token")
+        print(f"  {split:5s} {meta[f'{split}_docs']:>9,} documents {tokens[i]:>13,} tokens"
+              + (f" {text_bytes[i] / tokens[i]:.2f} bytes per token" if text_bytes[i] else ""))
     print(f"next: python train.py{'' if parent == 'data' else f' --data_dir={parent or os.curdir}'} --dataset={dataset}")
     return meta

@@ -12,6 +12,8 @@ Every document ends with the end-of-text token; empty ones are left out. Without
 
 An own tokenizer: --ranks FILE, in tiktoken's format (per line a token in base64, a space, its id). In a prepared folder, next to its
 meta.pkl, it brings its pattern and special tokens along; elsewhere the pattern is --pat_str and end-of-text gets the id after the last.
+Or --tokenizer NAME, a tokenizer.json or the name of a model on the huggingface hub: BERT's WordPiece (bert-base-uncased), Qwen2's own
+vocabulary (Qwen/Qwen2-0.5B, whose ids take uint32).
 """
 import argparse
 import glob
@@ -31,7 +33,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 import numpy as np
 from tqdm import tqdm
 
-from data import GPT2_PAT, in_val, named_encoding, own_encoding, read_meta, read_ranks, token_dtype, within, write_dataset
+from data import GPT2_PAT, JsonTokenizer, in_val, named_encoding, own_encoding, read_meta, read_ranks, token_dtype, within, write_dataset
 
 BUILDERS = {'txt': 'text', 'text': 'text', 'json': 'json', 'jsonl': 'json', 'parquet': 'parquet'}
 
@@ -198,8 +200,22 @@ def split_shards(folder, encoding, args):
 
 # -----------------------------------------------------------------------------
 
+def json_tokenizer(name):
+    if os.path.exists(name):
+        with open(name, encoding='utf-8') as f:
+            return JsonTokenizer(f.read())
+    from tokenizers import Tokenizer
+    try:
+        return JsonTokenizer(within(60, Tokenizer.from_pretrained, name).to_str())
+    except ValueError:
+        raise
+    except Exception as e: # no network, no such model
+        raise ValueError(f"--tokenizer {name}: neither a file nor to be had from the huggingface hub ({type(e).__name__})") from None
+
 def choose_encoding(args):
     try:
+        if args.tokenizer:
+            return json_tokenizer(args.tokenizer)
         if not args.ranks:
             return named_encoding(args.encoding)
         meta_path, meta = os.path.join(os.path.dirname(args.ranks), 'meta.pkl'), {}
@@ -219,6 +235,7 @@ def main(argv=None):
     parser.add_argument('--overwrite', action='store_true', help="replace a dataset that is there")
     parser.add_argument('--encoding', default='gpt2', help="a tiktoken encoding (default: %(default)s)")
     parser.add_argument('--ranks', help="a rank file of your own instead")
+    parser.add_argument('--tokenizer', help="a tokenizer.json instead, or the name of a model on the hub that has one")
     parser.add_argument('--pat_str', help="the pattern of --ranks that cuts text into words (default: see above, else GPT-2's)")
     parser.add_argument('--split', choices=['random', 'tail'], default='random',
                         help="random: draws documents for val.bin; tail: takes the last tokens (default: %(default)s)")

@@ -72,7 +72,7 @@ tie_weights = False # one matrix for token embeddings and prototypes
 n_kv_head = 2 # qwen2: heads of keys and values
 intermediate_size = 4864 # qwen2: width of the MLP
 mlm_probability = 0.15 # bert: share of the tokens of each sequence that are to be predicted
-mask_id = -1 # bert: the id of [MASK]; -1: the first id beyond the text's, so that it is no ordinary token
+mask_id = -1 # bert: the id of [MASK]; -1: the tokenizer's own, or where it has none the first id beyond the text's
 # head, see `python distances.py`
 distance = 'baseline' # baseline, euclidean, manhattan, chebyshev, minkowski, cosine, hamming, canberra, bray_curtis, mahalanobis, offset_l2
 variant = '' # '': the distance's default
@@ -187,6 +187,8 @@ try:
     if vocab_size > meta['vocab_size'] and init_from == 'scratch':
         print0(f"note: {vocab_size - meta['vocab_size']:,} of {vocab_size:,} prototypes belong to tokens that the data do not have (vocab_size=0 leaves them out)")
     vocab_size = vocab_size or meta['vocab_size']
+    if family == 'bert' and mask_id == -1 and meta.get('mask_id') is not None: # WordPiece has one
+        mask_id = config['mask_id'] = meta['mask_id']
     if family == 'bert' and mask_id >= vocab_size:
         problems.append(f"mask_id {mask_id} is beyond the {vocab_size} tokens: use -1 for an id of its own")
     train_data, val_data = (Blocks(os.path.join(data_dir, dataset), split, block_size, vocab_size, seed) for split in ('train', 'val'))
@@ -274,7 +276,8 @@ def read(blocks, *args):
 
 def masked(x, *key):
     """What BERT takes of x (B, T): inputs (B, T), labels (B, k), positions (B, k). A pure function of key."""
-    return mask_tokens(x, np.random.RandomState(key), raw_model.mask_id, vocab_size, [meta['eot']] if meta['eot'] is not None else [], mlm_probability)
+    special = meta.get('special_ids', [] if meta['eot'] is None else [meta['eot']]) # no token for a random one
+    return mask_tokens(x, np.random.RandomState(key), raw_model.mask_id, vocab_size, special, mlm_probability)
 
 def to_device(tensors):
     return tuple(t.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else t.to(device) for t in tensors)

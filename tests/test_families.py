@@ -26,6 +26,7 @@ from test_train import (  # noqa: F401 two fixtures among them: a dataset, and a
     train_processes,
 )
 
+import data as data_module
 from distances import DistanceHead
 from model_bert import BERT, mask_tokens
 from sample import fill_masks, load_run
@@ -198,3 +199,60 @@ def test_a_checkpoint_of_another_family_or_head_is_refused():
     for settings, message in ((dict(model='gpt'), 'cannot resume out: it holds a bert, model is gpt here'),
                               (dict(distance='euclidean'), "cannot resume out: distance is 'euclidean' here, 'cosine' in the checkpoint")):
         assert message in refused(init_from='resume', out_dir='out', **settings)
+
+
+# -----------------------------------------------------------------------------
+# WordPiece and other tokenizer.json files
+
+TEXT = 'The cat sat on the mat, and the dog ran after the cat. ' * 60
+
+
+@pytest.fixture
+def wordpiece():
+    """A small one like BERT's, in the file that its library writes."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator([TEXT], trainers.WordPieceTrainer(vocab_size=60, special_tokens=['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'], show_progress=False))
+    tokenizer.save('wordpiece.json')
+    return tokenizer
+
+
+def test_bert_on_wordpiece(wordpiece):
+    with open('text.txt', 'w') as f:
+        f.write(TEXT + ' [MASK]')
+    printed, _ = run_script('prepare_openwebtext.py', 'text.txt', '--out_dir=own/words', '--tokenizer=wordpiece.json', '--split=tail', '--val_fraction=0.2', '--num_proc=1')
+    meta = data_module.load_meta('own/words')
+    assert meta['vocab_size'] == wordpiece.get_vocab_size() and meta['mask_id'] == 4 and meta['special_ids'] == [0, 1, 2, 3, 4] and meta['eot'] == 3
+    ids = np.concatenate([np.fromfile(f'own/words/{split}.bin', np.uint16) for split in ('train', 'val')])
+    assert ids[:3].tolist() == wordpiece.encode('The cat sat', add_special_tokens=False).ids and ids[-1] == 3
+    assert 4 not in ids # the marker in a text stays text
+    settings = dict(data_dir='own', dataset='words', model='bert', distance='cosine', max_iters=3, out_dir='out')
+    _, script = train(**settings)
+    model, config, _ = load_run('out', 'ckpt.pt', 'cpu')
+    assert model.mask_id == config['mask_id'] == 4 and model.num_ids == meta['vocab_size']
+    assert json.load(open('out/summary.json')).get('bits_per_byte') is None
+    inputs = torch.cat([script['train_batch'](i)[0] for i in range(50)])
+    assert (inputs == 4).any() and not torch.isin(inputs, torch.tensor([0, 1, 2])).any() # [MASK], and no special token for a random one
+    printed, _ = run_script('sample.py', '--out_dir=out', '--checkpoint=ckpt.pt', '--device=cpu', '--start=the [MASK] sat')
+    assert '[MASK] 1: ' in printed
+
+
+@pytest.mark.parametrize('name, message', [('nowhere', 'neither a file nor to be had from the huggingface hub'), ('broken.json', 'not a tokenizer.json'),
+                                           ('endless.json', 'has no <|endoftext|>, [SEP] or </s>')])
+def test_tokenizers_that_cannot_be_used(name, message, wordpiece):
+    with open('broken.json', 'w') as f:
+        f.write('{}')
+    with open('wordpiece.json') as f, open('endless.json', 'w') as g:
+        g.write(f.read().replace('[SEP]', '[END]'))
+    with open('text.txt', 'w') as f:
+        f.write(TEXT)
+    assert message in refused('text.txt', f'--tokenizer={name}', '--out_dir=own/x', script='prepare_openwebtext.py')
+
+
+def test_a_large_vocabulary_takes_uint32():
+    from tokenizers import Tokenizer, models
+    words = {f'w{i}': i for i in range(70_000)} | {'<|endoftext|>': 70_000}
+    tokenizer = data_module.JsonTokenizer(Tokenizer(models.WordLevel(words, unk_token='w0')).to_str())
+    assert tokenizer.n_vocab == 70_001 and data_module.token_dtype(tokenizer.n_vocab) == 'uint32'
+    assert tokenizer.encode_to_numpy('w69999').tolist() == [69999] and tokenizer.decode([69999]) == 'w69999'
