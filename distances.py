@@ -193,6 +193,9 @@ class Tiles(Core):
 
     Three ways to run it: eager tiles; compile = True: larger tiles of one fixed shape through torch.compile, in which nothing of size
     N x V x D is held either; triton = True: hand-written kernels, where there are a GPU, triton and a kernel."""
+    tile = 128, 512 # of torch.compile: measured best on CPUs
+    rows, elements = 128, 2 ** 20
+
     def __init__(self, value, slope=None, pair=None, kernel=None):
         self.value, self.slope, self.pair, self.kernel = value, slope, pair, kernel
         self.compile, self.triton, self._functions = False, True, None
@@ -247,9 +250,6 @@ class Tiles(Core):
                 dh[i] += gh.sum(1)
                 dw[j] += gw.sum(0)
 
-    tile = 128, 512 # of torch.compile: measured best on CPUs
-    rows, elements = 128, 2 ** 20
-
     def _tiles(self, N, V, D, cuda):
         tn, tv = self.tile if self.compile else (16, max(1, CACHE_ELEMENTS * (128 if cuda else 1) // (16 * D)))
         return ((i, j) for i in _slices(N, tn) for j in _slices(V, tv))
@@ -274,7 +274,7 @@ class Tiles(Core):
             return self.slope(h[None], w[:, None], s[..., None], g[..., None])[1].sum(1)
 
         if self._functions is None:
-            self._functions = SimpleNamespace(forward=_compile(forward), pair=_compile(pair) if self.pair else pair, dh=_compile(dh), dw=_compile(dw))
+            self._functions = SimpleNamespace(**{fn.__name__: _compile(fn, dynamic=False, fullgraph=True) for fn in (forward, pair, dh, dw)})
         return self._functions
 
 
@@ -283,11 +283,10 @@ def _fill(x, rows):
     return x if len(x) == rows else torch.cat([x, x[-1:].expand(rows - len(x), -1)])
 
 
-def _compile(fn, dynamic=False):
+def _compile(fn, **options):
     """torch.compile with a cache of its own. Dynamo counts recompilations per code object, and many heads share this file's: past the
-    eighth it would go on eagerly, with N x V x D in memory, and say so in a log line only."""
-    own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    return torch.compile(own, dynamic=dynamic, fullgraph=True)
+    eighth it would go on eagerly, for a tile with N x V x D in memory, and say so in a log line only."""
+    return torch.compile(FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__), **options)
 
 
 def _of_difference(value, slope, pair=None, kernel=None):
@@ -891,7 +890,7 @@ class DistanceHead(nn.Module):
         key = self.link, self.fixed_n
         if key not in self._row_functions:
             rows = _row_function(self.core, self.spec.finish, self.spec.squared, self.options, *key, self.num_classes)
-            self._row_functions[key] = torch.compile(rows) if self.compiled else rows
+            self._row_functions[key] = _compile(rows) if self.compiled else rows
         return self._row_functions[key]
 
     def _inputs(self, h):

@@ -1,4 +1,4 @@
-# BERT-base by masked tokens at the paper's settings (section C.2): 38 x 2 x 512 tokens per step, 15% of them predicted
+# BERT-base (124.7M parameters with GPT-2 tokens) by masked tokens at the paper's settings (section C.2): 38 x 2 x 512 tokens per step, 15% of them predicted
 # $ python prepare_openwebtext.py
 # $ torchrun --standalone --nproc_per_node=2 train.py config/bert.py --distance=cosine --out_dir=out/bert_cosine
 out_dir = 'out/bert'

@@ -1,5 +1,5 @@
-# Qwen2-0.5B at the paper's settings (section C.2): 6 x 10 x 1024 tokens per step. The vocabulary is that of the data; the paper's own runs had
-# vocab_size = 151936 on GPT-2's tokens, of which 101,679 never occur
+# Qwen2-0.5B (403.0M parameters with GPT-2 tokens) at the paper's settings (section C.2): 6 x 10 x 1024 tokens per step. The paper's runs had
+# vocab_size = 151936 (494.0M) on GPT-2's tokens, of which 101,679 never occur
 # $ python prepare_openwebtext.py
 # $ torchrun --standalone --nproc_per_node=2 train.py config/qwen2.py --distance=cosine --out_dir=out/qwen2_cosine
 out_dir = 'out/qwen2'
