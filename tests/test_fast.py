@@ -156,6 +156,7 @@ def test_a_distance_of_ones_own_is_compiled_with_its_gradient(compiler, monkeypa
 # -----------------------------------------------------------------------------
 # GPU kernels
 
+@pytest.mark.filterwarnings('ignore:divide by zero', 'ignore:overflow') # the interpreter's, where log2(0) = -inf and clamp(inf) are meant
 @pytest.mark.parametrize('distance, variant', ELEMENTWISE)
 def test_heads_on_the_gpu_kernels(distance, variant, monkeypatch):
     """The whole loss on the kernels of distances_triton.py: in its interpreter, or on the GPU where there is one."""
