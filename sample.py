@@ -80,6 +80,8 @@ def load_run(out_dir, checkpoint, device):
 @torch.no_grad()
 def fill_masks(model, encoding, text, k):
     """Lines of text: for each [MASK] of the text, read from both sides, the k most probable tokens. ValueError where there is none, or no room."""
+    if ' [MASK]' in text and len(encoding.encode(' a')) == 1: # a space belongs to the word behind it, which is masked
+        text = text.replace(' [MASK]', '[MASK]')
     parts = [encoding.encode(part) for part in text.split('[MASK]')]
     ids = [i for part in parts for i in (*part, model.mask_id)][:-1]
     if len(parts) == 1:

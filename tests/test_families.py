@@ -137,6 +137,10 @@ def test_masks_next_to_each_other_and_at_the_ends():
             return F.one_hot(65 + positions, 128).float() * 9, None
     assert [line[:3] for line in fill_masks(Echo(), Letters, '[MASK]a[MASK][MASK]b[MASK]', 2)] == ["'A'", "'C'", "'D'", "'F'"]
 
+    class Words(Letters): # a space belongs to the word behind it, as in GPT-2's tokens
+        encode = staticmethod(lambda text: [ord(word[-1]) for word in text.replace(' ', '| ').split('|') if word])
+    assert len(fill_masks(Echo(), Words, '[MASK] a [MASK] [MASK] b [MASK]', 2)) == 4 # Echo sees no space of its own
+
 
 # -----------------------------------------------------------------------------
 # Qwen2
