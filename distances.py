@@ -32,7 +32,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from types import FunctionType, SimpleNamespace
 
@@ -45,7 +45,7 @@ from torch import nn
 #   gradient(h, w, s, g)              of those: g ds/dh and g ds/dw (..., D)
 #   once(w)                           what all chunks of h need of w
 #   forward(h, w, once, out)          all pairs, into out (N, V); of a matrix product just that, which
-#   assemble(out, h, w, once)         then makes s of: apart, as torch.compile fuses it with what follows
+#   assemble(out, h, once)            then makes s of: apart, as torch.compile fuses it with what follows
 #   backward(h, w, s, g, dh, dw)      all pairs: adds the gradients to dh and dw in place, without a copy of w
 
 CACHE_ELEMENTS = 2 ** 18 # of a temporary on a CPU: 1 MB in fp32 stays in cache, where a larger one costs more than the arithmetic
@@ -82,7 +82,7 @@ class Core:
     def once(self, w):
         return None
 
-    def assemble(self, out, h, w, once):
+    def assemble(self, out, h, once):
         return out
 
 
@@ -106,7 +106,7 @@ class SquaredL2(Core):
     def forward(self, h, w, once, out):
         _product(h, w.T, out)
 
-    def assemble(self, out, h, w, once):
+    def assemble(self, out, h, once):
         return (_norm2(h)[:, None] + once - 2 * out).clamp_min(0)
 
     def size(self, h, w): # of the terms that cancel
@@ -149,7 +149,7 @@ class WeightedSquaredL2(SquaredL2):
             a2 = alpha ** 2
             out[:, j] = torch.addmm(_sum_d(a2 * w_j * w_j), h, (a2 * w_j).T, alpha=-2).addmm_(h2, a2.T)
 
-    def assemble(self, out, h, w, once):
+    def assemble(self, out, h, once):
         return out.clamp_min(0)
 
     def size(self, h, w):
@@ -242,7 +242,8 @@ class Tiles(Core):
                 fn, (n, v) = self._tile_functions(), self.tile
                 h_i, w_j, s_ij = _fill(h[i], n), _fill(w[j], v), _fill(_fill(s[i, j], n).T, v).T.contiguous()
                 g_ij = nn.functional.pad(g[i, j], (0, v - j.stop + j.start, 0, n - i.stop + i.start))
-                s_ij, g_ij = fn.pair(h_i, w_j, s_ij, g_ij) # (n, v)
+                if self.pair is not None:
+                    s_ij, g_ij = fn.pair(h_i, w_j, s_ij, g_ij) # (n, v)
                 dh[i] += fn.dh(h_i, w_j, s_ij, g_ij)[:i.stop - i.start]
                 dw[j] += fn.dw(h_i, w_j, s_ij.T.contiguous(), g_ij.T.contiguous())[:j.stop - j.start]
             else: # (n, v, D) each, or already summed by autograd
@@ -261,7 +262,7 @@ class Tiles(Core):
             return self.value(h[:, None], w[None])
 
         def pair(h, w, s, g):
-            return self.pair(h[:, None], w[None], s, g) if self.pair is not None else (s, g)
+            return self.pair(h[:, None], w[None], s, g)
 
         def dh(h, w, s, g):
             if self.slope is None:
@@ -678,7 +679,7 @@ def _full_fp32(x):
 def _all_pairs(core, h, w):
     once, out = core.once(w), h.new_empty(len(h), len(w), dtype=_wide(h))
     core.forward(h, w, once, out)
-    return core.assemble(out, h, w, once)
+    return core.assemble(out, h, once)
 
 
 class _Matrix(torch.autograd.Function):
@@ -716,13 +717,13 @@ def _scores(d, n, link, num_classes, squared=False):
 
 
 def _row_function(core, finish, squared, o, link, n, num_classes):
-    """rows(s, s_y, gs, h, w, once, y, weights, a, b, learned n, need) -> the targets' -log p (c,) and the gradients of
+    """rows(s, s_y, gs, h, once, y, weights, a, b, learned n, need) -> the targets' -log p (c,) and the gradients of
     sum(weights * nll) by the targets' s (c,) and by those of a, b, learned n for which need is true; that by all other s goes into gs
     (c, V), or into s where gs is None (not twice the same tensor: torch.compile would tie itself to their common storage). need = ():
     no gradients. It is all that a chunk needs besides products and tiles, in one function that torch.compile makes few passes of."""
-    def rows(s, s_y, gs, h, w, once, y, weights, a, b, learned, need):
+    def rows(s, s_y, gs, h, once, y, weights, a, b, learned, need):
         target = torch.arange(s.shape[1], device=y.device) == y[:, None]
-        out, s = s if gs is None else gs, torch.where(target, s_y[:, None], core.assemble(s, h, w, once))
+        out, s = s if gs is None else gs, torch.where(target, s_y[:, None], core.assemble(s, h, once))
 
         def score(s, *given):
             given = iter(given)
@@ -746,7 +747,8 @@ def _nll(core, rows, h, w, a, b, n, targets, weights, chunk, need, mm_dtype):
     at a time: nothing larger than chunk x V. The target's own column is computed directly, value and gradient, from operands that are
     not rounded to mm_dtype: it is the one that comes close to h, where a matrix product cancels."""
     nll = h.new_empty(len(h))
-    grads = [torch.zeros_like(x) if k else None for x, k in zip((h, w, a, b, n), (need and (True, True, *need)) or (False,) * 5)]
+    needed = (True, True, *need) if need else (False,) * 5
+    grads = [torch.zeros_like(x) if k else None for x, k in zip((h, w, a, b, n), needed)]
     w_mm = w.to(mm_dtype)
     once, s = core.once(w_mm), h.new_empty(min(chunk, len(h)), len(w)) # every chunk's
     gs = None if core.is_product or not need else torch.empty_like(s) # tiles need s for their gradient
@@ -760,7 +762,7 @@ def _nll(core, rows, h, w, a, b, n, targets, weights, chunk, need, mm_dtype):
         core.forward(h_mm, w_mm, once, s_i)
         gs_y, a_i, ga_i = torch.empty_like(s_y), *(x if x is None else x[i] for x in (a, grads[2]))
         for j in _slices(len(y), block):
-            nll[i][j], g_y, g_given = rows(s_i[j], s_y[j], None if gs is None else gs_i[j], h_mm[j], w_mm, once, y[j], weights[i][j],
+            nll[i][j], g_y, g_given = rows(s_i[j], s_y[j], None if gs is None else gs_i[j], h_mm[j], once, y[j], weights[i][j],
                                            None if a is None else a_i[j], b, n, need)
             if need:
                 gs_y[j] = g_y
@@ -981,6 +983,20 @@ def parse_params(text):
 def padded(vocab_size, multiple=64):
     """Rows of an embedding or head for vocab_size tokens: matrix products like round sizes. The rows in excess are masked out of p."""
     return -(-vocab_size // multiple) * multiple
+
+
+def pretrained_config(config, overrides, fixed):
+    """The config of pretrained weights with overrides, none of which may change a field of `fixed` or reach beyond the positions.
+    Raises ValueError for one that does, or that is no field."""
+    unknown = set(overrides) - {f.name for f in fields(config)}
+    if unknown:
+        raise ValueError(f"{type(config).__name__} has no {', '.join(sorted(unknown))}")
+    changed = [k for k in fixed if overrides.get(k, getattr(config, k)) != getattr(config, k)]
+    if changed:
+        raise ValueError("the pretrained weights fix " + ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in changed))
+    if overrides.get("block_size", 0) > config.block_size:
+        raise ValueError(f"block_size {overrides['block_size']} is beyond the {config.block_size} positions of the pretrained weights")
+    return replace(config, **overrides)
 
 
 def lm_head(config, rows=0):

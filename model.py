@@ -10,13 +10,13 @@ GPT, with any distance head as its output layer: read distances.py first, it is 
     _, loss = model(idx, targets)           # head.loss(h, targets): exact, never holds B*T x V
 """
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distances import lm_head, padded
+from distances import lm_head, padded, pretrained_config
 
 
 @dataclass
@@ -156,15 +156,7 @@ class GPT(nn.Module):
             raise ValueError(f"this GPT has layer_norm_epsilon 1e-5 and n_inner 4 n_embd, the model has {hf.layer_norm_epsilon} and {hf.n_inner}")
         config = GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd,
                            dropout=hf.resid_pdrop, bias=True, tie_weights=hf.tie_word_embeddings)
-        unknown = set(overrides) - {f.name for f in fields(GPTConfig)}
-        if unknown:
-            raise ValueError(f"GPTConfig has no {', '.join(sorted(unknown))}")
-        fixed = [k for k in ("n_layer", "n_head", "n_embd", "vocab_size", "bias") if overrides.get(k, getattr(config, k)) != getattr(config, k)]
-        if fixed:
-            raise ValueError("the pretrained weights fix " + ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in fixed))
-        config = replace(config, **overrides)
-        if config.block_size > hf.n_positions:
-            raise ValueError(f"block_size {config.block_size} is beyond the {hf.n_positions} positions of the pretrained weights")
+        config = pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size", "bias"))
         model = cls(config)
         ours, theirs = model.state_dict(), hf_model.state_dict()
         with torch.no_grad():

@@ -12,14 +12,14 @@ BERT, with any distance head as its output layer: read distances.py first, it is
     _, loss = model(inputs, labels, positions)
 """
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distances import lm_head, padded
+from distances import lm_head, padded, pretrained_config
 
 
 @dataclass
@@ -218,15 +218,7 @@ class BERT(nn.Module):
             raise ValueError("this BERT has " + ", ".join(differ))
         config = BERTConfig(block_size=hf.max_position_embeddings, vocab_size=hf.vocab_size, n_layer=hf.num_hidden_layers, n_head=hf.num_attention_heads,
                             n_embd=hf.hidden_size, dropout=hf.hidden_dropout_prob, tie_weights=hf.tie_word_embeddings)
-        unknown = set(overrides) - {f.name for f in fields(BERTConfig)}
-        if unknown:
-            raise ValueError(f"BERTConfig has no {', '.join(sorted(unknown))}")
-        fixed = [k for k in ("n_layer", "n_head", "n_embd", "vocab_size") if overrides.get(k, getattr(config, k)) != getattr(config, k)]
-        if fixed:
-            raise ValueError("the pretrained weights fix " + ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in fixed))
-        config = replace(config, **overrides)
-        if config.block_size > hf.max_position_embeddings:
-            raise ValueError(f"block_size {config.block_size} is beyond the {hf.max_position_embeddings} positions of the pretrained weights")
+        config = pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size"))
         model = cls(config)
         ours, theirs = model.state_dict(), hf_model.state_dict()
         linear, bias = config.distance == "baseline", theirs['cls.predictions.decoder.bias'].abs().max().item()

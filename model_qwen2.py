@@ -9,13 +9,13 @@ Qwen2, with any distance head as its output layer: read distances.py and model.p
     z = model.head(h)                       # (B, T, V), softmax(z) is p
     _, loss = model(idx, targets)           # head.loss(h, targets): exact, never holds B*T x V
 """
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distances import lm_head, padded
+from distances import lm_head, padded, pretrained_config
 
 
 @dataclass
@@ -180,16 +180,7 @@ class Qwen2(nn.Module):
         config = Qwen2Config(block_size=hf.max_position_embeddings, vocab_size=hf.vocab_size, n_layer=hf.num_hidden_layers, n_head=hf.num_attention_heads,
                              n_kv_head=hf.num_key_value_heads, n_embd=hf.hidden_size, intermediate_size=hf.intermediate_size,
                              rope_theta=rope["rope_theta"], norm_eps=hf.rms_norm_eps, dropout=hf.attention_dropout, tie_weights=hf.tie_word_embeddings)
-        unknown = set(overrides) - {f.name for f in fields(Qwen2Config)}
-        if unknown:
-            raise ValueError(f"Qwen2Config has no {', '.join(sorted(unknown))}")
-        fixed = [k for k in ("n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "rope_theta", "norm_eps", "vocab_size")
-                 if overrides.get(k, getattr(config, k)) != getattr(config, k)]
-        if fixed:
-            raise ValueError("the pretrained weights fix " + ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in fixed))
-        config = replace(config, **overrides)
-        if config.block_size > hf.max_position_embeddings:
-            raise ValueError(f"block_size {config.block_size} is beyond the {hf.max_position_embeddings} positions of the pretrained weights")
+        config = pretrained_config(config, overrides, ("n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "rope_theta", "norm_eps", "vocab_size"))
         model = cls(config)
         theirs = hf_model.state_dict()
         with torch.no_grad():

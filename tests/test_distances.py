@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.spatial.distance import cdist
 
 import distances
+from bench import peak_bytes
 from distances import DISTANCES, LINKS, Distance, DistanceHead, HarmonicLoss, Tiles, lm_head, pairwise, parse_params, within_class_scatter
 from model import GPTConfig
 
@@ -482,18 +483,9 @@ def test_weight_gradients_accumulate_in_fp32(distance):
     torch.testing.assert_close(got.float(), oracle, rtol=2 ** -8, atol=2 ** -8 * oracle.abs().max().item() * 0.01)
 
 
-def peak_bytes(f):
-    """Peak of what f allocates on the CPU, exactly: every allocation and release that torch's allocator reports."""
+def warm_peak_bytes(f):
     f() # what is made once is not counted
-    with torch.profiler.profile(profile_memory=True) as profile:
-        result = f()
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == '[memory]':
-            now += event.nbytes()
-            peak = max(peak, now)
-    del result
-    return peak
+    return peak_bytes(f)
 
 
 @pytest.mark.parametrize('distance, variant', [('baseline', None), *ALL])
@@ -502,10 +494,10 @@ def test_loss_needs_a_quarter_of_the_memory_of_dense_logits(distance, variant, m
     N, V, D = 512, 4096, 16
     h, y = rand(N, D).float().requires_grad_(), torch.arange(N)
     w = torch.nn.Parameter(rand(V, D).float())
-    dense = peak_bytes(lambda: torch.autograd.grad(F.cross_entropy(h @ w.T, y), (h, w)))
+    dense = warm_peak_bytes(lambda: torch.autograd.grad(F.cross_entropy(h @ w.T, y), (h, w)))
     assert dense > 2 * 4 * N * V # logits and their log-softmax at least: the count counts
     head = make(distance, variant, D, V, torch.float32, **(dict(alpha=5.0) if variant == 'cosh' else {})) # its range
-    ours = peak_bytes(lambda: torch.autograd.grad(head.loss(h, y, chunk=16), (h, *head.parameters())))
+    ours = warm_peak_bytes(lambda: torch.autograd.grad(head.loss(h, y, chunk=16), (h, *head.parameters())))
     assert ours < dense / 4, (ours / 2 ** 20, dense / 2 ** 20)
 
 
