@@ -5,8 +5,9 @@ $ python train.py config/gpt2.py --batch_size=32 --compile=false
 $ python train.py --help
 
 The keys are the public int, float, bool and str names that a script has set above its call of configure(globals()).
-A config file is plain Python: it sees the current values (max_iters = 2 * warmup_iters), builds on another file with
-include('gpt2.py'), and may import modules; its own helpers are named _like_this. Later files win; flags beat all files.
+A config file is plain Python: it sees the current values, the flags' too (max_iters = 2 * warmup_iters), builds on another
+file with include('gpt2.py'), and may import modules; its own helpers are named _like_this. Later files win; flags beat all
+files. --dry-run is short for --dry_run=true.
 """
 import os
 import re
@@ -48,7 +49,9 @@ def configure(namespace, argv=None, base=None, base_name='base', problems=None):
                               ("" if type(value) in SCALARS else " (a config file's own helpers are named _like_this)"))
             return value
         try:
-            config[key], sources[key] = convert(value, type(defaults[key])), source
+            value = convert(value, type(defaults[key]))
+            if source == 'command line' or sources[key] != 'command line': # a file sees what a flag has set, and does not change it
+                config[key], sources[key] = value, source
         except TypeError as e:
             violations.append(f"{source}: {key} wants {e}, got {value!r}")
         return config[key]
@@ -73,17 +76,18 @@ def configure(namespace, argv=None, base=None, base_name='base', problems=None):
             lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
             violations.append(f"{path}: {type(e).__name__}: {e}" + (f" (line {lines[-1]})" if lines else ""))
 
+    for arg in argv:
+        key, equals, text = arg.lstrip('-').partition('=')
+        key, kind = key.replace('-', '_'), type(defaults.get(key.replace('-', '_')))
+        if arg.startswith('--') and (equals or kind is bool):
+            override(key, True if not equals else text if kind is str else number(text), 'command line')
+        elif arg.startswith('-'):
+            violations.append(f"command line: write --{key}={text or 'value'}, got {arg!r}")
     for key, value in (base or {}).items():
         override(key, value, base_name)
     for arg in argv:
         if not arg.startswith('-'):
             run(arg)
-    for arg in argv:
-        key, equals, text = arg.lstrip('-').partition('=')
-        if arg.startswith('--') and equals:
-            override(key, text if type(config.get(key)) is str else number(text), 'command line')
-        elif arg.startswith('-'):
-            violations.append(f"command line: write --{key}={text or 'value'}, got {arg!r}")
     namespace.update(config)
     if problems is None:
         fail(violations)

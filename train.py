@@ -19,8 +19,6 @@ A run writes into out_dir: config.json, metrics.jsonl, emissions.csv, ckpt.pt (l
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -32,7 +30,8 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure, fail
+import run
+from configurator import fail
 from data import Blocks, load_meta
 from distances import DistanceHead, Tiles, parse_params
 from emissions import Emissions, grid_factor
@@ -105,16 +104,7 @@ dtype = 'auto' # 'float32', 'bfloat16', or 'float16' (with loss scaling); auto: 
 compile = True # torch.compile, where there is a compiler: of the model, and of what in the head is not a matrix product
 triton = True # elementwise distances on a GPU: the kernels of distances_triton.py, where triton is; False: compiled tiles
 # -----------------------------------------------------------------------------
-problems = [] # every violation goes into one report
-config, sources = configure(globals(), problems=problems)
-if init_from == 'resume': # the run's own settings come first, then files and flags
-    config_path = os.path.join(out_dir, 'config.json')
-    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')) or not os.path.exists(config_path):
-        fail([*problems, f"init_from=resume: {out_dir} holds no ckpt.pt with a config.json, name the run's folder with --out_dir"])
-    with open(config_path) as f:
-        saved_config = json.load(f)
-    problems = []
-    config, sources = configure(globals(), base={**saved_config['config'], 'init_from': 'resume'}, base_name=config_path, problems=problems)
+config, sources, saved_config, problems = run.settings(globals()) # every violation goes into one report
 
 # distributed
 rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
@@ -135,19 +125,7 @@ elif scale: # beats config files, not flags
     chosen = {k: v for k, v in SCALES[scale].items() if sources[k] != 'command line'}
     config.update(chosen)
     globals().update(chosen)
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-device_type = device.split(':')[0]
-if device_type not in ('cuda', 'mps', 'cpu'):
-    problems.append(f"device is {device!r}: use auto, cuda, mps or cpu")
-elif device_type == 'cuda' and not torch.cuda.is_available() or device_type == 'mps' and not torch.backends.mps.is_available():
-    problems.append(f"device is {device!r}, which torch does not see here: use auto or cpu")
-if dtype == 'auto':
-    dtype = 'bfloat16' if device_type == 'cuda' and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
-    if device_type == 'cuda' and dtype == 'float32':
-        print0("this GPU has no bfloat16: training in float32 (--dtype=float16 is faster, with loss scaling)")
-if dtype not in ('float32', 'bfloat16', 'float16'):
-    problems.append(f"dtype is {dtype!r}: use auto, float32, bfloat16 or float16")
+device, device_type, dtype = run.choose_device(device, dtype, problems, print0)
 for key in ('eval_interval', 'log_interval', 'batch_size', 'block_size', 'gradient_accumulation_steps', 'n_layer', 'n_head', 'n_embd'):
     if config[key] < 1:
         problems.append(f"{key} is {config[key]}, it must be at least 1")
@@ -174,8 +152,6 @@ if n < 0:
 pretrained = init_from not in ('scratch', 'resume')
 if pretrained and not any(fnmatch(init_from, name) for name in names):
     problems.append(f"init_from is {init_from!r}: use scratch, resume or, with model={family}, {', '.join(names)}")
-if init_from != 'resume' and not overwrite and os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-    problems.append(f"{out_dir} holds a run: go on with it (--init_from=resume), write elsewhere (--out_dir=...), or discard it (--overwrite=true)")
 try:
     DistanceHead(8, 8, distance, variant, link, n or 1.0, learn_n, eps, **parse_params(distance_params))
 except ValueError as e:
@@ -220,14 +196,6 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # -----------------------------------------------------------------------------
 # model and optimizer
 
-def make_optimizer(model):
-    """AdamW, every parameter in exactly one of two groups: matrices decay; norms, biases and the head's own metric do not."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad} # a tied matrix is named once
-    decay = [p for name, p in params.items() if p.dim() >= 2 and (name == 'head.weight' or not name.startswith('head.'))]
-    ids = {id(p) for p in decay}
-    groups = [{'params': decay, 'weight_decay': weight_decay}, {'params': [p for p in params.values() if id(p) not in ids], 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != 'mps')
-
 step, best_val_loss, best_step = 0, float('inf'), 0
 settings = {f.name: config[f.name] for f in fields(Config) if f.name in config}
 shape = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'intermediate_size', 'bias', 'tie_weights') # pretrained weights bring their own; one that was asked for must be it
@@ -246,7 +214,7 @@ if isinstance(model.head.core, Tiles):
     model.head.core.triton = triton
 model.head.validate = False # it waits for the device; Blocks checks the ids, and this script stops at a loss that is not finite
 model.to(device)
-optimizer = make_optimizer(model)
+optimizer = torch.optim.AdamW(run.parameter_groups(model, weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=device_type != 'mps')
 if init_from == 'resume':
     ckpt = torch.load(os.path.join(out_dir, 'ckpt.pt'), map_location='cpu', weights_only=True)
     other = ckpt['config'].get('model', 'gpt')
@@ -336,24 +304,34 @@ def get_lr(it):
 
 @torch.no_grad()
 def evaluate():
-    """Mean -log p in nats over the first num_val blocks of the validation split; every rank takes its share."""
+    """Mean -log p in nats over the first num_val blocks of the validation split, every rank taking its share; and on rank 0 the probe: up to
+    PROBE_SIZE hidden states (N, D) and their targets (N,), the last token of each block, or BERT's masked positions."""
     raw_model.eval()
-    losses = []
+    losses, probe = [], []
     for first in range(rank * batch_size, num_val, world_size * batch_size):
         count = min(batch_size, num_val - first)
+        x, y, *positions = val_batch(first, count)
         with autocast:
-            losses.append((raw_model(*val_batch(first, count))[1], count)) # stays on the device
+            h = raw_model.features(x, *positions) # (B, T, D)
+            losses.append((raw_model.head.loss(h, y), count)) # stays on the device
+        seen = slice(None) if family == 'bert' else slice(-1, None)
+        if first * y[0, seen].numel() < run.PROBE_SIZE: # blocks in their order, whatever the number of ranks
+            probe += [(first + i, h[i, seen], y[i, seen]) for i in range(count)]
     total = torch.tensor([(loss.item() * count, count) for loss, count in losses], dtype=torch.float64).reshape(-1, 2).sum(0)
     raw_model.train()
     if ddp:
         total = total.to(device)
         torch.distributed.all_reduce(total)
-    return (total[0] / total[1]).item()
+        parts = [None] * world_size
+        torch.distributed.all_gather_object(parts, [(i, h.cpu(), y.cpu()) for i, h, y in probe])
+        probe = [(i, h.to(device), y.to(device)) for part in parts for i, h, y in part]
+    _, h, y = zip(*sorted(probe, key=lambda block: block[0]))
+    return (total[0] / total[1]).item(), torch.cat(h)[:run.PROBE_SIZE], torch.cat(y)[:run.PROBE_SIZE]
 
 # dense bf16 peak by name of GPU; where it is not known no MFU is printed
 PEAKS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
-gpu_name = torch.cuda.get_device_name() if device_type == 'cuda' else platform.processor() or platform.machine()
-peak = next((flops for name, flops in PEAKS.items() if name in gpu_name), None) if dtype != 'float32' else None
+device_name = run.device_name(device_type)
+peak = next((flops for name, flops in PEAKS.items() if name in device_name), None) if dtype != 'float32' else None
 # PaLM appendix B: 6 per parameter that multiplies (embeddings do not) + attention. A distance head counts as the linear head it replaces;
 # BERT's works on the masked tokens only
 c = raw_model.config
@@ -364,51 +342,24 @@ flops_per_token = 6 * sum(p.numel() for p in raw_model.parameters() if id(p) not
 # -----------------------------------------------------------------------------
 # the run's folder
 
-metrics_path = os.path.join(out_dir, 'metrics.jsonl')
-
 def exponent():
     return torch.as_tensor(raw_model.head.n).item()
 
-def shell(*command):
-    return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-
 def begin_run():
-    """config.json, and metrics.jsonl cut back to what the checkpoint knows."""
-    git = shell('git', 'rev-parse', 'HEAD')
-    commit = git.stdout.strip() + (' with changes' if shell('git', 'status', '--porcelain', '-uno').stdout else '') if git.returncode == 0 else None
-    info = dict(config={**config, 'init_from': saved_config['config']['init_from'] if init_from == 'resume' else init_from}, sources=sources,
-                command=' '.join(sys.argv), git=commit, model_args=asdict(raw_model.config), num_params=num_params, n=exponent(),
-                data={k: v for k, v in meta.items() if k not in ('stoi', 'itos')}, device=device_type, device_name=gpu_name, dtype=dtype, world_size=world_size,
-                versions=dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, numpy=np.__version__))
-    write(os.path.join(out_dir, 'config.json'), json.dumps(info, indent=1))
-    lines = []
-    if init_from == 'resume' and os.path.exists(metrics_path):
-        with open(metrics_path) as f: # a line without its end is what a crash left
-            lines = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= step]
-    write(metrics_path, ''.join(lines))
-    if init_from != 'resume':
-        for name in ('ckpt.pt', 'best.pt', 'summary.json', 'loss.png', 'emissions.csv'): # of the run that this one replaces
-            if os.path.exists(os.path.join(out_dir, name)):
-                os.remove(os.path.join(out_dir, name))
-
-def write(path, text):
-    with open(path + '.tmp', 'w') as f:
-        f.write(text)
-    os.replace(path + '.tmp', path)
+    run.begin(out_dir, dict(config={**config, 'init_from': saved_config['config']['init_from'] if init_from == 'resume' else init_from}, sources=sources,
+                            script='train.py', model_args=asdict(raw_model.config), num_params=num_params, n=exponent(),
+                            data={k: v for k, v in meta.items() if k not in ('stoi', 'itos')}, device=device_type, device_name=device_name, dtype=dtype,
+                            world_size=world_size), resumed_at)
 
 def log(row):
-    with open(metrics_path, 'a') as f:
-        f.write(json.dumps(row) + '\n')
+    run.log(out_dir, row)
     if wandb_log:
         wandb.log({k: v for k, v in row.items() if k != 'kind'}, step=row['step'])
 
 def save(name):
-    """A checkpoint of plain values, whole or not at all."""
-    path = os.path.join(out_dir, name)
-    torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'step': step,
-                'best_val_loss': best_val_loss, 'best_step': best_step, 'model_args': asdict(raw_model.config), 'config': config,
-                'data_hash': meta.get('hash'), 'val_loss': val_loss}, path + '.tmp')
-    os.replace(path + '.tmp', path)
+    run.save(os.path.join(out_dir, name), {
+        'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'step': step, 'best_val_loss': best_val_loss,
+        'best_step': best_step, 'model_args': asdict(raw_model.config), 'config': config, 'data_hash': meta.get('hash'), 'val_loss': val_loss})
 
 def plot():
     """loss.png: training and validation loss over tokens."""
@@ -418,8 +369,7 @@ def plot():
         import matplotlib.pyplot as plt
     except ImportError:
         return print0("no loss.png: pip install matplotlib")
-    with open(metrics_path) as f:
-        rows = [json.loads(line) for line in f]
+    rows, _ = run.read_metrics(out_dir)
     fig, ax = plt.subplots(figsize=(7, 4.2), layout='constrained')
     for kind, key, style in (('train', 'loss', dict(color='0.7', lw=1, label='training')), ('eval', 'val_loss', dict(color='C0', lw=2, marker='o', ms=4, label='validation'))):
         points = [(r['tokens'], r[key]) for r in rows if r['kind'] == kind]
@@ -464,10 +414,10 @@ try:
     raw_model.train()
     pending = [] # (loss, gradient norm) of the steps since the last log line, still on the device
     start = last = time.time()
-    first_step = step
+    first_step, ended = step, resumed_at == max_iters and os.path.exists(os.path.join(out_dir, 'summary.json'))
     while True:
-        if step != resumed_at and (step % eval_interval == 0 or step == max_iters):
-            val_loss = evaluate()
+        if step != resumed_at and step % eval_interval == 0 or step == max_iters and not ended:
+            val_loss, *probe = evaluate()
             if not math.isfinite(val_loss): # before it is saved over a good checkpoint
                 stop_non_finite(step, f"of the validation split {val_loss}", 'not taken')
             cumulative = emissions.read(step, val_loss=val_loss)
@@ -476,7 +426,8 @@ try:
                     best_val_loss, best_step = val_loss, step
                 print0(f"step {step:>{len(str(max_iters))}}/{max_iters} | val loss {val_loss:.4f} | best {best_val_loss:.4f} at step {best_step}"
                        + (f" | {cumulative['energy_kwh_total']:.4g} kWh, {cumulative['emissions_g_total']:.3g} g CO2eq" if cumulative else ""))
-                log(dict(kind='eval', step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss, n=exponent(), **cumulative))
+                log(dict(kind='eval', step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss, n=exponent(),
+                         **run.probe(raw_model.head, *probe), **cumulative))
                 if step > 0:
                     save('ckpt.pt')
                     if best_step == step:
@@ -529,12 +480,13 @@ try:
     if master and val_loss is None:
         print0(f"nothing to do: {out_dir} is at step {step} of {max_iters}")
     elif master:
+        run.save_probe(out_dir, *probe)
         peak_memory = torch.cuda.max_memory_allocated() if device_type == 'cuda' else None
         summary = dict(step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(min(val_loss, 700)),
                        best_val_loss=best_val_loss, best_step=best_step, n=exponent(), num_params=num_params, peak_memory_bytes=peak_memory, **cumulative)
         if meta.get('val_bytes') and family != 'bert': # whose loss is that of the masked tokens
             summary['bits_per_byte'] = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
-        write(os.path.join(out_dir, 'summary.json'), json.dumps(summary, indent=1))
+        run.write(os.path.join(out_dir, 'summary.json'), json.dumps(summary, indent=1))
         plot()
         print0(f"done: validation loss {val_loss:.4f} nats per token, perplexity {summary['perplexity']:.1f}")
         print0(f"energy: {emissions.describe()}")

@@ -90,22 +90,22 @@ def test_unknown_key_gets_the_nearest_name(write):
     assert "unknown key 'learning_rte', did you mean 'learning_rate'?" in refused(['--learning_rte=1e-3'])
     message = refused([write('a.py', 'learning_rte = 1e-3')])
     assert "a.py: unknown key 'learning_rte', did you mean 'learning_rate'?" in message
-    assert "did you mean 'batch_size'?" in refused(['--batch-size=8'])
+    assert "did you mean 'batch_size'?" in refused(['--batchsize=8'])
     assert "did you mean" not in refused(['--zzz=1'])
     assert '_private' in refused(['--_private=1']) # not a key
     assert '_like_this' in refused([write('b.py', 'from math import gcd')])
 
 def test_a_flag_says_how_it_is_written():
-    assert "write --compile=value, got '--compile'" in refused(['--compile'])
+    assert "write --dropout=value, got '--dropout'" in refused(['--dropout'])
     assert "write --batch_size=32, got '-batch_size=32'" in refused(['-batch_size=32'])
     assert "write --batch_size=32 for a flag" in refused(['batch_size=32'])
 
 def test_all_violations_come_in_one_report(write):
     path = write('a.py', 'learning_rte = 1e-3\nbatch_size = 1.5\nmax_iters = 7')
     broken, syntax = write('broken.py', 'batch_size = 4\nmax_iters = undefined_name'), write('syntax.py', 'batch_size = = 4')
-    message = refused([path, broken, syntax, 'config/missing.py', '--compil=1', '--dropout=x', '--compile'])
+    message = refused([path, broken, syntax, 'config/missing.py', '--compil=1', '--dropout=x', '--dropout'])
     for part in ['8 to fix', "'learning_rte'", 'batch_size wants an int, got 1.5', 'NameError', '(line 2)', 'SyntaxError',
-                 'config/missing.py: no such config file', "'compil'", "dropout wants a float, got 'x'", 'write --compile=value']:
+                 'config/missing.py: no such config file', "'compil'", "dropout wants a float, got 'x'", 'write --dropout=value']:
         assert part in message
     assert len(message.splitlines()) == 9
 
@@ -126,6 +126,16 @@ def test_flags_beat_files_and_later_files_beat_earlier_ones(write):
         assert (sources['batch_size'], sources['max_iters'], sources['warmup_iters']) == ('command line', b, a)
         assert sources['dropout'] == 'default'
     assert configure(globals_of_a_script(), ['--batch_size=3', '--batch_size=4'])[0]['batch_size'] == 4
+
+def test_a_file_sees_the_flags(write):
+    path = write('a.py', 'batch_size = 100; warmup_iters = 2 * batch_size\nmax_iters = {1: 10, 3: 30}[batch_size]')
+    config, sources = configure(globals_of_a_script(), [path, '--batch_size=3'])
+    assert (config['batch_size'], config['warmup_iters'], config['max_iters'], sources['batch_size']) == (3, 6, 30, 'command line')
+    assert 'KeyError: 100' in refused([path])
+
+def test_a_flag_without_a_value_is_true_and_dashes_are_underscores():
+    config, _ = configure(globals_of_a_script(), ['--compile=0', '--compile', '--batch-size=3', '--wandb-run-name=a-b'])
+    assert (config['compile'], config['batch_size'], config['wandb_run_name']) == (True, 3, 'a-b')
 
 def test_a_file_that_repeats_a_default_is_its_source(write):
     path = write('a.py', 'batch_size = 12')
