@@ -24,7 +24,7 @@ from data import PlainUnpickler, within
 # mean and standard deviation of pixels in 0..1, for each channel or for all, as in the paper's C.1
 STATS = {
     'half': ((0.5,), (0.5,)),
-    'digits': ((0.3056,), (0.3768,)), # of the training part
+    'digits': ((0.3059,), (0.3764,)), # of the training part
     'mnist': ((0.1307,), (0.3081,)),
     'cifar10': ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     'cifar100': ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -331,7 +331,7 @@ def augment(x, flip=None, dy=None, dx=None, degrees=None, brightness=None, contr
     corner. degrees: rotated about the centre, counter-clockwise. brightness, contrast, saturation: factors as of torchvision's ColorJitter,
     hue: a shift in turns, -0.5..0.5; saturation and hue need 3 channels, and leave other images alone.
     """
-    if not flip is dy is dx is degrees is None:
+    if any(p is not None for p in (flip, dy, dx, degrees)):
         x = warp(x, flip, dy, dx, degrees)
     column = lambda p: p[:, None, None, None]
     if brightness is not None:
@@ -410,7 +410,7 @@ class Batches:
         self.batch_size, self.seed, self.spec = min(batch_size, len(x)), seed, AUGMENTATIONS[augment]
         self.steps_per_epoch = max(len(x) // batch_size, 1)
         self.size = (image_size or x.size(2), image_size or x.size(3))
-        # (x / 255 - mean) / std as x * scale + shift: one pass makes floats of bytes, and three channels of one
+        # (x / 255 - mean) / std as x * scale + shift, which also makes three channels of one
         self.scale, self.shift = (s.expand(C).reshape(1, C, 1, 1).float().to(device) for s in (1 / (255 * std), -mean / std))
         self.epoch, self.order = None, None # the current permutation, (N,) on the device
 
@@ -443,7 +443,8 @@ class Batches:
         return self.finish(self.x[first:first + count]), self.y[first:first + count]
 
     def finish(self, x):
-        """x (b, C, H, W) uint8, or float in 0..255, resized and normalised"""
+        """x (b, C, H, W) uint8, or float in 0..255, which is then overwritten: resized and normalised"""
+        x = x.float() # the one copy that bytes need
         if x.shape[2:] != self.size:
-            x = F.interpolate(x.float(), self.size, mode='bilinear', align_corners=False, antialias=False)
-        return (x * self.scale).add_(self.shift)
+            x = F.interpolate(x, self.size, mode='bilinear', align_corners=False, antialias=False)
+        return (x.mul_(self.scale) if x.size(1) == self.scale.size(1) else x * self.scale).add_(self.shift)

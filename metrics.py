@@ -143,8 +143,8 @@ def gradient_stability(norms):
     norms = gradient_norms(norms)
     if norms.max() == 0:
         return float('nan')
-    norms = norms / norms.max()
-    return float(1 / (1 + (norms - norms[0]).std() / norms.mean())) # less the first: exactly 1 for a constant
+    norms = norms / norms.max() # exactly 1 for a constant, so that its std is exactly 0
+    return float(1 / (1 + norms.std() / norms.mean()))
 
 def clipping_quality(norms, grad_clip):
     """
@@ -233,14 +233,14 @@ def class_variance(h, y):
       ratio     intra / inter, lower is tighter; nan when there is one class, or all means coincide
       samples, classes   how many counted
     Only classes of two samples and more count: one sample is its own mean, and a language model's rare tokens would look like collapse.
-    ValueError when there is none. It is the "variance" of Variance & Greediness (arXiv 2601.21450), whose exact formulas are not public: the definition is ours.
+    Without such a class all three are nan. It is the "variance" of Variance & Greediness (arXiv 2601.21450), whose exact formulas are not public: the definition is ours.
     """
     h = rows(h)
     y = labels(y, "y", len(h))
     _, index, counts, _ = sums_by_class(h, y)
     keep = counts[index] >= 2
     if not keep.any():
-        raise ValueError("no class has two samples")
+        return dict(intra=float('nan'), inter=float('nan'), ratio=float('nan'), samples=0, classes=0)
     h = h[keep] - h[keep][0] # its own first row, for the same reason
     classes, index, counts, sums = sums_by_class(h, y[keep])
     means = sums / counts[:, None]

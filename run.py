@@ -9,6 +9,7 @@ What train.py and train_vision.py share: settings, device, and the run's folder,
   summary.json       the end result; a run without it has not ended
 """
 import json
+import math
 import os
 import platform
 import subprocess
@@ -18,18 +19,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import configurator
 import metrics
-from configurator import configure, fail
+from configurator import fail
 
 PROBE_SIZE = 512 # hidden states: their rank can be seen up to this number
 
-def settings(namespace):
+def configure(namespace):
     """
-    configure(namespace), the globals() of a training script; with init_from=resume the run's own settings come first, then files and flags.
+    configurator.configure(namespace), the globals() of a training script; with init_from=resume the run's own settings come first, then files and flags.
     Returns (config, sources, saved, problems): saved is the resumed run's config.json, else None; fail(problems) is the caller's.
     """
     problems, saved = [], None
-    config, sources = configure(namespace, problems=problems)
+    config, sources = configurator.configure(namespace, problems=problems)
     if namespace['init_from'] == 'resume':
         out_dir = namespace['out_dir']
         path = os.path.join(out_dir, 'config.json')
@@ -38,7 +40,7 @@ def settings(namespace):
         with open(path) as f:
             saved = json.load(f)
         problems = []
-        config, sources = configure(namespace, base={**saved['config'], 'init_from': 'resume'}, base_name=path, problems=problems)
+        config, sources = configurator.configure(namespace, base={**saved['config'], 'init_from': 'resume'}, base_name=path, problems=problems)
     elif not namespace['overwrite'] and os.path.exists(os.path.join(namespace['out_dir'], 'ckpt.pt')):
         problems.append(f"{namespace['out_dir']} holds a run: go on with it (--init_from=resume), write elsewhere (--out_dir=...), or discard it (--overwrite=true)")
     return config, sources, saved, problems
@@ -144,7 +146,8 @@ def probe(head, h, y):
     w = head.weight.detach()[:head.num_classes].float()
     features = h.detach().cpu().numpy()
     s, variance = metrics.spectrum(features), metrics.class_variance(features, y.cpu().numpy())
-    return dict(effective_rank=metrics.effective_rank(s), collapse_score=metrics.collapse_score(s), pc2_ev=metrics.explained_variance(s, 2),
+    result = dict(effective_rank=metrics.effective_rank(s), collapse_score=metrics.collapse_score(s), pc2_ev=metrics.explained_variance(s, 2),
                 pca5=metrics.explained_variance(s, 5), intra_variance=variance['intra'], inter_variance=variance['inter'], variance_ratio=variance['ratio'],
                 active_ratio=metrics.active_ratio(nll.detach().cpu().numpy()), h_grad_norm=gradient.norm(dim=1).mean().item(),
                 h_norm=h.detach().norm(dim=1).mean().item(), prototype_norm=w.norm(dim=1).mean().item())
+    return {k: v if math.isfinite(v) else None for k, v in result.items()} # JSON has no nan

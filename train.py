@@ -104,7 +104,7 @@ dtype = 'auto' # 'float32', 'bfloat16', or 'float16' (with loss scaling); auto: 
 compile = True # torch.compile, where there is a compiler: of the model, and of what in the head is not a matrix product
 triton = True # elementwise distances on a GPU: the kernels of distances_triton.py, where triton is; False: compiled tiles
 # -----------------------------------------------------------------------------
-config, sources, saved_config, problems = run.settings(globals()) # every violation goes into one report
+config, sources, saved_config, problems = run.configure(globals()) # every violation goes into one report
 
 # distributed
 rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))

@@ -96,7 +96,7 @@ device = 'auto' # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = 'auto' # 'float32', 'bfloat16', or 'float16' (with loss scaling); auto: bfloat16 on a GPU that has it, else float32
 compile = False # torch.compile: worth it for the larger backbones
 # -----------------------------------------------------------------------------
-config, sources, saved_config, problems = run.settings(globals()) # every violation goes into one report
+config, sources, saved_config, problems = run.configure(globals()) # every violation goes into one report
 optimizer_name = optimizer
 
 # distributed
@@ -219,17 +219,17 @@ if init_from == 'resume':
 resumed_at = step if init_from == 'resume' else None
 raw_model = model
 if compile:
-    eager = model.backbone
+    eager = model.features
     try:
         print0("compiling the model, this takes a minute...")
-        model.backbone = torch.compile(model.backbone)
+        model.features = torch.compile(model.features)
         model.head.compile_loss()
         model.eval() # in training mode it may update its statistics
         with autocast:
             model(*train_data.train(step, rank, world_size))[1].backward()
     except Exception as e:
         print0(f"torch.compile does not work here, going on without it ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''})")
-        model.backbone = eager
+        model.features = eager
         model.head.compile_loss(False)
     model.zero_grad(set_to_none=True)
 if ddp:
@@ -283,12 +283,13 @@ def test():
     y = test_data.y.cpu()
     loss, _ = quality(z, y)
     result = metrics.classification(y.numpy(), z.argmax(1).numpy(), num_classes)
+    standardised = metrics.spectrum(metrics.standardised(h.numpy()))
     means = torch.as_tensor(metrics.class_means(h.numpy(), y.numpy(), num_classes), dtype=torch.float32)
     with torch.no_grad():
         alignment = metrics.prototype_alignment(raw_model.head.eval()(means.to(device)).cpu().numpy())
     return dict(test_loss=loss, test_accuracy=result['accuracy'], f1_macro=result['f1_macro'],
-                pc2_ev=metrics.explained_variance(metrics.spectrum(h.numpy()), 2), pca90=metrics.components_for(h.numpy(), 0.9, cap=50),
-                pca90_uncapped=metrics.components_for(h.numpy(), 0.9), prototype_alignment=alignment, confusion=result['confusion']), h, y
+                pc2_ev=metrics.explained_variance(metrics.spectrum(h.numpy()), 2), pca90=metrics.components_for(standardised, 0.9, cap=50),
+                pca90_uncapped=metrics.components_for(standardised, 0.9), prototype_alignment=alignment, confusion=result['confusion']), h, y
 
 # -----------------------------------------------------------------------------
 # the run's folder
@@ -303,7 +304,7 @@ def log(row):
 
 def save(name):
     run.save(os.path.join(out_dir, name), {
-        'model': {k.replace('_orig_mod.', ''): v for k, v in raw_model.state_dict().items()}, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+        'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
         'step': step, 'best_accuracy': best_accuracy, 'best_epoch': best_epoch, 'model_args': asdict(raw_model.config), 'config': config,
         'data_hash': images.hash, 'steps_per_epoch': steps_per_epoch})
 
@@ -401,7 +402,6 @@ try:
                           node=int(os.environ.get('GROUP_RANK', 0)))
     raw_model.train()
     pending, seconds, width = [], 0.0, len(str(epochs)) # (loss, gradient norm) since the last log line, still on the device; training time since the last evaluation
-    ended = resumed_at is not None and os.path.exists(os.path.join(out_dir, 'summary.json'))
     start = last = time.time()
     first_step = step
     while True:
@@ -461,7 +461,7 @@ try:
                    f"{min(batch_size, len(train_data.y)) / ms * 1000:>8,.0f} images/s | eta {timedelta(seconds=round(eta))}")
             if master:
                 log(dict(kind='train', step=step, epoch=epoch, images=step * batch_size, loss=mean_loss, lr=lr, grad_norm=norm_value, ms=ms))
-    if ended:
+    if step == resumed_at and os.path.exists(os.path.join(out_dir, 'summary.json')):
         print0(f"nothing to do: {out_dir} has ended at epoch {epoch}, after patience or all {epochs} epochs")
     else:
         tested, h, y = test()

@@ -60,7 +60,9 @@ def test_components_at_the_edges():
     s = np.full(10, 0.3)
     assert [metrics.components_for(s, share) for share in (0.05, 0.1, 0.11, 0.3, 0.7, 0.9, 0.91, 1.0)] == [1, 1, 2, 3, 7, 9, 10, 10]
     assert metrics.components_for([2, 1], 0.8) == 1 and metrics.components_for([2, 1], 0.81) == 2 # 4/5 of the variance, not 2/3
-    assert metrics.components_for([3, 1, 0, 0], 1.0) == 2
+    assert metrics.components_for([3, 1, 0, 0], 1.0) == 2 and metrics.explained_variance([3e200, 1e200], 1) == close(0.9)
+    for n in range(2, 100): # whatever the rounding of 1/n and of its sums
+        assert metrics.components_for(np.full(n, 0.3), (n - 1) / n) == n - 1
 
 def test_constant_features_are_as_good_as_absent():
     h = features(50, 6)
@@ -180,9 +182,10 @@ def test_class_variance_by_hand():
     assert metrics.class_variance(h, [0, 0, 1, 1, 1]) == close(dict(intra=2, inter=(2 * 6.6 ** 2 + 3 * 4.4 ** 2) / 5, ratio=2 / 29.04, samples=5, classes=2))
     one = metrics.class_variance(np.array(h) + 0.1, [4] * 5)
     assert one['inter'] == 0 and math.isnan(one['ratio']) and one['intra'] == close(np.var([0, 2, 10, 12, 14])) and one['classes'] == 1
+    assert math.isnan(metrics.class_variance(features(1001, 1), [4] * 1001)['ratio']) # where a sum and a mean round differently
     apart = metrics.class_variance([[0.1], [0.1], [0.3], [0.3]], [0, 0, 1, 1])
     assert apart['intra'] == 0 == apart['ratio'] and apart['inter'] == close(0.01)
-    collapsed = metrics.class_variance([[0.1]] * 7, [0, 0, 0, 1, 1, 1, 1])
+    collapsed = metrics.class_variance([[5]] + [[0.1]] * 7, [9, 0, 0, 0, 1, 1, 1, 1]) # all but a row that does not count
     assert collapsed['intra'] == collapsed['inter'] == 0 and math.isnan(collapsed['ratio'])
 
 def test_active_ratio():
@@ -273,7 +276,7 @@ BAD = { # function: arguments, and what the message says
     'time_to': [(([0, 1], [1]), '2 steps'), (([0, 1], [1, NAN]), 'finite'), (([], []), 'empty'), (([1, 0], [2, 1]), 'ascending'), (([0, 1], [2, 1], 90), 'share')],
     'class_means': [((H, [0, 1], 3), '2 for 3'), ((H, [0, 1, 3], 3), '0 to 2'), ((H, [0, 1, -1], 3), 'ignored'), ((H, [0., 1., 1.], 3), 'integers')],
     'prototype_alignment': [(([[1, 0, 0], [0, 1, 0]],), r'\(K, K\)'), (([[1]],), 'K >= 2'), (([[1, NAN], [0, 1]],), 'finite'), (([[NAN, NAN]] * 2,), 'all scores')],
-    'class_variance': [((H, [0, 1, 2]), 'two samples'), ((H, [0, 1]), '2 for 3'), (([[NAN], [1]], [0, 0]), 'finite'), ((H, [0, 0, -100]), 'ignored')],
+    'class_variance': [((H, [0, 1]), '2 for 3'), (([[NAN], [1]], [0, 0]), 'finite'), ((H, [0, 0, -100]), 'ignored')],
     'active_ratio': [(([],), 'empty'), (([1, INF],), 'finite'), (([-1],), 'negative'), (([1], 1.0), 'threshold'), (([[1]],), '1-dimensional')],
     'classification': [(([], [], 2), 'integers'), (([0, 1], [0], 2), '1 for 2'), (([0, 2], [0, 1], 2), 'y must'), (([0, 1], [0, 2], 2), 'predicted must')],
     'percent_change': [((NAN, 1), 'value'), ((1, INF), 'base'), ((1, None), 'base'), (([1], 1), '0-dimensional')],
