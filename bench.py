@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from configurator import configure, fail
 from data import Blocks, load_meta
-from distances import DISTANCES, DistanceHead, parse_params
+from distances import DISTANCES, DistanceHead, parse_head, parse_params
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -125,14 +125,6 @@ def peak_bytes(f):
 
 # -----------------------------------------------------------------------------
 # a head and its rivals: functions of (head, h, y) that give the loss and the gradients of h and of the parameters
-
-def parse_head(text):
-    """'minkowski:p=3' -> ('minkowski', '', 'p=3')"""
-    distance, *rest = text.split(':')
-    variants = [part for part in rest if '=' not in part] or ['']
-    if len(variants) > 1:
-        raise ValueError(f"a head is written distance[:variant][:name=value], got {text!r}")
-    return distance, variants[0], ','.join(part for part in rest if '=' in part)
 
 def ready(head):
     head.validate = False # as in training

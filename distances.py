@@ -980,6 +980,15 @@ def parse_params(text):
         raise ValueError(f"distance_params must read name=number, comma separated, such as p=3, got {text!r}") from None
 
 
+def parse_head(text):
+    """"minkowski:p=3", written distance[:variant][:name=value ...] -> ("minkowski", "", "p=3")"""
+    distance, *rest = text.strip().split(":")
+    variants = [part for part in rest if "=" not in part] or [""]
+    if len(variants) > 1:
+        raise ValueError(f"a head is written distance[:variant][:name=value], got {text!r}")
+    return distance, variants[0], ",".join(part for part in rest if "=" in part)
+
+
 def padded(vocab_size, multiple=64):
     """Rows of an embedding or head for vocab_size tokens: matrix products like round sizes. The rows in excess are masked out of p."""
     return -(-vocab_size // multiple) * multiple
