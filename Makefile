@@ -1,5 +1,6 @@
 # make demo    prepare a corpus that needs no network, train a small GPT with a cosine head on it, show what it learned
 # make test    the tests and the linter
+# make study   train every head on the digits and six in a small GPT, three seeds each; report/index.html shows it
 # Both make .venv first. PYTHON=python3.12 chooses another Python, VENV=somewhere another place.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,6 +10,12 @@ demo: $(VENV)/demo.installed
 	$(VENV)/bin/python prepare_stdlib.py
 	$(VENV)/bin/python train.py config/demo.py
 	$(VENV)/bin/python sample.py --out_dir=out/demo --start='    def __init__(self, ' --num_samples=2 --max_new_tokens=120 --nearest='self,return,True,int,import,if,open,name'
+
+study: $(VENV)/demo.installed
+	$(VENV)/bin/python prepare_stdlib.py
+	$(VENV)/bin/python study.py config/study_digits.py
+	$(VENV)/bin/python study.py config/study_gpt.py
+	$(VENV)/bin/python report.py out/study_digits out/study_gpt --out_dir=report
 
 test: $(VENV)/test.installed
 	$(VENV)/bin/ruff check
@@ -25,6 +32,6 @@ $(VENV)/test.installed: requirements.txt tests/requirements.txt
 	touch $@ $(VENV)/demo.installed
 
 clean:
-	rm -rf .venv out/demo
+	rm -rf .venv out/demo out/study_digits out/study_gpt report
 
-.PHONY: demo test clean
+.PHONY: demo test study clean
