@@ -83,9 +83,9 @@ def arguments(folder, flags):
 def child(path, args, folder):
     """One run, in a process of its own: everything it prints goes to log.txt."""
     log = open(os.path.join(folder, 'log.txt'), 'a', buffering=1)
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-        stream.flush()
+    for number in (1, 2): # also of what is not python
         os.dup2(log.fileno(), number)
+    sys.stdout = sys.stderr = log
     sys.argv = [os.path.basename(path), *args]
     sys.path.insert(0, os.path.dirname(path))
     try:
@@ -111,6 +111,7 @@ def run_one(folder, flags):
     for name in (error, log):
         if os.path.exists(name) and (name == error or state(folder) != 'stopped'):
             os.remove(name)
+    sys.stdout.flush() # or the child would have it too
     process = context.Process(target=child, args=(os.path.join(ROOT, script), arguments(folder, flags), folder))
     process.start()
     try:
