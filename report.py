@@ -24,6 +24,7 @@ from collections import Counter, defaultdict, namedtuple
 from types import SimpleNamespace
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
@@ -34,8 +35,7 @@ from data import load_encoding, load_meta
 from distances import DISTANCES, parse_params
 from sample import load_run, nearest_prototypes
 
-matplotlib.use('Agg') # files only
-import matplotlib.pyplot as plt # noqa: E402
+plt.switch_backend('agg') # files only
 
 # -----------------------------------------------------------------------------
 # defaults
@@ -57,16 +57,16 @@ def doc(function):
 Metric = namedtuple('Metric', 'title spec scale lower definition')
 _TO_90 = doc(metrics.time_to) + " Of validation loss, or 1 - validation accuracy for vision; each head's own 90%."
 METRICS = dict(
-    test_accuracy=Metric('test accuracy (%)', '.2f', 100, False, 'Share of the test set that is classified right, with the weights of the best epoch by validation accuracy. Standard.'),
-    f1_macro=Metric('macro F1', '.4f', 1, False, 'Plain mean over classes of 2 TP / (2 TP + FP + FN), on the test set. Standard; that the paper means the macro average is our reading.'),
+    test_accuracy=Metric('test accuracy (%)', '.2f', 100, False, 'Share of the test set classified right, with the weights of the best epoch by validation accuracy. Standard.'),
+    f1_macro=Metric('macro F1', '.4f', 1, False, 'Mean over classes of 2 TP / (2 TP + FP + FN), on the test set. Standard; that it is the macro average is our reading.'),
     test_loss=Metric('test loss (nats)', '.4f', 1, True, 'Mean -log p_y on the test set, the true loss, with the weights of the best epoch by validation accuracy.'),
     val_accuracy=Metric('validation accuracy (%)', '.2f', 100, False, 'Of the best epoch.'),
-    val_loss=Metric('validation loss (nats)', '.4f', 1, True, 'Mean -log p_y at the end of training over a fixed part of the validation split, the true loss. BERT: of the masked tokens.'),
+    val_loss=Metric('validation loss (nats)', '.4f', 1, True, 'Mean -log p_y at the end over a fixed part of the validation split, the true loss. BERT: of masked tokens.'),
     perplexity=Metric('perplexity', '.4g', 1, True, 'exp(validation loss).'),
     gradient_stability=Metric('gradient stability', '.3f', 1, False, doc(metrics.gradient_stability)),
     clipping_quality=Metric('clipping quality', '.3f', 1, False, doc(metrics.clipping_quality)),
     learning_quality=Metric('learning quality', '.3f', 1, False, doc(metrics.learning_quality)),
-    model_health=Metric('model health', '+.4f', 1, False, "-(collapse score - the baseline's of the same seed): positive collapses less. The paper names it, the definition is ours."),
+    model_health=Metric('model health', '+.4f', 1, False, "-(collapse score - the baseline's of the same seed): positive collapses less. Named in the paper, ours."),
     pc2_ev=Metric('PC2 EV', '.3f', 1, False, doc(metrics.explained_variance)),
     pca90=Metric('PCA@90% (to 50)', '.1f', 1, True, doc(metrics.components_for)),
     pca90_uncapped=Metric('PCA@90%', '.1f', 1, True, 'As above, without a cap.'),
@@ -86,7 +86,7 @@ METRICS = dict(
     wh_to_90=Metric('energy to 90% (Wh)', '.3g', 1, True, _TO_90),
     wh_to_target=Metric('energy to target (Wh)', '.3g', 1, True, "Energy to the first evaluation as good as the target, the same for all heads: where the baseline's mean over "
                         "seeds has made 90% of its progress. Runs that never get there have none. Ours."),
-    quality_per_wh=Metric('quality per Wh', '.3g', 1, False, 'Vision: percentage points of test accuracy above chance (1/K) per Wh. Language: (log V - validation loss) per Wh. Ours.'))
+    quality_per_wh=Metric('quality per Wh', '.3g', 1, False, 'Vision: points of test accuracy above chance (100/K) per Wh. Language: (log V - validation loss) per Wh. Ours.'))
 TABLES = {'vision': {'quality': ('test_accuracy', 'f1_macro', 'test_loss', 'gradient_stability', 'clipping_quality'),
                      'interpretability': ('test_accuracy', 'pc2_ev', 'pca90', 'pca90_uncapped', 'prototype_alignment', 'variance_ratio', 'active_ratio'),
                      'sustainability': ('energy_kwh', 'emissions_g', 'seconds_per_epoch', 'seconds_to_90', 'speed', 'wh_to_90', 'wh_to_target', 'quality_per_wh')},
@@ -190,6 +190,8 @@ class Section:
             heads[r.head].append(r)
         self.usual = {key: Counter(getattr(r.head, key) for r in runs if r.head.distance != 'baseline').most_common(1) for key in ('eps', 'feature_scale')}
         self.labels = {head: label(head, self.usual) for head in heads}
+        same = Counter(self.labels.values()) # fixed n from several files
+        self.labels = {head: f"{text} ({head.n:g})" if same[text] > 1 else text for head, text in self.labels.items()}
         baselines = [head for head in heads if head.distance == 'baseline']
         self.baseline = max(baselines, key=lambda head: len(heads[head]), default=None)
         for r in runs if self.baseline else (): # what is defined by the baseline
@@ -236,7 +238,7 @@ class Section:
         """{head: metrics.paired with p_corrected}, over the heads of this section"""
         pairs = {head: self.paired(head, key) for head in self.heads}
         result = {head: metrics.paired(*pair) for head, pair in pairs.items() if pair[0]}
-        for test, p in zip(result.values(), metrics.corrected([test['p'] for test in result.values()])):
+        for test, p in zip(result.values(), metrics.corrected([test['p'] for test in result.values()]) if result else ()):
             test['p_corrected'] = p
         return result
 
@@ -273,6 +275,8 @@ def sections(runs, page):
                 if (first := once.setdefault((r.head, r.seed), r)) is not r:
                     page.paragraph(f"{r.path} repeats {first.path}, same head and seed: left out.")
             result.append(Section(list(once.values()), name + letter))
+    for i, section in enumerate(result): # names that differ in what a file's name cannot hold
+        section.slug += f'_{i}' * (section.slug in [other.slug for other in result[:i]])
     return result
 
 # -----------------------------------------------------------------------------
@@ -331,7 +335,9 @@ class Page:
             writer.writeheader()
             writer.writerows(records)
 
-    def figure(self, fig, name, caption):
+    def figure(self, fig, section, name, caption):
+        if section:
+            name, caption = f'{section.slug}_{name}', f'{section.name}: {caption}'
         path = os.path.join('figures', name + '.png')
         fig.savefig(os.path.join(self.folder, path), dpi=dpi)
         plt.close(fig)
@@ -389,9 +395,8 @@ def head_table(page, section, title):
             record.update({f'{key}_mean': mean, f'{key}_std': std, f'{key}_change_percent': change})
             if tests:
                 t = tests.get(head, {})
-                record.update({f'{key}_{k}': t.get(k) for k in ('mean', 'low', 'high', 'effect_size', 'p', 'p_corrected')} | {f'{key}_best': int(marked)})
-                record[f'{key}_difference'] = record.pop(f'{key}_mean') if t else None # metrics.paired calls it mean
-                record[f'{key}_mean'], record[f'{key}_pairs'] = mean, t.get('n')
+                record.update({f'{key}_pairs': t.get('n'), f'{key}_difference': t.get('mean'), f'{key}_best': int(marked),
+                               **{f'{key}_{k}': t.get(k) for k in ('low', 'high', 'effect_size', 'p', 'p_corrected')}})
                 signed = lambda x, m=m: number(m.scale * x, '+' + m.spec)
                 row += [Cell(signed(t['mean']), f"[{signed(t['low'])}, {signed(t['high'])}]" if t['low'] is not None else '') if t else '',
                         number(t.get('effect_size'), '+.2f'), number(t.get('p_corrected'), '.3g')]
@@ -408,7 +413,7 @@ def findings(page, section):
             continue
         if all(t['p'] is None for t in tests.values()):
             page.paragraph(f"{what}: no test. " + ("No head shares two seeds with the baseline." if all(t['n'] < 2 for t in tests.values())
-                                                   else "Differences are all equal, or there is one pair."))
+                                                   else "The differences are the same for every seed."))
         else:
             better, worse = [], []
             for head, t in tests.items():
@@ -416,7 +421,8 @@ def findings(page, section):
                     (better if section.change(head, key) > 0 else worse).append(f"{section.labels[head]} (p = {t['p_corrected']:.2g})")
             best = section.best(key, tests)
             page.paragraph(f"{what}: better than the baseline with corrected p < {significance:g}: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}. "
-                           + (f"The best mean, of {section.labels[best]}, is in bold." if best else "No value is marked as the best: none both has the best mean and beats the baseline so."))
+                           + (f"The best mean, of {section.labels[best]}, is in bold." if best else
+                              "No value is marked: the best mean does not beat the baseline so."))
 
 def exponents(page, section):
     """n: fixed, best on validation, learned; the rankings; quality over n."""
@@ -448,11 +454,11 @@ def exponents(page, section):
                 pairs.append((name, section.mean(fixed, section.quality), section.mean(own, section.quality)))
         page.paragraph(f"Link {link}; {m.title}:")
         page.table(f'{section.slug}_n_{link}', ['head', 'n tried', 'fixed n', 'quality', 'own best n', 'quality', 'learned n', 'quality'], rows, records)
-        rank = lambda i, pairs=pairs: [name for name, *_ in sorted(pairs, key=lambda pair: pair[i] if lower else -pair[i])]
+        rank = lambda i, pairs=pairs: ', '.join(name for _, name in sorted((pair[i] if lower else -pair[i], pair[0]) for pair in pairs))
         if len(pairs) > 2:
             from scipy.stats import spearmanr
-            rho = spearmanr([pair[1] for pair in pairs], [pair[2] for pair in pairs]).statistic if all(len({p[i] for p in pairs}) > 1 for i in (1, 2)) else math.nan
-            page.paragraph(f"Ranking of the {len(pairs)} heads with several n: under fixed n {', '.join(rank(1))}; each under its own best n {', '.join(rank(2))}. "
+            rho = spearmanr([pair[1] for pair in pairs], [pair[2] for pair in pairs]).statistic if min(len({x for _, x, _ in pairs}), len({x for *_, x in pairs})) > 1 else math.nan
+            page.paragraph(f"Ranking of the {len(pairs)} heads with several n: under fixed n {rank(1)}; each under its own best n {rank(2)}. "
                            f"Spearman's rho between the two is {rho:.2f}.")
         elif pairs:
             page.paragraph("Fewer than three heads have several n: no rank correlation.")
@@ -476,7 +482,7 @@ def exponents(page, section):
         tidy(ax)
     axes[0, 0].set_ylabel(m.title)
     fig.legend(*unique(axes.flat), loc='outside right upper', frameon=False, fontsize=9)
-    page.figure(fig, f'{section.slug}_n', f"{section.name}: {m.title} over n, mean over seeds, not normalised; a star is the n at which learning ended.")
+    page.figure(fig, section, 'n', f"{m.title} over n, mean over seeds, not normalised; a star is the n at which learning ended.")
 
 # -----------------------------------------------------------------------------
 # figures
@@ -517,19 +523,20 @@ def place_labels(ax, points, texts, steps=()):
     box = lambda a, b, pad: matplotlib.transforms.Bbox.from_extents(*(np.minimum(a, b) - pad), *(np.maximum(a, b) + pad))
     taken = [box(p, p, 6) for p in ax.transData.transform(points)]
     corners = [corner for (x, y), (x2, y2) in zip(steps, steps[1:]) for corner in ((x, y), (x2, y), (x2, y2))]
-    taken += [box(a, b, 1) for a, b in zip(*(2 * [ax.transData.transform(corners)]))] if False else []
+    taken += [box(a, b, 1) for a, b in zip(*(ax.transData.transform(corners)[i:] for i in (0, 1)))] if corners else []
     frame = ax.get_window_extent()
-    offsets = [(r * math.cos(a), r * math.sin(a)) for r in (9, 16, 26, 38, 52, 70) for a in (0, math.pi, math.pi / 4, -math.pi / 4, 3 * math.pi / 4, -3 * math.pi / 4, math.pi / 2, -math.pi / 2)]
+    offsets = [(r * math.cos(a), r * math.sin(a)) for r in (9, 16, 26, 38, 52, 70) for a in np.pi * np.array((0, 1, 0.25, -0.25, 0.75, -0.75, 0.5, -0.5))]
     for point, text in zip(points, texts):
         for dx, dy in offsets:
             note = ax.annotate(plain(text), point, (dx, dy), textcoords='offset points', fontsize=8, va='center', ha='left' if dx > 1 else 'right' if dx < -1 else 'center',
                                arrowprops=dict(arrowstyle='-', color='0.6', lw=0.6, shrinkA=0, shrinkB=3) if math.hypot(dx, dy) > 20 else None)
-            box = note.get_window_extent() if note.arrow_patch is None else matplotlib.text.Text.get_window_extent(note)
-            if frame.x0 <= box.x0 and box.x1 <= frame.x1 + 60 and frame.y0 <= box.y0 and box.y1 <= frame.y1 and not any(box.overlaps(other) for other in taken):
+            note.update_positions(ax.figure.canvas.get_renderer())
+            extent = matplotlib.text.Text.get_window_extent(note) # without the line
+            if frame.x0 <= extent.x0 and extent.x1 <= frame.x1 and frame.y0 <= extent.y0 and extent.y1 <= frame.y1 and not any(extent.overlaps(other) for other in taken):
                 break
             if (dx, dy) != offsets[-1]:
                 note.remove()
-        taken.append(box)
+        taken.append(extent)
 
 def radar(page, section):
     axes = [(sector, key) for sector, keys in RADAR[section.family].items() for key in keys if all(section.seeds(head, key) for head in section.few)]
@@ -549,12 +556,13 @@ def radar(page, section):
     ax.set_xticks(angles, [])
     for angle, (sector, key) in zip(angles, axes):
         side = 'left' if np.sin(angle) > 0.1 else 'right' if np.sin(angle) < -0.1 else 'center'
-        ax.annotate(METRICS[key].title.split(' (')[0], (angle, 1.08), ha=side, va='bottom' if np.cos(angle) > 0 else 'top', fontsize=10, annotation_clip=False)
-        ax.annotate(sector, (angle, 1.08), (0, -3 if np.cos(angle) > 0 else -14), textcoords='offset points', ha=side, va='top', fontsize=8, color='0.45', annotation_clip=False)
+        up = np.cos(angle) > 0.5
+        for text, dy, size, colour in ((METRICS[key].title.split(' (')[0], 12 if up else -4, 10, 'k'), (sector, 0 if up else -18, 8, '0.45')):
+            ax.annotate(text, (angle, 1.06), (0, dy), textcoords='offset points', ha=side, va='bottom' if up else 'top', fontsize=size, color=colour, annotation_clip=False)
     ax.spines['polar'].set_visible(False)
     ax.grid(color='0.75', lw=0.6)
     fig.legend(*unique([ax]), loc='outside right upper', frameon=False, fontsize=9)
-    page.figure(fig, f'{section.slug}_radar', f"{section.name}: means over seeds, min-max normalised on each axis over the {len(section.few)} heads drawn, so that the outer ring is the "
+    page.figure(fig, section, 'radar', f"means over seeds, min-max normalised on each axis over the {len(section.few)} heads drawn, so that the outer ring is the "
                 "best of them and the innermost the worst, however little lies between; where lower is better the axis is turned round.")
 
 def course(section, head, key):
@@ -583,17 +591,20 @@ def curves(page, section):
         if limits[ax]: # the untrained model would press the rest together
             low, high = min(limits[ax]), max(limits[ax])
             ax.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
+        ends = [line.get_xdata()[-1] for line in ax.lines]
+        if over and ends and max(ends) > 8 * min(ends) > 0:
+            ax.set_xscale('log')
         ax.set(xlabel='energy (Wh)' if over else 'epoch' if vision else 'step', ylabel=m.title)
         tidy(ax)
     legend_below(fig, axes)
-    page.figure(fig, f'{section.slug}_curves', f"{section.name}: mean over seeds, bands from the least to the largest seed, not normalised; {'epochs' if vision else 'steps'} that every seed of the head has"
-                f"{'' if vision else ' (right: at their mean energy)'}. The axis leaves out the untrained model.")
+    page.figure(fig, section, 'curves', f"mean over seeds, bands from the least to the largest seed, not normalised; {'epochs' if vision else 'steps'} that every "
+                f"seed of the head has{'' if vision else ' (right: at their mean energy)'}. The axis leaves out the untrained model.")
 
 def bars(ax, items, xlabel, spec):
     """Horizontal bars of (label, head, mean, std or None), with their values; None is a bar that is not there."""
     for i, (_, head, mean, std) in enumerate(items):
         if mean is None:
-            ax.annotate(' not reached', (0, i), va='center', fontsize=8, color='0.4')
+            ax.annotate(' not by every seed', (0, i), va='center', fontsize=8, color='0.4')
             continue
         ax.barh(i, mean, color=style(head)['color'], height=0.65, xerr=std, error_kw=dict(ecolor='0.35', lw=1, capsize=2))
         end = mean + math.copysign(std or 0, mean)
@@ -616,27 +627,30 @@ def emission_bars(page, section):
         items.sort(key=lambda item: item[2])
         fig, ax = plt.subplots(figsize=(8, 1.2 + 0.34 * len(items)), layout='constrained')
         bars(ax, items, 'g CO2eq per run, less the baseline', '+.3g')
-        page.figure(fig, f'{section.slug}_emissions', f"{section.name}: g CO2eq per run less the baseline's of the same seed, mean and standard deviation over seeds, not normalised; negative emits less.")
+        page.figure(fig, section, 'emissions', "g CO2eq per run less the baseline's of the same seed, mean and standard deviation over seeds, not normalised; "
+                    "negative emits less.")
     return {section.labels[head]: (head, mean) for _, head, mean, _ in items}
 
 def efficiency(page, section):
     panels = []
     for key in ('wh_to_target', 'quality_per_wh'):
         if any(section.seeds(head, key) for head in section.drawn):
-            panels.append((key, sorted(((section.labels[h], h, section.mean(h, key), section.std(h, key)) for h in section.drawn if section.seeds(h, 'energy_kwh')),
-                                       key=lambda item: (item[2] is None, (item[2] or 0) * (1 if METRICS[key].lower else -1)))))
+            every = lambda h, key=key: len(section.seeds(h, key)) == len(section.heads[h])
+            items = [(section.labels[h], h, section.mean(h, key) if every(h) else None, section.std(h, key)) for h in section.drawn if section.seeds(h, 'energy_kwh')]
+            panels.append((key, sorted(items, key=lambda item, sign=1 if METRICS[key].lower else -1: (item[2] is None, sign * (item[2] or 0)))))
     if not panels:
         return
     fig, axes = plt.subplots(1, len(panels), figsize=(1 + 5.2 * len(panels), 1.2 + 0.34 * len(panels[0][1])), layout='constrained', squeeze=False)
     for ax, (key, items) in zip(axes[0], panels):
         unit = 'accuracy points above chance per Wh' if section.family == 'vision' else '(log V - validation loss) per Wh'
         bars(ax, items, f"Wh to {'an error of' if section.family == 'vision' else 'a loss of'} {section.target:.3g}" if key == 'wh_to_target' else unit, '.3g')
-    page.figure(fig, f'{section.slug}_efficiency', f"{section.name}: " + ("energy to the quality at which the baseline has made 90% of its progress (left), and " if len(panels) > 1 else '')
+    page.figure(fig, section, 'efficiency', "" + ("energy to the quality at which the baseline has made 90% of its progress (left), and " if len(panels) > 1 else '')
                 + "quality per energy; mean and standard deviation over seeds, not normalised.")
 
 def pareto(page, section):
     m = METRICS[section.quality]
-    points = {h: (1000 * section.mean(h, 'energy_kwh'), m.scale * section.mean(h, section.quality)) for h in section.drawn if section.seeds(h, 'energy_kwh') and section.seeds(h, section.quality)}
+    points = {h: (1000 * section.mean(h, 'energy_kwh'), m.scale * section.mean(h, section.quality)) for h in section.drawn
+              if section.seeds(h, 'energy_kwh') and section.seeds(h, section.quality)}
     if len(points) < 2:
         return
     better = lambda a, b: a < b if m.lower else a > b
@@ -645,15 +659,17 @@ def pareto(page, section):
     ax.step(*zip(*front), where='post', color='0.6', lw=1.2, zorder=0)
     for head, point in points.items():
         ax.plot(*point, **{**style(head), 'ls': '', 'ms': 8})
-    ax.margins(0.14)
+    if max(x for x, _ in points.values()) > 8 * min(x for x, _ in points.values()):
+        ax.set_xscale('log')
+    ax.margins(0.16)
     ax.set(xlabel='energy per run (Wh)', ylabel=m.title)
     tidy(ax)
-    place_labels(ax, list(points.values()), [section.labels[head] for head in points])
+    place_labels(ax, list(points.values()), [section.labels[head] for head in points], front)
     on = [section.labels[head] for head, point in points.items() if point in front]
-    page.figure(fig, f'{section.slug}_pareto', f"{section.name}: quality against energy, means over seeds, not normalised; the line joins the heads that no other beats in both ({', '.join(on)}).")
+    page.figure(fig, section, 'pareto', f"quality against energy, means over seeds, not normalised; the line joins the heads that no other beats in both ({', '.join(on)}).")
 
 def geometry(page, section):
-    keys = [('prototype_norm', 'mean prototype norm |w|'), ('effective_rank', 'effective rank'), ('variance_ratio', 'variance ratio (intra / inter)'), ('active_ratio', 'active ratio')]
+    keys = [('prototype_norm', 'mean prototype norm |w|'), *((key, METRICS[key].title) for key in ('effective_rank', 'variance_ratio', 'active_ratio'))]
     fig, axes = plt.subplots(2, 2, figsize=(10, 6.8), layout='constrained')
     rows, records = [], []
     for ax, (key, title) in zip(axes.flat, keys):
@@ -664,7 +680,7 @@ def geometry(page, section):
         ax.set(xlabel='epoch' if section.family == 'vision' else 'step', ylabel=title)
         tidy(ax)
     legend_below(fig, axes.flat)
-    page.figure(fig, f'{section.slug}_geometry', f"{section.name}: prototypes and hidden states of validation samples over training, mean over seeds, not normalised. "
+    page.figure(fig, section, 'geometry', "prototypes and hidden states of validation samples over training, mean over seeds, not normalised. "
                 "Variance and active ratio are the variance and greediness of METRICS' definitions below.")
     for head in section.drawn:
         x, values = course(section, head, 'prototype_norm')
@@ -673,9 +689,9 @@ def geometry(page, section):
             rows.append([section.labels[head], f"{values[:, 0].mean():.3g}", f"{values[:, -1].mean():.3g}", f"{growth.mean():.3f}", f"{late.mean():.3f}"])
             records.append(dict(head=section.labels[head], start=values[:, 0].mean(), end=values[:, -1].mean(), end_over_start=growth.mean(), end_over_middle=late.mean()))
     if rows:
+        named = lambda growing: ', '.join(r['head'] for r in records if (r['end_over_middle'] > 1.01) == growing)
         page.paragraph("Norms of the prototypes, mean over seeds. The paper's Theorem 1 lets cross-entropy's grow without bound and a harmonic head's not; a finite run can show "
-                       "growth, not a bound. Still growing in the second half (end / middle above 1.01): "
-                       f"{', '.join(r['head'] for r in records if r['end_over_middle'] > 1.01) or 'none'}; not: {', '.join(r['head'] for r in records if r['end_over_middle'] <= 1.01) or 'none'}.")
+                       f"growth, not a bound. Still growing in the second half (end / middle above 1.01): {named(True) or 'none'}; not: {named(False) or 'none'}.")
         page.table(f'{section.slug}_prototype_norms', ['head', '|w| at the start', '|w| at the end', 'end / start', 'end / middle'], rows, records)
 
 def load_probe(r):
@@ -706,9 +722,10 @@ def states(page, section):
     ax.set(xlabel='component', ylabel='singular value / the largest')
     tidy(ax)
     fig.legend(*unique([ax]), loc='outside right upper', frameon=False, fontsize=9)
-    page.figure(fig, f'{section.slug}_spectrum', f"{section.name}: singular values of the centred hidden states at the end (first seed), each divided by the head's largest.")
+    page.figure(fig, section, 'spectrum', "singular values of the centred hidden states at the end (first seed), each divided by the head's largest.")
     y = next(iter(probes.values()))[1]
     often = [k for k, _ in Counter(y.tolist()).most_common(6 if section.family == 'language' else 10)]
+    often = sorted(often) if section.family == 'vision' else often
     name = str
     if section.family == 'language':
         try:
@@ -732,7 +749,7 @@ def states(page, section):
     for ax in axes.flat[len(probes):]:
         ax.axis('off')
     fig.legend(*unique(axes.flat), loc='outside right center', frameon=False, fontsize=9, markerscale=2)
-    page.figure(fig, f'{section.slug}_pca', f"{section.name}: hidden states at the end (first seed) on their first two principal components, each panel on its own scale, with their share of "
+    page.figure(fig, section, 'pca', f"hidden states at the end (first seed) on their first two principal components, each panel on its own scale, with their share of "
                 f"the variance; coloured are the {len(often)} most frequent {'target tokens' if section.family == 'language' else 'classes'}.")
 
 def nearest(page, section):
@@ -761,13 +778,14 @@ def over_sections(page, parts, differences):
     counts = defaultdict(Counter)
     for section in parts:
         for key, what in ((section.quality, 'quality'), ('energy_kwh', 'energy')):
-            means = {head: section.mean(head, key) for head in section.heads if section.seeds(head, key)}
+            means = {head: section.mean(head, key) for head in section.drawn if section.seeds(head, key)}
             for place, head in enumerate(sorted(means, key=lambda head: means[head] * (1 if METRICS[key].lower else -1))):
-                counts[section.labels[head]].update({f'{what} sections': 1, f'{what} wins': place == 0, f'{what} top 5': place < 5})
+                counts[section.labels[head]].update({f'{what} sections': 1, f'{what} wins': int(place == 0), f'{what} top 5': int(place < 5)})
     columns = [f'{what} {count}' for what in ('quality', 'energy') for count in ('sections', 'wins', 'top 5')]
     order = sorted(counts, key=lambda name: [-counts[name][c] for c in ('quality wins', 'quality top 5', 'energy wins')])
-    page.paragraph("In how many sections a head has the best mean, or one of the five best: of test accuracy or validation loss, and of energy (kWh). Counts say nothing of how much lies between.")
-    page.table('wins', ['head', *columns], [[name, *(str(counts[name][c]) for c in columns)] for name in order], [{'head': name, **{c: counts[name][c] for c in columns}} for name in order])
+    page.paragraph("In how many sections a head has the best mean, or one of the five best: of test accuracy or validation loss, and of energy (kWh). "
+                   "Heads with their fixed n, where there are any. Counts say nothing of how much lies between.")
+    page.table('wins', ['head', *columns], [[name, *(str(counts[name][c]) for c in columns)] for name in order])
     pooled = defaultdict(list)
     for by_label in differences:
         for name, (head, mean) in by_label.items():
@@ -776,7 +794,8 @@ def over_sections(page, parts, differences):
     if items:
         fig, ax = plt.subplots(figsize=(8, 1.2 + 0.34 * len(items)), layout='constrained')
         bars(ax, items, 'g CO2eq per run, less the baseline', '+.3g')
-        page.figure(fig, 'emissions_all', "g CO2eq per run less the baseline's, mean and standard deviation over sections (how many: in brackets), not normalised: sections with long runs weigh most.")
+        page.figure(fig, None, 'emissions_all', "g CO2eq per run less the baseline's, mean and standard deviation over sections (how many: in brackets), not normalised: "
+                    "sections with long runs weigh most.")
 
 def commands(runs):
     """The command lines, those that differ in the seed and its folder only as one loop."""
@@ -793,14 +812,17 @@ def provenance(page, parts):
         r, e = section.runs[0], [r.emissions for r in section.runs if r.emissions]
         source = lambda part, e=e: ', '.join(sorted({row.get(f'{part}_source') or 'unknown' for row in e})) or 'not recorded'
         versions = ' '.join(f"{k} {v}" for k, v in r.info['versions'].items() if v)
-        rows.append([section.name, str(len(section.runs)), ' '.join(map(str, sorted({r.seed for r in section.runs}))), source('cpu'), source('gpu'), source('ram'), str(r.info.get('device_name')),
-                     str(r.info.get('cpus')), str(r.info.get('threads')), str(r.info.get('dtype')), versions, str(r.info.get('git'))])
-    page.paragraph("Energy is measured where a counter gives it, and modelled where it is inferred: the CPU's from its TDP and load, the RAM's from its size. Losses, accuracies and times are measured.")
+        seeds = ' '.join(map(str, sorted({r.seed for r in section.runs})))
+        rows.append([section.name, str(len(section.runs)), seeds, *map(source, ('cpu', 'gpu', 'ram')),
+                     *(str(r.info.get(key)) for key in ('device_name', 'cpus', 'threads', 'dtype')), versions, str(r.info.get('git'))])
+    page.paragraph("Energy is measured where a counter gives it, and modelled where it is inferred: the CPU's from its TDP and load, the RAM's from its size. "
+                   "Losses, accuracies and times are measured.")
     page.table('provenance', ['section', 'runs', 'seeds', 'CPU energy', 'GPU energy', 'RAM energy', 'device', 'CPUs', 'threads', 'dtype', 'versions', 'commit'], rows)
     page.pre('\n'.join(line for section in parts for line in commands(section.runs)), 'The commands that make these runs again')
     page.heading('Definitions', 3)
     keys = dict.fromkeys(key for section in parts for table in TABLES[section.family].values() for key in table)
-    page.paragraph("± is the standard deviation over seeds (ddof 1). Percentages are against the baseline, of the mean over the seeds that both have; positive is better whichever way the number goes. "
+    page.paragraph("± is the standard deviation over seeds (ddof 1). Percentages are against the baseline, of the mean over the seeds that both have; "
+                   "positive is better whichever way the number goes. Differences are head - baseline, over the same seeds; d_z has their sign. "
                    "The test: " + doc(metrics.paired) + " " + doc(metrics.corrected))
     page.table('definitions', ['number', 'better', 'definition'], [[METRICS[key].title, 'lower' if METRICS[key].lower else 'higher', METRICS[key].definition] for key in keys])
 
@@ -810,7 +832,8 @@ def main(argv):
     fail([message for bad, message in (
         (not folders, "no folder given: python report.py out/study_digits"),
         *((not os.path.isdir(folder), f"there is no folder {folder}") for folder in folders),
-        (out_dir == '', "out_dir is '', it must be the name of a folder"), (top < 0, f"top is {top}, it must be >= 0"), (num_nearest < 1, f"num_nearest is {num_nearest}, it must be at least 1"),
+        (out_dir == '', "out_dir is '', it must be the name of a folder"), (top < 0, f"top is {top}, it must be >= 0"),
+        (num_nearest < 1, f"num_nearest is {num_nearest}, it must be at least 1"),
         (not 0 < significance < 1, f"significance is {significance}, it must lie in (0, 1)"), (dpi < 30, f"dpi is {dpi}, it must be at least 30")) if bad])
     runs, ended, broken = [], [], []
     for path in tqdm(find_runs(folders), desc='reading', leave=False):
@@ -832,7 +855,7 @@ def main(argv):
     page = Page(out_dir)
     page.heading('Distance heads: a report', 1)
     page.paragraph(f"{len(ended)} runs that have ended, seeds {', '.join(map(str, sorted({r.seed for r in ended})))}, "
-                   f"{len({(r.dataset, r.model) for r in ended})} pairs of dataset and model.")
+                   f"dataset and model: {'; '.join(sorted({f'{r.dataset}, {r.model}' for r in ended}))}.")
     unfinished = [r for r in runs if r.summary is None]
     if unfinished:
         page.paragraph("Not ended, and in no average: " + ', '.join(f"{r.path} (last evaluation at step {r.evals[-1]['step'] if r.evals else 'none'})" for r in unfinished))
@@ -840,6 +863,8 @@ def main(argv):
         page.paragraph("Skipped: " + '; '.join(broken))
     if torn := [r.path for r in runs if not r.whole]:
         page.paragraph("metrics.jsonl is truncated, and used up to its last whole line: " + ', '.join(torn))
+    if any(not r.info.get('git') or 'with changes' in r.info['git'] for r in ended):
+        page.paragraph("Some runs are of files that no commit holds (config.json says 'with changes', or none): nothing here tells whether all had the same.")
     parts, differences = sections(ended, page), []
     top_of_page = len(page.blocks)
     for section in tqdm(parts, desc='sections', leave=False):
@@ -869,10 +894,9 @@ def main(argv):
     for r in runs:
         for note in r.notes:
             notes[note].append(r.path)
-    at_top = Page(out_dir)
-    for note, paths in notes.items():
-        at_top.paragraph(f"{note}: {', '.join(paths) if len(paths) < 4 else f'{len(paths)} runs'}")
-    page.blocks[top_of_page:top_of_page] = at_top.blocks
+    for note, paths in notes.items(): # some were found while drawing, and belong to the top
+        page.paragraph(f"{note}: {', '.join(paths) if len(paths) < 4 else f'{len(paths)} runs'}")
+        page.blocks.insert(top_of_page, page.blocks.pop())
     page.write('Distance heads: a report')
     print(f"{len(ended)} runs in {len(parts)} sections: {os.path.join(out_dir, 'index.html')}, index.md, tables, figures")
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 
@@ -100,9 +101,13 @@ def git_commit():
 def begin(out_dir, info, resume_step=None):
     """Write config.json: info, the command, commit and versions. A resumed run's metrics.jsonl is cut back to what its checkpoint
     knows; a new run takes the place of what was there."""
-    info = dict(info, command=' '.join(sys.argv), git=git_commit(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
+    path, command = os.path.join(out_dir, 'config.json'), shlex.join(sys.argv)
+    if resume_step is not None: # the one that remakes the run
+        with open(path) as f:
+            command = json.load(f).get('command', command)
+    info = dict(info, command=command, git=git_commit(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, numpy=np.__version__))
-    write(os.path.join(out_dir, 'config.json'), json.dumps(info, indent=1))
+    write(path, json.dumps(info, indent=1))
     rows = [row for row in read_metrics(out_dir)[0] if row['step'] <= resume_step] if resume_step is not None else []
     write(os.path.join(out_dir, 'metrics.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
     if resume_step is None:

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from test_data_vision import cifar_arrays, records, write, write_mnist
-from test_train import ROOT, assert_same, defaults_of, flags, load, make_dataset, processes, refused, run_script
+from test_train import ROOT, assert_same, defaults_of, flags, load, make_dataset, processes, refused, run_script, run_script_loud
 from test_train import SETTINGS as LANGUAGE
 
 import configurator
@@ -125,7 +124,12 @@ def test_rows_of_metrics(first):
     for row in losses:
         assert row.keys() == {'kind', 'step', 'epoch', 'images', 'loss', 'lr', 'grad_norm'} and row['lr'] == 1e-3 and row['epoch'] == (row['step'] - 1) // 20
     assert evals[0]['val_loss'] == pytest.approx(math.log(10), rel=0.05) and losses[-1]['loss'] < 0.5 < 1.5 < losses[0]['loss']
-    assert summary(first[0])['steps_to_90'] == next(row['step'] for row in evals if row['val_accuracy'] >= 0.9)
+    assert summary(first[0])['steps_to_90'] == evals[ninety(evals)]['step']
+
+def ninety(evals):
+    """The first row by which nine tenths of the way to the best accuracy are made."""
+    errors = [1 - row['val_accuracy'] for row in evals]
+    return next(i for i, e in enumerate(errors) if e <= errors[0] - 0.9 * (errors[0] - min(errors)) + 1e-12)
 
 def test_rows_of_emissions(first):
     pytest.importorskip('codecarbon')
@@ -138,7 +142,7 @@ def test_rows_of_emissions(first):
     assert [row['energy_kwh_total'] for row in evals] == energy[:6] == sorted(energy[:6]) and energy[0] > 0
     assert [row['val_loss'] for row in evals] == [float(row['val_loss']) for row in rows[:6]]
     end = json.loads((first[0] / 'summary.json').read_text())
-    assert end['energy_kwh_total'] == energy[5] and end['energy_kwh_to_90'] == next(row['energy_kwh_total'] for row in evals if row['val_accuracy'] >= 0.9)
+    assert end['energy_kwh_total'] == energy[5] and end['energy_kwh_to_90'] == evals[ninety(evals)]['energy_kwh_total']
 
 def net_of(out_dir, name='best.pt'):
     ckpt = load(out_dir, name)
@@ -341,6 +345,10 @@ def test_without_epochs_it_is_an_evaluation():
     train(epochs=0)
     assert [row['step'] for row in metrics('out')] == [0] and summary('out')['epochs'] == 0 and summary('out')['test_accuracy'] < 0.5
 
+def test_a_batch_has_no_more_images_than_there_are():
+    train(epochs=2, batch_size=2048)
+    assert load('out')['steps_per_epoch'] == 1 and summary('out')['images'] == metrics('out')[-1]['images'] == 2 * 1293
+
 # -----------------------------------------------------------------------------
 # schedule, optimizer, precision
 
@@ -357,9 +365,7 @@ def test_schedules_are_torchs(settings, scheduler):
         expected.append(optimizer.param_groups[0]['lr'])
         optimizer.step()
         schedule.step()
-    rows = metrics('out', 'train')
-    assert [row['lr'] for row in rows] == pytest.approx(expected, rel=1e-12) and [row['step'] for row in rows] == list(range(1, 13))
-    assert rows[-1]['images'] == 12 * 1293 # a batch has no more images than there are
+    assert [row['lr'] for row in metrics('out', 'train')] == pytest.approx(expected, rel=1e-12)
 
 @pytest.mark.parametrize('name, kind', [('adam', torch.optim.Adam), ('adamw', torch.optim.AdamW), ('sgd', torch.optim.SGD)])
 def test_the_optimizer_decays_matrices_and_kernels_only(name, kind, hard):
@@ -382,14 +388,14 @@ def test_low_precision(dtype):
     train(out_dir=dtype, epochs=2, dtype=dtype)
     train(epochs=2)
     low, full = metrics(dtype, 'eval')[-1], metrics('out', 'eval')[-1]
-    assert low['val_loss'] == pytest.approx(full['val_loss'], rel=0.02) != full['val_loss'] and low['val_accuracy'] > 0.8
+    assert low['val_loss'] == pytest.approx(full['val_loss'], rel=0.02) and low['val_loss'] != full['val_loss'] and low['val_accuracy'] > 0.8
     assert all(p.dtype != getattr(torch, dtype) for p in load(dtype)['model'].values())
 
 def test_compiled():
-    printed, script = train(epochs=1, compile=True, distance='manhattan', batch_size=512)
+    printed, script = train(epochs=1, compile=True, batch_size=1024)
     if 'does not work here' in printed:
         pytest.skip("no compiler")
-    train(out_dir='eager', epochs=1, distance='manhattan', batch_size=512)
+    train(out_dir='eager', epochs=1, batch_size=1024)
     assert [row.get('loss', row.get('val_loss')) for row in metrics('out')] == pytest.approx([row.get('loss', row.get('val_loss')) for row in metrics('eager')], rel=1e-4)
     assert load('out')['model'].keys() == load('eager')['model'].keys() # names of the model, not of its compiled wrapper
 
@@ -427,8 +433,8 @@ def write_cifar(root, num_classes, n=None):
     ('vit_tiny', 'cifar10', 192, (3, 32, 32)), ('pvtv2_b0', 'mnist', 256, (3, 32, 32))])
 def test_every_backbone_takes_a_step_on_files(name, dataset, features, shape, here):
     write_mnist(here / 'data', n=20, m=4) if dataset == 'mnist' else write_cifar(here / 'data', int(dataset[5:]))
-    config, = ([os.path.join(ROOT, 'config', f'{name}.py')],)
-    train(*config, dataset=dataset, epochs=1, val_fraction=0.5, batch_size=100 if dataset == 'cifar100' else 10, compile=False, image_size=32 if name in ('vit_tiny', 'vgg16', 'pvtv2_b0') else 0)
+    train(os.path.join(ROOT, 'config', f'{name}.py'), dataset=dataset, epochs=1, val_fraction=0.5, batch_size=100 if dataset == 'cifar100' else 10, compile=False,
+          image_size=32 if name in ('vit_tiny', 'vgg16', 'pvtv2_b0') else 0)
     ckpt, info = load('out'), json.load(open('out/config.json'))
     assert ckpt['step'] == ckpt['steps_per_epoch'] == 1 and ckpt['model_args']['image_shape'] == shape and ckpt['model_args']['model'] == name
     assert ckpt['model']['head.weight'].shape == (info['data']['num_classes'], features) and math.isfinite(summary('out')['test_loss'])
@@ -558,6 +564,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(distance):
     assert open('out/ckpt.pt', 'rb').read() == before
     assert all(math.isfinite(row.get('loss', row.get('val_loss'))) for row in metrics('out'))
 
-def test_help(capsys):
-    (code, out, err), = processes('.', [os.path.join(ROOT, 'train_vision.py'), '--help'])
-    assert code == 0 and '$ python train_vision.py --distance=cosine' in out and "augment = 'none' # 'crop'" in out
+def test_help(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as e:
+        run_script_loud('train_vision.py', '--help', monkeypatch)
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and '$ python train_vision.py --distance=cosine' in out and "augment = 'none' # 'crop'" in out
