@@ -7,9 +7,11 @@ $ python bench.py head --growth=true                     # time and memory over 
 $ python bench.py model                                  # forward and backward pass of the whole GPT, by head
 $ python bench.py step                                   # the training step, against nanoGPT's loop
 $ python bench.py data                                   # the fetching of batches, against nanoGPT's
+$ python bench.py vision                                 # training on images, against a loop over a DataLoader
 
 It prints a table in Markdown; --json=path keeps every time that was taken. Sizes are tokens x prototypes x dimensions.
 """
+import math
 import os
 import platform
 import statistics
@@ -30,8 +32,11 @@ from tqdm import tqdm
 
 from configurator import configure, fail
 from data import Blocks, load_meta
+from data_vision import AUGMENTATIONS, STATS, Batches
 from distances import DISTANCES, DistanceHead, parse_head, parse_params
 from model import GPT, GPTConfig
+from model_vision import VisionConfig, VisionNet
+from run import parameter_groups
 
 # -----------------------------------------------------------------------------
 # defaults
@@ -71,7 +76,8 @@ settings = lambda argv: configure(globals(), argv)
 
 PRODUCTS, L1, SLOW = ('euclidean', 'cosine', 'mahalanobis', 'offset_l2'), ('manhattan', 'hamming', 'bray_curtis:abs'), ('chebyshev', 'canberra', 'chebyshev:smooth')
 FEW = 'baseline', 'euclidean', 'cosine', 'manhattan', 'minkowski:p=3', 'canberra'
-HEADS = {'head': ('baseline', *PRODUCTS, 'chebyshev:cosh', *L1, 'minkowski:p=1.5', 'minkowski:p=3', *SLOW), 'growth': FEW, 'model': FEW, 'step': ('baseline', 'cosine'), 'data': ()}
+HEADS = {'head': ('baseline', *PRODUCTS, 'chebyshev:cosh', *L1, 'minkowski:p=1.5', 'minkowski:p=3', *SLOW), 'growth': FEW, 'model': FEW,
+         'step': ('baseline', 'cosine'), 'data': (), 'vision': ()}
 SIZES = {'cpu': '512x8192x256,1024x16384x384', 'cuda': '16384x50304x768,16384x151936x896'}
 # what is to be reached at those sizes (on a GPU the first): head -> rival -> column of the table -> its largest value
 _MM, _CHUNKED = {'linear + CE': {'ratio': 1.1}, 'dense distance': {'MiB ratio': 0.5}}, {'chunked broadcast': {'ratio': 1 / 15, 'MiB ratio': 0.3}}
@@ -82,6 +88,9 @@ TARGETS = {'cpu': {**dict.fromkeys(PRODUCTS, _MM), **dict.fromkeys(L1, {'cdist':
                     'minkowski:p=3': {'cdist': {'ms': 260}}, 'canberra': {'chunked broadcast': {'ms': 800}}}}
 SHAPES = {'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, vocab_size=4096, gradient_accumulation_steps=1, steps=1),
           'cuda': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, vocab_size=50257, gradient_accumulation_steps=4, steps=5)}
+# model -> images per step (of config/, on a GPU) and steps per epoch; the pipeline has no model
+VISION = {'cpu': {'pipeline': (8192, 3), 'mlp': (512, 20), 'cnn': (512, 6), 'resnet50': (32, 2)},
+          'cuda': {'pipeline': (8192, 7), 'mlp': (2048, 29), 'cnn': (8192, 7), 'resnet50': (512, 20)}}
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -472,6 +481,105 @@ def data_folder():
         yield os.path.join(data_dir, dataset) if dataset else folder
 
 # -----------------------------------------------------------------------------
+# vision
+
+class PlainImages(torch.utils.data.Dataset):
+    """One image at a time, as one writes it: to floats, augmentation, normalisation."""
+
+    def __init__(self, x, y, normalize, augment):
+        self.x, self.y, self.spec = x, y, AUGMENTATIONS[augment]
+        self.mean, self.std = (torch.tensor(s)[:, None, None] for s in STATS[normalize])
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        x, spec = self.x[i].float() / 255, self.spec
+        if any(spec.values()):
+            u = torch.rand(4)
+            dy, dx = (u[1:3] * (2 * spec['padding'] + 1)).long().tolist()
+            x = self.augmented(x, u[0] < spec['flip'], dy, dx, math.radians((2 * u[3].item() - 1) * spec['degrees']))
+        return (x - self.mean) / self.std, self.y[i]
+
+    def augmented(self, x, flip, dy, dx, angle):
+        x = x.flip(2) if flip else x
+        x = F.pad(x, (self.spec['padding'],) * 4)[:, dy:dy + x.size(1), dx:dx + x.size(2)]
+        theta = torch.tensor([[[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]])
+        return F.grid_sample(x[None], F.affine_grid(theta, (1, *x.shape), align_corners=False), align_corners=False)[0]
+
+def vision_model(name, shape, plain=False):
+    """(the model, its optimizer with the settings of config/), of our loop or of the plain one"""
+    torch.manual_seed(seed)
+    model = VisionNet(VisionConfig(name, shape, num_classes=10)).to(device)
+    model.head.validate = False
+    if not plain:
+        model.to(memory_format=torch.channels_last)
+    decay = 1e-4 if name == 'resnet50' else 0.0
+    groups, how = ([{'params': list(model.parameters()), 'weight_decay': decay}], {}) if plain else (parameter_groups(model, decay), {'fused': True})
+    return model, torch.optim.SGD(groups, lr=0.1, momentum=0.9, **how) if name == 'resnet50' else torch.optim.Adam(groups, lr=3e-4, **how)
+
+def vision_epoch(model, optimizer, data):
+    """() -> the losses of the next epoch of train_vision.py's loop: one wait for the device, at the end"""
+    index, scaler = iter(range(2 ** 62)), torch.amp.GradScaler(device, enabled=False) # as for every dtype but float16
+    def train():
+        kept = []
+        for _ in range(data.steps_per_epoch):
+            step = next(index)
+            x, y = data.train(step)
+            torch.manual_seed(hash((seed, step, 0)))
+            with autocast():
+                loss = model(x, y)[1]
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+            kept.append(torch.stack([loss.detach().float(), norm.float()]))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        return torch.stack(kept)[:, 0].tolist()
+    return train
+
+def plain_epoch(model, optimizer, loader):
+    """() -> the losses of an epoch of the loop that one writes"""
+    def train():
+        losses = []
+        for x, y in loader:
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            optimizer.zero_grad()
+            with autocast():
+                loss = F.cross_entropy(model(x)[0], y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+    return train
+
+def drain(batches):
+    for _ in batches(): # each is let go of as the next one comes
+        pass
+
+def bench_vision():
+    """Medians of an epoch. Ours: images on the device, batches gathered and augmented there, a fused optimizer, one wait for the device. The other:
+    a DataLoader with up to 4 workers over single images, loss.item() at each step. The pipeline is the batches alone. Nothing is compiled."""
+    torch.backends.cudnn.benchmark, rows = True, [] # of both
+    for name, (size, steps) in VISION[device].items():
+        shape, normalize, augment = ((3, 32, 32), 'cifar10', 'standard') if name == 'resnet50' else ((1, 28, 28), 'half', 'none')
+        x, y = torch.randint(256, (steps * size, *shape), dtype=torch.uint8), torch.randint(10, (steps * size,))
+        data, index = Batches(x, y, size, seed, normalize, augment, device=device), iter(range(2 ** 62))
+        loader = torch.utils.data.DataLoader(PlainImages(x, y, normalize, augment), size, shuffle=True, num_workers=min(os.cpu_count(), 4), pin_memory=device == 'cuda',
+                                             drop_last=True, persistent_workers=True)
+        if name == 'pipeline':
+            runners = {'ours': partial(drain, lambda: (data.train(next(index)) for _ in range(steps))), # noqa: B023 run in this turn of the loop
+                       'plain': partial(drain, lambda: ([t.to(device, non_blocking=True) for t in batch] for batch in loader))} # noqa: B023
+        else:
+            runners = {'ours': vision_epoch(*vision_model(name, shape), data), 'plain': plain_epoch(*vision_model(name, shape, plain=True), loader)}
+        times, median = race(runners)
+        rows.append({'what': name, 'images': '{}x{}x{}'.format(*shape), 'batch': size, 'steps': steps, 'images/s': steps * size / median['ours'],
+                     'batches/s': steps / median['ours'], "DataLoader's images/s": steps * size / median['plain'], "speed / DataLoader's": median['plain'] / median['ours'],
+                     'raw': dict(seconds=times['ours'], rival_seconds=times['plain'], workers=loader.num_workers)})
+    return rows
+
+# -----------------------------------------------------------------------------
 # the command line
 
 def names_of(word):
@@ -507,7 +615,7 @@ def table(rows):
 def main(argv):
     """Measure, print, write; the rows."""
     global device, dtype
-    words = dict(head=bench_head, model=bench_model, step=bench_step, data=bench_data)
+    words = dict(head=bench_head, model=bench_model, step=bench_step, data=bench_data, vision=bench_vision)
     if not {'-h', '--help'} & set(argv) and (not argv or argv[0] not in words):
         raise SystemExit(f"say what to measure, one of {', '.join(words)} (python bench.py head), got {argv[0] if argv else 'nothing'}")
     settings(argv[argv[0] in words:])

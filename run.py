@@ -40,6 +40,9 @@ def configure(namespace):
             fail([*problems, f"init_from=resume: {out_dir} holds no ckpt.pt with a config.json, name the run's folder with --out_dir"])
         with open(path) as f:
             saved = json.load(f)
+        script, here = saved.get('script', 'train.py'), os.path.basename(namespace['__file__'])
+        if script != here:
+            fail([f"init_from=resume: {out_dir} holds a run of {script}, this is {here}"])
         problems = []
         config, sources = configurator.configure(namespace, base={**saved['config'], 'init_from': 'resume'}, base_name=path, problems=problems)
     elif not namespace['overwrite'] and os.path.exists(os.path.join(namespace['out_dir'], 'ckpt.pt')):
@@ -98,9 +101,9 @@ def git_commit():
     head = git('rev-parse', 'HEAD')
     return head.stdout.strip() + (' with changes' if git('status', '--porcelain', '-uno').stdout else '') if head.returncode == 0 else None
 
-def begin(out_dir, info, resume_step=None):
+def begin(out_dir, info, resume_step=None, ended=False):
     """Write config.json: info, the command, commit and versions. A resumed run's metrics.jsonl is cut back to what its checkpoint
-    knows; a new run takes the place of what was there."""
+    knows, and without `ended` it has no end any more; a new run takes the place of what was there."""
     path, command = os.path.join(out_dir, 'config.json'), shlex.join(sys.argv)
     if resume_step is not None: # the one that remakes the run
         with open(path) as f:
@@ -110,8 +113,8 @@ def begin(out_dir, info, resume_step=None):
     write(path, json.dumps(info, indent=1))
     rows = [row for row in read_metrics(out_dir)[0] if row['step'] <= resume_step] if resume_step is not None else []
     write(os.path.join(out_dir, 'metrics.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
-    if resume_step is None:
-        for name in ('ckpt.pt', 'best.pt', 'probe.npz', 'summary.json', 'emissions.csv', 'loss.png', 'curves.png', 'learned.png'):
+    if not ended:
+        for name in ('summary.json',) if resume_step is not None else ('ckpt.pt', 'best.pt', 'probe.npz', 'summary.json', 'emissions.csv', 'loss.png', 'curves.png', 'learned.png'):
             if os.path.exists(os.path.join(out_dir, name)):
                 os.remove(os.path.join(out_dir, name))
 

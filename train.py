@@ -19,7 +19,6 @@ A run writes into out_dir: config.json, metrics.jsonl, emissions.csv, ckpt.pt (l
 import json
 import math
 import os
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -349,7 +348,7 @@ def begin_run():
     run.begin(out_dir, dict(config={**config, 'init_from': saved_config['config']['init_from'] if init_from == 'resume' else init_from}, sources=sources,
                             script='train.py', model_args=asdict(raw_model.config), num_params=num_params, n=exponent(),
                             data={k: v for k, v in meta.items() if k not in ('stoi', 'itos')}, device=device_type, device_name=device_name, dtype=dtype,
-                            world_size=world_size), resumed_at)
+                            world_size=world_size), resumed_at, ended)
 
 def log(row):
     run.log(out_dir, row)
@@ -403,6 +402,7 @@ def stop_non_finite(at, loss, norm):
 # training
 
 emissions, cumulative, summary, val_loss = None, {}, {}, None
+ended = resumed_at is not None and resumed_at >= max_iters and os.path.exists(os.path.join(out_dir, 'summary.json'))
 try:
     if master:
         begin_run()
@@ -414,7 +414,7 @@ try:
     raw_model.train()
     pending = [] # (loss, gradient norm) of the steps since the last log line, still on the device
     start = last = time.time()
-    first_step, ended = step, resumed_at == max_iters and os.path.exists(os.path.join(out_dir, 'summary.json'))
+    first_step = step
     while True:
         if step != resumed_at and step % eval_interval == 0 or step == max_iters and not ended:
             val_loss, *probe = evaluate()
@@ -429,9 +429,9 @@ try:
                 log(dict(kind='eval', step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss, n=exponent(),
                          **run.probe(raw_model.head, *probe), **cumulative))
                 if step > 0:
-                    save('ckpt.pt')
                     if best_step == step:
                         save('best.pt')
+                    save('ckpt.pt') # last: what it tells is there
             last = time.time() # evaluation is not part of a step's time
         if step >= max_iters:
             break

@@ -149,6 +149,13 @@ if not problems:
         if normalize != 'half' and len(STATS[normalize][0]) not in (1, channels or images.train_x.shape[1]):
             problems.append(f"normalize is {normalize!r}, of {len(STATS[normalize][0])} channels, but {dataset} has {images.train_x.shape[1]}: use half or {dataset}")
         train_idx, val_idx = split(images.train_y, val_fraction, seed)
+        if min(batch_size, len(train_idx)) % world_size:
+            problems.append(f"the {len(train_idx)} training images are one batch, which {world_size} ranks cannot share evenly: use a smaller batch_size")
+        C, H, W = images.train_x.shape[1:]
+        settings = {**{f.name: config[f.name] for f in fields(VisionConfig) if f.name in config}, 'num_classes': images.num_classes,
+                    'image_shape': (channels or C, image_size or H, image_size or W)} # as the model sees them
+        with torch.device('meta'): # takes neither time nor memory
+            VisionNet(VisionConfig(**settings))
     except (ValueError, OSError) as e:
         problems.append(str(e))
 fail(problems)
@@ -175,14 +182,10 @@ train_data = batches(images.train_x[train_idx], images.train_y[train_idx], augme
 val_data = batches(images.train_x[val_idx], images.train_y[val_idx])
 test_data = batches(images.test_x, images.test_y)
 steps_per_epoch = train_data.steps_per_epoch
-num_classes, image_shape = images.num_classes, tuple(val_data.fixed(0, 1)[0].shape[1:]) # as the model sees them
+num_classes, image_shape, step_size = images.num_classes, settings['image_shape'], train_data.batch_size
 
 torch.manual_seed(seed)
-settings = {f.name: config[f.name] for f in fields(VisionConfig) if f.name in config}
-try:
-    model = VisionNet(VisionConfig(**{**settings, 'image_shape': image_shape, 'num_classes': num_classes}))
-except ValueError as e:
-    raise SystemExit(str(e)) from None
+model = VisionNet(VisionConfig(**settings))
 model.head.validate = False # it waits for the device; load() has checked the labels, and this script stops at a loss that is not finite
 model.to(device, memory_format=torch.channels_last)
 groups = run.parameter_groups(model, weight_decay)
@@ -195,15 +198,12 @@ else: # without decay Adam and AdamW are the same
 step, best_accuracy, best_epoch = 0, -1.0, 0
 if init_from == 'resume':
     ckpt = torch.load(os.path.join(out_dir, 'ckpt.pt'), map_location='cpu', weights_only=True)
-    if 'image_shape' not in ckpt['model_args']:
-        fail([f"cannot resume {out_dir}: it holds a language model, use train.py"])
     differ = [f"{k} is {v!r} here, {ckpt['model_args'].get(k)!r} in the checkpoint" for k, v in asdict(model.config).items() if v != ckpt['model_args'].get(k)]
     if images.hash != ckpt['data_hash']:
         differ.append(f"the data are others: hash {images.hash} here, {ckpt['data_hash']} in the checkpoint")
-    if steps_per_epoch != ckpt['steps_per_epoch']:
-        differ.append(f"an epoch has {steps_per_epoch} steps here, {ckpt['steps_per_epoch']} in the checkpoint: keep batch_size and val_fraction")
-    if optimizer_name != ckpt['config']['optimizer']:
-        differ.append(f"optimizer is {optimizer_name!r} here, {ckpt['config']['optimizer']!r} in the checkpoint")
+    for key in ('seed', 'val_fraction', 'batch_size', 'optimizer'): # others would validate on images that were trained on, or count other epochs
+        if config[key] != ckpt['config'][key]:
+            differ.append(f"{key} is {config[key]!r} here, {ckpt['config'][key]!r} in the checkpoint")
     fail([f"cannot resume {out_dir}: {d}" for d in differ])
     model.load_state_dict(ckpt['model'])
     optimizer.load_state_dict(ckpt['optimizer'])
@@ -219,12 +219,11 @@ if init_from == 'resume':
 resumed_at = step if init_from == 'resume' else None
 raw_model = model
 if compile:
-    eager = model.features
+    eager, state = model.features, {k: v.clone() for k, v in model.state_dict().items()}
     try:
         print0("compiling the model, this takes a minute...")
         model.features = torch.compile(model.features)
         model.head.compile_loss()
-        model.eval() # in training mode it may update its statistics
         with autocast:
             model(*train_data.train(step, rank, world_size))[1].backward()
     except Exception as e:
@@ -232,12 +231,13 @@ if compile:
         model.features = eager
         model.head.compile_loss(False)
     model.zero_grad(set_to_none=True)
+    model.load_state_dict(state) # statistics of norms, and the head's own
 if ddp:
     model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None)
 num_params = sum(p.numel() for p in raw_model.parameters())
 print0(f"{dataset}: {len(train_data.y):,} training, {len(val_data.y):,} validation, {len(test_data.y):,} test images ({images.source}), {'x'.join(map(str, image_shape))}")
 print0(f"{config['model']}: {num_params / 1e6:.2f}M parameters; head: {raw_model.head.extra_repr()}")
-print0(f"{steps_per_epoch:,} steps of {min(batch_size, len(train_data.y)):,} images per epoch, on {world_size} rank(s), {device_type}, {dtype}")
+print0(f"{steps_per_epoch:,} steps of {step_size:,} images per epoch, on {world_size} rank(s), {device_type}, {dtype}")
 
 # -----------------------------------------------------------------------------
 # schedule, evaluation
@@ -277,8 +277,11 @@ def quality(z, y):
 
 def test():
     """What summary.json says of the best epoch's weights on the test set, and (h (N, D), its labels)."""
-    best = torch.load(os.path.join(out_dir, 'best.pt'), map_location='cpu', weights_only=True) # copies, not references to weights that moved on
-    raw_model.load_state_dict(best['model'])
+    if master: # from the disk: copies, not references to weights that moved on
+        raw_model.load_state_dict(torch.load(os.path.join(out_dir, 'best.pt'), map_location='cpu', weights_only=True)['model'])
+    if ddp:
+        for t in raw_model.state_dict().values():
+            torch.distributed.broadcast(t, 0)
     h, z = outputs(test_data)
     y = test_data.y.cpu()
     loss, _ = quality(z, y)
@@ -306,7 +309,7 @@ def save(name):
     run.save(os.path.join(out_dir, name), {
         'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
         'step': step, 'best_accuracy': best_accuracy, 'best_epoch': best_epoch, 'model_args': asdict(raw_model.config), 'config': config,
-        'data_hash': images.hash, 'steps_per_epoch': steps_per_epoch})
+        'data_hash': images.hash})
 
 def plot_curves(rows, plt):
     """curves.png: loss and accuracy over epochs"""
@@ -318,7 +321,7 @@ def plot_curves(rows, plt):
     left.legend(frameon=False)
     right.plot([r['epoch'] for r in evals], [100 * r['val_accuracy'] for r in evals], color='C0', lw=2)
     right.plot(best_epoch, 100 * best_accuracy, 'o', color='C0')
-    right.annotate(f"best {100 * best_accuracy:.2f}%", (best_epoch, 100 * best_accuracy), (0, -14), textcoords='offset points', ha='center', color='C0')
+    right.set_title(f"best {best_accuracy:.2%} at epoch {best_epoch}", fontsize=9, color='C0')
     right.set(xlabel='epoch', ylabel='validation accuracy (%)')
     for ax in (left, right):
         ax.spines[['top', 'right']].set_visible(False)
@@ -329,7 +332,7 @@ def plot_learned(h, y, plt):
     """learned.png: prototypes and class means in the plane of the features' top two components; of a head straight on pixels, its prototypes."""
     w = raw_model.head.weight.detach().float().cpu()[:num_classes]
     if config['model'] == 'pixels':
-        columns = min(num_classes, 10)
+        columns = 5 if num_classes <= 10 else 10
         rows = -(-num_classes // columns)
         fig, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.25 * rows + 0.3), layout='constrained', squeeze=False)
         pictures = w.reshape(num_classes, *image_shape)
@@ -351,7 +354,7 @@ def plot_learned(h, y, plt):
         for k in range(num_classes):
             colour = colours(k if num_classes <= 10 else k / num_classes)
             mine = points[y[:2000].numpy() == k]
-            ax.scatter(*mine.T, s=4, color=colour, alpha=0.3, lw=0)
+            ax.scatter(*mine.T, s=5, color=colour, alpha=0.5, lw=0)
             ax.plot(*zip(centres[k], prototypes[k]), color=colour, lw=1)
             ax.scatter(*centres[k], s=40, color=colour, edgecolor='k', lw=0.8, zorder=3)
             ax.scatter(*prototypes[k], s=90, color=colour, edgecolor='k', lw=0.8, marker='*', zorder=4)
@@ -388,13 +391,18 @@ def stop_non_finite(at, loss, norm):
 # -----------------------------------------------------------------------------
 # training
 
+def stops(epoch):
+    """Whether training ends with this epoch, after which the model was evaluated."""
+    return epoch >= epochs or 0 < patience <= epoch - best_epoch
+
 emissions, cumulative = None, {}
+ended = resumed_at is not None and stops(step // steps_per_epoch) and os.path.exists(os.path.join(out_dir, 'summary.json'))
 try:
     if master:
         run.begin(out_dir, dict(config={**config, 'init_from': 'scratch'}, sources=sources, script='train_vision.py', model_args=asdict(raw_model.config),
                                 num_params=num_params, n=exponent(), device=device_type, device_name=run.device_name(device_type), dtype=dtype, world_size=world_size,
                                 data=dict(source=images.source, hash=images.hash, num_classes=num_classes, train_images=len(train_data.y),
-                                          val_images=len(val_data.y), test_images=len(test_data.y))), resumed_at)
+                                          val_images=len(val_data.y), test_images=len(test_data.y))), resumed_at, ended)
         if wandb_log:
             import wandb
             wandb.init(project=wandb_project, name=wandb_run_name or os.path.basename(os.path.normpath(out_dir)), config=config, mode=wandb_mode)
@@ -406,7 +414,8 @@ try:
     first_step = step
     while True:
         epoch = step // steps_per_epoch
-        if step != resumed_at and step % steps_per_epoch == 0 and (epoch % eval_interval == 0 or epoch == epochs):
+        evaluates = step % steps_per_epoch == 0 and (epoch % eval_interval == 0 or epoch == epochs)
+        if evaluates and step != resumed_at:
             h, z = outputs(val_data, keep=run.PROBE_SIZE)
             val_loss, val_accuracy = quality(z, val_data.y)
             if not math.isfinite(val_loss):
@@ -418,13 +427,13 @@ try:
             if master:
                 print0(f"epoch {epoch:>{width}}/{epochs} | val loss {val_loss:.4f} | val accuracy {val_accuracy:7.2%} | best {best_accuracy:7.2%} at epoch {best_epoch}"
                        + (f" | {cumulative['energy_kwh_total']:.4g} kWh, {cumulative['emissions_g_total']:.3g} g CO2eq" if cumulative else ""))
-                log(dict(kind='eval', step=step, epoch=epoch, images=step * batch_size, val_loss=val_loss, val_accuracy=val_accuracy, best_accuracy=best_accuracy,
+                log(dict(kind='eval', step=step, epoch=epoch, images=step * step_size, val_loss=val_loss, val_accuracy=val_accuracy, best_accuracy=best_accuracy,
                          n=exponent(), seconds=seconds, **run.probe(raw_model.head, h.to(device), val_data.y[:len(h)]), **cumulative))
-                save('ckpt.pt')
                 if improved:
                     save('best.pt')
+                save('ckpt.pt') # last: what it tells is there
             last, seconds = time.time(), 0.0 # evaluation is not part of an epoch's time
-        if epoch >= epochs or patience and epoch - best_epoch >= patience:
+        if evaluates and stops(epoch):
             break
 
         lr = get_lr(epoch)
@@ -458,10 +467,10 @@ try:
             ms, last, seconds = (now - last) / num_steps * 1000, now, seconds + now - last
             eta = (now - start) / (step - first_step) * (epochs * steps_per_epoch - step)
             print0(f"epoch {step / steps_per_epoch:>{width + 3}.2f}/{epochs} | loss {mean_loss:.4f} | lr {lr:.2e} | norm {norm_value:7.3f} | {ms:7.1f} ms | "
-                   f"{min(batch_size, len(train_data.y)) / ms * 1000:>8,.0f} images/s | eta {timedelta(seconds=round(eta))}")
+                   f"{step_size / ms * 1000:>8,.0f} images/s | eta {timedelta(seconds=round(eta))}")
             if master:
-                log(dict(kind='train', step=step, epoch=epoch, images=step * batch_size, loss=mean_loss, lr=lr, grad_norm=norm_value, ms=ms))
-    if step == resumed_at and os.path.exists(os.path.join(out_dir, 'summary.json')):
+                log(dict(kind='train', step=step, epoch=epoch, images=step * step_size, loss=mean_loss, lr=lr, grad_norm=norm_value, ms=ms))
+    if ended:
         print0(f"nothing to do: {out_dir} has ended at epoch {epoch}, after patience or all {epochs} epochs")
     else:
         tested, h, y = test()
@@ -470,7 +479,7 @@ try:
             errors = [1 - row['val_accuracy'] for row in rows]
             per_epoch = [row['seconds'] / eval_interval for row in rows[1:]]
             energy = metrics.time_to([row['energy_kwh_total'] for row in rows], errors) if all('energy_kwh_total' in row for row in rows) else None
-            summary = dict(epochs=epoch, step=step, images=step * batch_size, best_epoch=best_epoch, val_accuracy=best_accuracy, **tested, n=exponent(), num_params=num_params,
+            summary = dict(epochs=epoch, step=step, images=step * step_size, best_epoch=best_epoch, val_accuracy=best_accuracy, **tested, n=exponent(), num_params=num_params,
                            seconds_per_epoch=float(np.median(per_epoch)) if per_epoch else None, steps_to_90=metrics.time_to([row['step'] for row in rows], errors),
                            energy_kwh_to_90=energy, peak_memory_bytes=torch.cuda.max_memory_allocated() if device_type == 'cuda' else None,
                            **{k: v for k, v in rows[-1].items() if k.endswith('_total')})

@@ -4,6 +4,7 @@ bench.py: its rivals compute what the heads compute, its numbers follow from the
 $ pytest tests/test_bench.py
 """
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 import bench
 from data import Blocks
+from data_vision import Batches, augment
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ['--device=cpu', '--compile=false', '--rounds=2', '--threads=1']
@@ -100,6 +102,28 @@ def test_batches_come_from_the_same_file():
     assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
     for a, b in ((x, y), (nx, ny)):
         assert a.shape == b.shape == (4, 16) and a.dtype == torch.int64 and torch.equal(a[:, 1:], b[:, :-1])
+
+@pytest.mark.parametrize('normalize, shape', [('half', (1, 28, 28)), ('cifar10', (3, 8, 8))])
+def test_plain_loop_and_ours_make_the_same_weights(normalize, shape):
+    x, y = torch.randint(256, (48, *shape), dtype=torch.uint8), torch.randint(10, (48,))
+    data, plain = Batches(x, y, 16, bench.seed, normalize), bench.PlainImages(x, y, normalize, 'none')
+    data.train(0)
+    loader = [torch.utils.data.default_collate([plain[i] for i in rows.tolist()]) for rows in data.order.split(16)]
+    (ours, *our), (model, *theirs) = bench.vision_model('mlp', shape), bench.vision_model('mlp', shape, plain=True)
+    start = {name: p.clone() for name, p in ours.named_parameters()}
+    losses, expected = bench.vision_epoch(ours, *our, data)(), bench.plain_epoch(model, *theirs, loader)()
+    assert len(losses) == 3 and losses == pytest.approx(expected, rel=1e-5) and losses[0] != losses[1]
+    for (name, p), q in zip(ours.named_parameters(), model.parameters()):
+        assert (p - start[name]).abs().max() > 1e-4, name
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
+
+def test_plain_augmentation_is_ours():
+    x = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8).float()
+    plain, one = bench.PlainImages(x, torch.zeros(1), 'cifar10', 'standard'), lambda value: torch.tensor([value])
+    for flip, dy, dx, degrees in (True, -4, 3, 0.0), (False, 2, 0, 0.0), (False, 0, 0, 9.0): # a crop that is turned then shows zeros where it was cut, ours the image
+        expected = augment(x, one(flip), one(float(dy)), one(float(dx)), one(degrees))[0]
+        torch.testing.assert_close(plain.augmented(x[0], flip, dy + 4, dx + 4, math.radians(degrees)), expected, rtol=0, atol=0.05)
+    assert not torch.equal(plain[0][0], plain[0][0]) and plain[0][0].shape == (3, 32, 32)
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -207,6 +231,15 @@ def test_data(tmp_path, capsys):
     nano, ours, model = (r['tokens/s'] for r in rows)
     assert ours == pytest.approx(20 * 64 / statistics.median(rows[1]['raw']['seconds']))
     assert rows[1]["speed / nanoGPT's"] == pytest.approx(ours / nano) and rows[1]['times the need'] == pytest.approx(ours / model)
+
+def test_vision(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, 'VISION', {'cpu': {'pipeline': (32, 2), 'mlp': (16, 3), 'resnet50': (2, 1)}})
+    monkeypatch.setattr(os, 'cpu_count', lambda: 1)
+    rows, saved, table = measure('vision', tmp_path=tmp_path, capsys=capsys)
+    assert [(r['what'], r['batch']) for r in saved['rows']] == [('pipeline', 32), ('mlp', 16), ('resnet50', 2)] and len(table) == 5
+    for r in rows:
+        ours, plain = (statistics.median(r['raw'][key]) for key in ('seconds', 'rival_seconds'))
+        assert r['images/s'] == pytest.approx(r['batch'] * r['steps'] / ours) and r["speed / DataLoader's"] == pytest.approx(plain / ours) and r['raw']['workers'] == 1
 
 # -----------------------------------------------------------------------------
 # refusals

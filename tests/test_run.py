@@ -10,6 +10,7 @@ import metrics
 import run
 from distances import DistanceHead
 
+
 def test_the_probe_of_a_linear_head_by_its_formulas():
     torch.manual_seed(0)
     h, y = torch.randn(64, 12, dtype=torch.float64).float(), torch.randint(0, 7, (64,))

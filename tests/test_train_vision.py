@@ -153,16 +153,14 @@ def net_of(out_dir, name='best.pt'):
     return net.eval()
 
 @torch.no_grad()
-def test_by_hand(net):
+def by_hand(net):
     """(loss, accuracy) on the test digits"""
     images = data_vision.load('digits')
     z, _ = net((images.test_x.float() / 255 - 0.5) / 0.5)
     return F.cross_entropy(z, images.test_y).item(), (z.argmax(1) == images.test_y).double().mean().item()
 
-test_by_hand.__test__ = False # a helper
-
 def test_the_end_result_by_hand(first):
-    loss, accuracy = test_by_hand(net_of(first[0]))
+    loss, accuracy = by_hand(net_of(first[0]))
     end = summary(first[0])
     assert end['test_loss'] == pytest.approx(loss, rel=1e-5) and end['test_accuracy'] == accuracy
 
@@ -303,8 +301,8 @@ def test_the_best_weights_are_tested_not_the_last():
     end, best, last = summary('out'), load('out', 'best.pt'), load('out')
     assert end['best_epoch'] == best['best_epoch'] == 2 == accuracy.index(max(accuracy)) and accuracy[4] < accuracy[2] - 0.1 and end['epochs'] == 4
     assert best['step'] == 40 and last['step'] == 80 and not torch.equal(best['model']['head.weight'], last['model']['head.weight'])
-    assert test_by_hand(net_of('out')) == (pytest.approx(end['test_loss'], rel=1e-4), end['test_accuracy'])
-    assert test_by_hand(net_of('out', 'ckpt.pt'))[1] < end['test_accuracy'] and end['val_accuracy'] == accuracy[2]
+    assert by_hand(net_of('out')) == (pytest.approx(end['test_loss'], rel=1e-4), end['test_accuracy'])
+    assert by_hand(net_of('out', 'ckpt.pt'))[1] < end['test_accuracy'] and end['val_accuracy'] == accuracy[2]
 
 def test_the_test_images_are_touched_once_and_only_at_the_end(monkeypatch):
     seen, fixed, batch = [], Batches.fixed, Batches.train
@@ -349,7 +347,7 @@ def test_without_epochs_it_is_an_evaluation():
 
 def test_a_batch_has_no_more_images_than_there_are():
     train(epochs=2, batch_size=2048)
-    assert load('out')['steps_per_epoch'] == 1 and summary('out')['images'] == metrics('out')[-1]['images'] == 2 * 1293
+    assert load('out')['step'] == 2 and summary('out')['images'] == metrics('out')[-1]['images'] == 2 * 1293
 
 # -----------------------------------------------------------------------------
 # schedule, optimizer, precision
@@ -438,7 +436,7 @@ def test_every_backbone_takes_a_step_on_files(name, dataset, features, shape, he
     train(os.path.join(ROOT, 'config', f'{name}.py'), dataset=dataset, epochs=1, val_fraction=0.5, batch_size=100 if dataset == 'cifar100' else 10, compile=False,
           image_size=32 if name in ('vit_tiny', 'vgg16', 'pvtv2_b0') else 0)
     ckpt, info = load('out'), json.load(open('out/config.json'))
-    assert ckpt['step'] == ckpt['steps_per_epoch'] == 1 and ckpt['model_args']['image_shape'] == shape and ckpt['model_args']['model'] == name
+    assert ckpt['step'] == 1 and ckpt['model_args']['image_shape'] == shape and ckpt['model_args']['model'] == name
     assert ckpt['model']['head.weight'].shape == (info['data']['num_classes'], features) and math.isfinite(summary('out')['test_loss'])
     assert all(torch.isfinite(p).all() for p in ckpt['model'].values()) and info['sources']['learning_rate'].endswith('.py')
 
@@ -535,9 +533,9 @@ def test_a_run_is_not_overwritten_unless_asked():
 
 @pytest.mark.parametrize('settings, message', [
     (dict(distance='manhattan'), "distance is 'manhattan' here, 'cosine' in the checkpoint"), (dict(model='pixels', n=2), "n is 2.0 here, 1.0 in the checkpoint"),
-    (dict(batch_size=128), 'keep batch_size and val_fraction'), (dict(optimizer='sgd'), "optimizer is 'sgd' here, 'adam' in the checkpoint"),
-    (dict(batch_size=63), 'batch_size'), # as many steps, but other batches
-    (dict(seed=1), 'seed'), (dict(val_fraction=0.101), 'val_fraction')], ids=str) # the validation images would be among those that were trained on
+    (dict(batch_size=128), "batch_size is 128 here, 64 in the checkpoint"), (dict(optimizer='sgd'), "optimizer is 'sgd' here, 'adam' in the checkpoint"),
+    (dict(batch_size=63), 'batch_size is 63'), # as many steps, but other batches
+    (dict(seed=1), 'seed is 1'), (dict(val_fraction=0.101), 'val_fraction is 0.101')], ids=str) # the validation images would be among those that were trained on
 def test_another_run_is_not_resumed(settings, message):
     train(epochs=1)
     before = contents('out')
@@ -553,7 +551,7 @@ def test_a_language_model_is_not_resumed(here):
     make_dataset(here / 'data' / 'tiny')
     run_script('train.py', *flags(**{**LANGUAGE, 'out_dir': 'out', 'max_iters': 1}))
     before = contents('out')
-    assert 'it holds a language model, use train.py' in refuses(init_from='resume', out_dir='out') and contents('out') == before
+    assert 'out holds a run of train.py, this is train_vision.py' in refuses(init_from='resume', out_dir='out') and contents('out') == before
 
 # mahalanobis fails earlier than its loss: a matrix that is not finite has no Cholesky factor
 @pytest.mark.parametrize('distance', ['baseline', 'euclidean', 'mahalanobis'])
