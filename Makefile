@@ -13,8 +13,8 @@ demo: $(VENV)/demo.installed
 
 study: $(VENV)/demo.installed
 	$(VENV)/bin/python prepare_stdlib.py
-	$(VENV)/bin/python study.py config/study_digits.py
-	$(VENV)/bin/python study.py config/study_gpt.py
+	-$(VENV)/bin/python study.py config/study_digits.py
+	-$(VENV)/bin/python study.py config/study_gpt.py
 	$(VENV)/bin/python report.py out/study_digits out/study_gpt --out_dir=report
 
 test: $(VENV)/test.installed

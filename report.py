@@ -7,7 +7,7 @@ $ python report.py out/study_digits out/study_stdlib --out_dir=report
 It reads every folder below the given ones that holds a config.json of train.py or train_vision.py, and writes index.html (one file, opens from
 disk), index.md, a CSV per table in tables/, and figures/*.png. Nothing is trained; checkpoints are read for the nearest prototypes only.
 
-Runs are averaged over seeds, and only when all else agrees: data, settings, commit, versions, device. Where something differs the runs come in
+Runs are averaged over seeds, and only when all else agrees: data, settings, commit, torch's version, device. Where something differs the runs come in
 sections of their own, and the top of the report says what it was. Every number is defined in metrics.py, or below in METRICS.
 """
 import base64
@@ -20,6 +20,7 @@ import os
 import re
 import statistics
 import sys
+import zipfile
 from collections import Counter, defaultdict, namedtuple
 from types import SimpleNamespace
 
@@ -108,9 +109,9 @@ Head = namedtuple('Head', 'distance variant params link setting n eps feature_sc
 def finite(x):
     return isinstance(x, (int, float)) and math.isfinite(x)
 
-def find_runs(folders):
-    """paths of the folders with a config.json at or below the given ones, each once"""
-    found = {os.path.realpath(path): path for folder in folders for path, _, files in os.walk(folder) if 'config.json' in files}
+def find_runs(folders, name='config.json'):
+    """paths of the folders with a file of that name at or below the given ones, each once"""
+    found = {os.path.realpath(path): path for folder in folders for path, _, files in os.walk(folder) if name in files}
     return sorted(found.values())
 
 def read_json(path):
@@ -141,14 +142,14 @@ def read_run(path):
     r.evals, r.train = ([row for row in rows if row.get('kind') == kind] for kind in ('eval', 'train'))
     r.summary = r.emissions = None
     try:
-        r.summary = read_json(os.path.join(path, 'summary.json'))
+        r.summary = dict(read_json(os.path.join(path, 'summary.json')))
     except FileNotFoundError:
         pass
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         r.notes.append(f"summary.json cannot be read ({e})")
     if os.path.exists(os.path.join(path, 'emissions.csv')):
         with open(os.path.join(path, 'emissions.csv'), newline='', encoding='utf-8', errors='replace') as f:
-            r.emissions = next(reversed(list(csv.DictReader(f))), None)
+            r.emissions = next((row for row in reversed(list(csv.DictReader(f))) if None not in row.values()), None) # a whole row
     if any(name.startswith('emissions_node') for name in os.listdir(path)):
         r.notes.append("several nodes: the energy is that of node 0")
     return r
@@ -244,7 +245,8 @@ class Section:
 
     def best(self, key, tests):
         """The head with the best mean, if its difference to the baseline is supported; else None."""
-        means = {head: self.mean(head, key) for head in self.heads if self.seeds(head, key)}
+        seeds = {head: self.seeds(head, key) for head in self.heads} # a head that lost a seed does not compete
+        means = {head: self.mean(head, key) for head in self.heads if seeds[head] and (not self.baseline or set(seeds[head]) >= set(seeds[self.baseline]))}
         head = (min if METRICS[key].lower else max)(means, key=means.get, default=None)
         p = tests.get(head, {}).get('p_corrected')
         return head if p is not None and p < significance and self.change(head, key) > 0 else None
@@ -698,7 +700,7 @@ def load_probe(r):
     try:
         with np.load(os.path.join(r.path, 'probe.npz')) as f:
             return f['h'].astype(np.float64), f['y']
-    except (OSError, ValueError, KeyError, EOFError) as e:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         r.notes.append(f"probe.npz cannot be read ({type(e).__name__})")
 
 def data_folder(r):
@@ -859,6 +861,9 @@ def main(argv):
     unfinished = [r for r in runs if r.summary is None]
     if unfinished:
         page.paragraph("Not ended, and in no average: " + ', '.join(f"{r.path} (last evaluation at step {r.evals[-1]['step'] if r.evals else 'none'})" for r in unfinished))
+    for path in find_runs(folders, 'error.txt'):
+        with open(os.path.join(path, 'error.txt'), encoding='utf-8', errors='replace') as f:
+            page.paragraph(f"Broken, and in no average: {path}: {(f.read().strip() or 'no reason').splitlines()[-1]}")
     if broken:
         page.paragraph("Skipped: " + '; '.join(broken))
     if torn := [r.path for r in runs if not r.whole]:

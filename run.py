@@ -45,6 +45,7 @@ def configure(namespace):
             fail([f"init_from=resume: {out_dir} holds a run of {script}, this is {here}"])
         problems = []
         config, sources = configurator.configure(namespace, base={**saved['config'], 'init_from': 'resume'}, base_name=path, problems=problems)
+        sources = {k: saved['sources'].get(k, source) if source == path else source for k, source in sources.items()} # where the run had it from
     elif not namespace['overwrite'] and os.path.exists(os.path.join(namespace['out_dir'], 'ckpt.pt')):
         problems.append(f"{namespace['out_dir']} holds a run: go on with it (--init_from=resume), write elsewhere (--out_dir=...), or discard it (--overwrite=true)")
     return config, sources, saved, problems
@@ -101,22 +102,22 @@ def git_commit():
     head = git('rev-parse', 'HEAD')
     return head.stdout.strip() + (' with changes' if git('status', '--porcelain', '-uno').stdout else '') if head.returncode == 0 else None
 
-def begin(out_dir, info, resume_step=None, ended=False):
-    """Write config.json: info, the command, commit and versions. A resumed run's metrics.jsonl is cut back to what its checkpoint
-    knows, and without `ended` it has no end any more; a new run takes the place of what was there."""
-    path, command = os.path.join(out_dir, 'config.json'), shlex.join(sys.argv)
-    if resume_step is not None: # the one that remakes the run
-        with open(path) as f:
-            command = json.load(f).get('command', command)
-    info = dict(info, command=command, git=git_commit(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
+def begin(out_dir, info, resume_step=None):
+    """Write config.json: info, the command, commit and versions. A resumed run keeps its command and first n, has no end any more, and its
+    metrics.jsonl is cut back to what its checkpoint knows; a new run takes the place of what was there."""
+    path, new = os.path.join(out_dir, 'config.json'), resume_step is None
+    info = dict(info, command=shlex.join(sys.argv), git=git_commit(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, numpy=np.__version__))
+    rows = []
+    if not new:
+        with open(path) as f:
+            info.update({k: v for k, v in json.load(f).items() if k in ('command', 'n')})
+        rows = [row for row in read_metrics(out_dir)[0] if row['step'] <= resume_step]
+    for name in os.listdir(out_dir): # before anything is written: no half of one run with half of another
+        if name == 'summary.json' or new and name in ('ckpt.pt', 'best.pt', 'probe.npz', 'loss.png', 'curves.png', 'learned.png') or new and name.startswith('emissions'):
+            os.remove(os.path.join(out_dir, name))
     write(path, json.dumps(info, indent=1))
-    rows = [row for row in read_metrics(out_dir)[0] if row['step'] <= resume_step] if resume_step is not None else []
     write(os.path.join(out_dir, 'metrics.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
-    if not ended:
-        for name in ('summary.json',) if resume_step is not None else ('ckpt.pt', 'best.pt', 'probe.npz', 'summary.json', 'emissions.csv', 'loss.png', 'curves.png', 'learned.png'):
-            if os.path.exists(os.path.join(out_dir, name)):
-                os.remove(os.path.join(out_dir, name))
 
 def log(out_dir, row):
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as f:

@@ -3,19 +3,23 @@ Run a grid over one config: models x heads x links x n x seeds, each run in a pr
 
 $ python study.py config/study_digits.py
 $ python study.py config/study_digits.py --dry-run       # prints the list
-$ python study.py config/study_digits.py --shard=2/4     # the second quarter: for several machines, or a scheduler's array jobs
+$ python study.py config/study_digits.py --shard=2/4     # every fourth run from the second on: for several machines, or array jobs
 $ python study.py config/study_digits.py --retry         # also the runs that broke
 $ python study.py --script=train.py --base=config/cpu.py --heads=baseline,cosine,minkowski:p=3 --settings=--max_iters=500 --out_dir=out/study_cpu
 
 A run that has ended (summary.json) is skipped, one that was stopped half-way goes on from its checkpoint, one that broke (error.txt) is
-reported and left until --retry. Ctrl-C stops the run and the study; the same command goes on. What a run prints is in its log.txt.
+reported and left until --retry. A folder that was made with other arguments (arguments.json) is refused. Ctrl-C stops the run and the
+study; the same command goes on. What a run prints is in its log.txt.
 Runs of the same seed start from the same backbone weights and see the same batches: the training scripts see to that.
 One run at a time, as the energy of a run is the machine's: for more at once, use --shard on several machines.
 """
+import glob
+import json
 import multiprocessing
 import os
 import runpy
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -46,22 +50,34 @@ def all_heads():
     from distances import DISTANCES
     return ['baseline'] + [f'{distance}:{variant}' for distance, variants in DISTANCES.items() for variant in variants] + ['minkowski:p=3']
 
+def words(text):
+    return [word.strip() for word in text.split(',') if word.strip()]
+
+def parsed(key, text, kind, legal):
+    """The entries of a setting, by kind(entry); ValueError that names the setting."""
+    try:
+        return [kind(word) for word in words(text)]
+    except ValueError:
+        raise ValueError(f"{key} is {text!r}: write {legal}, comma separated") from None
+
+def exponent(word):
+    if word not in ('default', 'learn') and not 0 < float(word) < float('inf'):
+        raise ValueError
+    return word
+
 def grid():
     """[(the run's name, its flags)], seed by seed, so that a study that is stopped half-way has all heads; ValueError for what cannot be read."""
     from distances import DistanceHead, parse_head, parse_params
-    words = lambda text: [word.strip() for word in text.split(',') if word.strip()]
-    runs = {}
-    for seed, model, head, link, n in product(words(seeds), words(models) or [''], all_heads() if heads == 'all' else words(heads), words(links), words(ns)):
+    runs, exponents = {}, parsed('ns', ns, exponent, "numbers > 0, 'default' or 'learn'")
+    names = all_heads() if heads == 'all' else words(heads)
+    for seed, model, head, link, n in product(parsed('seeds', seeds, int, 'integers'), words(models) or [''], names, words(links), exponents):
         distance, variant, params = parse_head(head)
         made = DistanceHead(8, 8, distance, variant, link, **parse_params(params)) # what a run would refuse is refused here
         if distance == 'baseline':
             link, n = 'harmonic', 'default' # which it does not have
-        flags = [f'--distance={distance}', f'--link={link}', f'--seed={int(seed)}']
+        flags = [f'--distance={distance}', f'--link={link}', f'--seed={seed}']
         flags += [f'--model={model}'] * bool(model) + [f'--variant={variant}'] * bool(variant) + [f'--distance_params={params}'] * bool(params)
-        if n == 'learn':
-            flags.append('--learn_n=true')
-        elif n != 'default':
-            flags.append(f'--n={float(n):g}')
+        flags += {'default': [], 'learn': ['--learn_n=true']}.get(n, [f'--n={n}'])
         parts = [model, distance, made.variant if distance != 'baseline' else '', params.replace('=', ''), link if link != 'harmonic' else '',
                  {'default': ''}.get(n, f'n{n}'), f's{seed}']
         runs['_'.join(part for part in parts if part)] = flags # a variant by its name and by default is one run
@@ -79,6 +95,17 @@ def arguments(folder, flags):
     if os.path.exists(os.path.join(folder, 'ckpt.pt')):
         return ['--init_from=resume', f'--out_dir={folder}']
     return [*shlex.split(base), *shlex.split(settings), *flags, f'--out_dir={folder}', '--overwrite=true']
+
+def made_with(folder):
+    """The arguments that a folder's run was begun with, None for a new one."""
+    path = os.path.join(folder, 'arguments.json')
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        return json.load(f)
+
+def wanted(flags):
+    return [script, *shlex.split(base), *shlex.split(settings), *flags]
 
 def child(path, args, folder):
     """One run, in a process of its own: everything it prints goes to log.txt."""
@@ -105,32 +132,36 @@ def child(path, args, folder):
     os._exit(status) # without the parent's own clean-up
 
 def run_one(folder, flags):
-    """The exit status of one run. KeyboardInterrupt passes through, when the run has stopped."""
+    """Run it to its end, or leave error.txt. KeyboardInterrupt passes through, when the run has stopped."""
     os.makedirs(folder, exist_ok=True)
     error, log = os.path.join(folder, 'error.txt'), os.path.join(folder, 'log.txt')
     for name in (error, log):
         if os.path.exists(name) and (name == error or state(folder) != 'stopped'):
             os.remove(name)
     sys.stdout.flush() # or the child would have it too
+    with open(os.path.join(folder, 'arguments.json'), 'w') as f:
+        json.dump(wanted(flags), f)
     process = context.Process(target=child, args=(os.path.join(ROOT, script), arguments(folder, flags), folder))
     process.start()
     try:
         process.join()
-    except KeyboardInterrupt: # of the whole process group: the run has it too
+    except KeyboardInterrupt: # from a terminal the run has it too
+        process.join(1)
+        process.terminate()
         process.join(10)
         process.kill()
+        process.join()
         raise
-    if process.exitcode != 0 or state(folder) != 'ended':
+    if state(folder) != 'ended':
         with open(log, encoding='utf-8', errors='replace') as f:
             lines = f.read().splitlines()
         with open(error, 'w', encoding='utf-8') as f:
             f.write('\n'.join([f"exit status {process.exitcode}", *lines[-15:]]) + '\n')
-    return process.exitcode
 
 def why(folder):
     with open(os.path.join(folder, 'error.txt'), encoding='utf-8', errors='replace') as f:
         lines = [line for line in f.read().splitlines() if line.strip()]
-    return lines[-1][:150] if lines else ''
+    return ': '.join([lines[0], *lines[1:][-1:]])[:200]
 
 def main():
     problems = []
@@ -153,6 +184,9 @@ def main():
         problems.append(str(e))
     fail(problems)
     runs = [(os.path.join(out_dir, name), flags) for name, flags in runs[i - 1::k]]
+    others = {folder: made_with(folder) for folder, flags in runs if made_with(folder) not in (None, wanted(flags))}
+    fail([f"{folder} was made with other arguments ({shlex.join(args)}): use another --out_dir, or delete it" for folder, args in list(others.items())[:5]]
+         + [f"and {len(others) - 5} more"] * (len(others) > 5))
     states = {folder: state(folder) for folder, _ in runs}
     todo = [(folder, flags) for folder, flags in runs if states[folder] != 'ended' and (retry or states[folder] != 'broken')]
     counts = ', '.join(f"{list(states.values()).count(word)} {word}" for word in ('ended', 'stopped', 'broken', 'new') if word in states.values())
@@ -166,12 +200,14 @@ def main():
         import sklearn.datasets
         import sklearn.metrics  # noqa: F401
         import torch._dynamo  # noqa: F401
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # the run must not outlive the study
     start, done = time.time(), 0
     bar = tqdm(todo, unit='run', dynamic_ncols=True)
     try:
         for folder, flags in bar:
             bar.set_description(os.path.basename(folder))
-            if run_one(folder, flags) != 0 or state(folder) != 'ended':
+            run_one(folder, flags)
+            if state(folder) == 'broken':
                 bar.write(f"broken: {folder}: {why(folder)}")
             else:
                 done += 1
@@ -184,6 +220,7 @@ def main():
         raise SystemExit('\n'.join([f"{len(broken)} broken, --retry runs them again:", *(f"  {folder}: {why(folder)}" for folder in broken)]))
     print(f"python report.py {out_dir}")
 
-context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+# a forked process has its imports already; with a GPU it could not use it
+context = multiprocessing.get_context('fork' if sys.platform == 'linux' and not glob.glob('/dev/nvidia*') else 'spawn')
 if __name__ == '__main__':
     main()

@@ -315,7 +315,7 @@ def evaluate():
             losses.append((raw_model.head.loss(h, y), count)) # stays on the device
         seen = slice(None) if family == 'bert' else slice(-1, None)
         if first * y[0, seen].numel() < run.PROBE_SIZE: # blocks in their order, whatever the number of ranks
-            probe += [(first + i, h[i, seen], y[i, seen]) for i in range(count)]
+            probe += [(first + i, h[i, seen].clone(), y[i, seen]) for i in range(count)] # not views, which would keep all of h
     total = torch.tensor([(loss.item() * count, count) for loss, count in losses], dtype=torch.float64).reshape(-1, 2).sum(0)
     raw_model.train()
     if ddp:
@@ -348,7 +348,7 @@ def begin_run():
     run.begin(out_dir, dict(config={**config, 'init_from': saved_config['config']['init_from'] if init_from == 'resume' else init_from}, sources=sources,
                             script='train.py', model_args=asdict(raw_model.config), num_params=num_params, n=exponent(),
                             data={k: v for k, v in meta.items() if k not in ('stoi', 'itos')}, device=device_type, device_name=device_name, dtype=dtype,
-                            world_size=world_size), resumed_at, ended)
+                            world_size=world_size), resumed_at)
 
 def log(row):
     run.log(out_dir, row)
@@ -404,7 +404,7 @@ def stop_non_finite(at, loss, norm):
 emissions, cumulative, summary, val_loss = None, {}, {}, None
 ended = resumed_at is not None and resumed_at >= max_iters and os.path.exists(os.path.join(out_dir, 'summary.json'))
 try:
-    if master:
+    if master and not ended:
         begin_run()
         if wandb_log:
             import wandb
@@ -498,5 +498,7 @@ except torch.linalg.LinAlgError as e: # a mahalanobis matrix
 finally:
     if emissions is not None:
         emissions.stop(step)
+    if wandb_log and master and 'wandb' in globals():
+        wandb.finish()
     if ddp and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -224,6 +224,7 @@ if compile:
         print0("compiling the model, this takes a minute...")
         model.features = torch.compile(model.features)
         model.head.compile_loss()
+        model.head.eval() # in training mode it may update its statistics, from all ranks
         with autocast:
             model(*train_data.train(step, rank, world_size))[1].backward()
     except Exception as e:
@@ -231,7 +232,8 @@ if compile:
         model.features = eager
         model.head.compile_loss(False)
     model.zero_grad(set_to_none=True)
-    model.load_state_dict(state) # statistics of norms, and the head's own
+    model.load_state_dict(state) # the statistics of norms
+    model.train()
 if ddp:
     model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None)
 num_params = sum(p.numel() for p in raw_model.parameters())
@@ -255,6 +257,9 @@ def get_lr(epoch):
 @torch.no_grad()
 def outputs(data, keep=None):
     """(h (keep or N, D), z (N, K)) of every image of a Batches, in order, on the CPU; each rank works on its share of the batches."""
+    if ddp: # the statistics of norms are each rank's own, what is saved is rank 0's
+        for buffer in raw_model.buffers():
+            torch.distributed.broadcast(buffer, 0)
     raw_model.eval()
     parts = []
     for first in range(rank * batch_size, len(data.y), world_size * batch_size):
@@ -276,7 +281,7 @@ def quality(z, y):
     return F.cross_entropy(z.double(), y.cpu()).item(), (z.argmax(1) == y.cpu()).double().mean().item()
 
 def test():
-    """What summary.json says of the best epoch's weights on the test set, and (h (N, D), its labels)."""
+    """On rank 0: what summary.json says of the best epoch's weights on the test set, its features (N, D), and its labels (N,)."""
     if master: # from the disk: copies, not references to weights that moved on
         raw_model.load_state_dict(torch.load(os.path.join(out_dir, 'best.pt'), map_location='cpu', weights_only=True)['model'])
     if ddp:
@@ -284,6 +289,8 @@ def test():
             torch.distributed.broadcast(t, 0)
     h, z = outputs(test_data)
     y = test_data.y.cpu()
+    if not master:
+        return None, h, y
     loss, _ = quality(z, y)
     result = metrics.classification(y.numpy(), z.argmax(1).numpy(), num_classes)
     standardised = metrics.spectrum(metrics.standardised(h.numpy()))
@@ -398,11 +405,11 @@ def stops(epoch):
 emissions, cumulative = None, {}
 ended = resumed_at is not None and stops(step // steps_per_epoch) and os.path.exists(os.path.join(out_dir, 'summary.json'))
 try:
-    if master:
+    if master and not ended:
         run.begin(out_dir, dict(config={**config, 'init_from': 'scratch'}, sources=sources, script='train_vision.py', model_args=asdict(raw_model.config),
                                 num_params=num_params, n=exponent(), device=device_type, device_name=run.device_name(device_type), dtype=dtype, world_size=world_size,
                                 data=dict(source=images.source, hash=images.hash, num_classes=num_classes, train_images=len(train_data.y),
-                                          val_images=len(val_data.y), test_images=len(test_data.y))), resumed_at, ended)
+                                          val_images=len(val_data.y), test_images=len(test_data.y))), resumed_at)
         if wandb_log:
             import wandb
             wandb.init(project=wandb_project, name=wandb_run_name or os.path.basename(os.path.normpath(out_dir)), config=config, mode=wandb_mode)
@@ -477,11 +484,13 @@ try:
         if master:
             rows = [row for row in run.read_metrics(out_dir)[0] if row['kind'] == 'eval']
             errors = [1 - row['val_accuracy'] for row in rows]
-            per_epoch = [row['seconds'] / eval_interval for row in rows[1:]]
-            energy = metrics.time_to([row['energy_kwh_total'] for row in rows], errors) if all('energy_kwh_total' in row for row in rows) else None
+            per_epoch = [row['seconds'] / (row['epoch'] - before['epoch']) for before, row in zip(rows, rows[1:])]
+            energies = [row.get('energy_kwh_total') for row in rows]
+            counted = None not in energies and energies == sorted(energies) # else emissions.csv was lost on the way
             summary = dict(epochs=epoch, step=step, images=step * step_size, best_epoch=best_epoch, val_accuracy=best_accuracy, **tested, n=exponent(), num_params=num_params,
                            seconds_per_epoch=float(np.median(per_epoch)) if per_epoch else None, steps_to_90=metrics.time_to([row['step'] for row in rows], errors),
-                           energy_kwh_to_90=energy, peak_memory_bytes=torch.cuda.max_memory_allocated() if device_type == 'cuda' else None,
+                           energy_kwh_to_90=metrics.time_to(energies, errors) if counted else None,
+                           peak_memory_bytes=torch.cuda.max_memory_allocated() if device_type == 'cuda' else None,
                            **{k: v for k, v in rows[-1].items() if k.endswith('_total')})
             run.save_probe(out_dir, h[:run.PROBE_SIZE], y[:run.PROBE_SIZE])
             run.write(os.path.join(out_dir, 'summary.json'), json.dumps(summary, indent=1))
@@ -497,5 +506,7 @@ except torch.linalg.LinAlgError as e: # a mahalanobis matrix
 finally:
     if emissions is not None:
         emissions.stop(step)
+    if wandb_log and master and 'wandb' in globals():
+        wandb.finish()
     if ddp and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

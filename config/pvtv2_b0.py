@@ -2,6 +2,8 @@
 #   torchrun --standalone --nproc_per_node=2 train_vision.py config/pvtv2_b0.py --dataset=cifar10 --distance=cosine
 model = 'pvtv2_b0'
 out_dir = f'out/{dataset}_{model}'
+if dataset not in ('mnist', 'cifar10', 'cifar100'):
+    raise ValueError(f'it has no column for {dataset}: use --dataset=mnist, cifar10 or cifar100')
 _column = ['mnist', 'cifar10', 'cifar100'].index(dataset)
 normalize = ['half', 'cifar10', 'cifar100'][_column]
 image_size = 32

@@ -69,7 +69,9 @@ def test_the_grid_has_every_combination_once():
     assert len(everything) == 2 + sum(map(len, DISTANCES.values())) and all(name.endswith('_s7') for name in everything)
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(heads='cosin'), 'cosin'), (dict(heads='minkowski:p=0.5'), 'p'), (dict(seeds='x'), "'x'"), (dict(ns='many'), 'many'), (dict(links='soft'), 'soft')])
+    (dict(heads='cosin'), 'cosin'), (dict(heads='minkowski:p=0.5'), 'p'), (dict(seeds='x'), "seeds is 'x'"),
+    (dict(ns='many'), "ns is 'many': write numbers"), (dict(ns='0'), 'ns is'), (dict(ns='nan'), 'ns is'),
+    (dict(links='soft'), 'soft')])
 def test_what_no_run_could_do_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         names(**settings)
@@ -82,12 +84,14 @@ def test_runs_are_processes_with_folders_and_what_has_ended_is_skipped(here):
     with open('out/cosine_stable_s2/log.txt') as f:
         assert 'hello from out/cosine_stable_s2' in f.read()
     os.remove('out/baseline_s2/summary.json')
-    assert '3 ended, 1 new; 1 to run' in here('--heads=baseline,cosine', '--seeds=1,2')
+    assert '3 ended, 1 new; 1 to run' in here('--heads=baseline,cosine', '--seeds=1,2', '--settings=--epochs=3')
     assert len(ran()) == 5
+    out = here('--heads=baseline,cosine', '--seeds=1,2', '--settings=--epochs=4', refused=True) # ended runs of other settings are not taken for these
+    assert out.count('was made with other arguments') == 4 and '--epochs=3' in out and len(ran()) == 5
 
 def test_a_broken_run_is_reported_and_retried_by_a_flag(here):
     out = here('--heads=baseline,cosine', '--seeds=1,3', refused=True)
-    assert '2 broken, --retry runs them again' in out and 'out/cosine_stable_s3: seed 3 is unlucky' in out # and the others have run
+    assert '2 broken, --retry runs them again' in out and 'out/cosine_stable_s3: exit status 1: seed 3 is unlucky' in out # and the others have run
     assert len(ran()) == 4
     out = here('--heads=baseline,cosine', '--seeds=1,3', refused=True)
     assert '2 ended, 2 broken; 0 to run' in out and len(ran()) == 4

@@ -569,3 +569,20 @@ def test_help(monkeypatch, capsys):
         run_script_loud('train_vision.py', '--help', monkeypatch)
     out = capsys.readouterr().out
     assert e.value.code == 0 and '$ python train_vision.py --distance=cosine' in out and "augment = 'none' # 'crop'" in out
+
+def test_a_resumed_run_says_where_its_settings_came_from():
+    train(epochs=1, n=2, learn_n=True)
+    resume('out', epochs=2)
+    info = json.load(open('out/config.json'))
+    assert info['sources']['n'] == 'command line' and info['sources']['eps'] == 'default' and info['config']['epochs'] == 2
+    assert info['n'] == 2 and '--n=2' in info['command'] and summary('out')['n'] != 2 # n as it began, and as it ended
+    before = contents('out')
+    resume('out', epochs=1) # which it has: nothing that it does not keep to is written down
+    assert contents('out') == before
+
+def test_seconds_per_epoch_count_epochs():
+    train(epochs=4, eval_interval=3)
+    with open('out/metrics.jsonl') as f:
+        rows = [row for row in map(json.loads, f) if row['kind'] == 'eval']
+    with open('out/summary.json') as f:
+        assert json.load(f)['seconds_per_epoch'] == pytest.approx(np.median([rows[1]['seconds'] / 3, rows[2]['seconds']]))
