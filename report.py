@@ -612,7 +612,7 @@ def bars(ax, items, xlabel, spec):
         end = mean + math.copysign(std or 0, mean)
         ax.annotate(number(mean, spec), (end, i), (4 if mean >= 0 else -4, 0), textcoords='offset points', va='center', ha='left' if mean >= 0 else 'right', fontsize=8)
     ax.set_yticks(range(len(items)), [plain(item[0]) for item in items], fontsize=9)
-    ax.invert_yaxis()
+    ax.set_ylim(len(items) - 0.4, -0.6) # the first on top
     ax.set_xlabel(xlabel)
     ax.margins(x=0.2)
     ax.axvline(0, color='k', lw=0.8)
@@ -656,6 +656,10 @@ def pareto(page, section):
     if len(points) < 2:
         return
     better = lambda a, b: a < b if m.lower else a > b
+    qualities = [q for _, q in points.values()]
+    best, median = (min if m.lower else max)(qualities), statistics.median(qualities)
+    outside = [h for h, (_, q) in points.items() if abs(q - best) > 5 * abs(median - best) > 0 and h != section.baseline] # they would squeeze the rest
+    points = {h: point for h, point in points.items() if h not in outside}
     front = sorted(p for p in points.values() if not any(q != p and q[0] <= p[0] and (q[1] == p[1] or better(q[1], p[1])) for q in points.values()))
     fig, ax = plt.subplots(figsize=(7.5, 4.8), layout='constrained')
     ax.step(*zip(*front), where='post', color='0.6', lw=1.2, zorder=0)
@@ -668,7 +672,8 @@ def pareto(page, section):
     tidy(ax)
     place_labels(ax, list(points.values()), [section.labels[head] for head in points], front)
     on = [section.labels[head] for head, point in points.items() if point in front]
-    page.figure(fig, section, 'pareto', f"quality against energy, means over seeds, not normalised; the line joins the heads that no other beats in both ({', '.join(on)}).")
+    page.figure(fig, section, 'pareto', f"quality against energy, means over seeds, not normalised; the line joins the heads that no other beats in both ({', '.join(on)})."
+                + (f" Far below the frame: {', '.join(section.labels[head] for head in outside)}." if outside else ''))
 
 def geometry(page, section):
     keys = [('prototype_norm', 'mean prototype norm |w|'), *((key, METRICS[key].title) for key in ('effective_rank', 'variance_ratio', 'active_ratio'))]
