@@ -19,7 +19,7 @@ study: $(VENV)/demo.installed
 
 test: $(VENV)/test.installed
 	$(VENV)/bin/ruff check
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n auto
 
 $(VENV)/demo.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

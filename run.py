@@ -106,7 +106,7 @@ def begin(out_dir, info, resume_step=None):
     """Write config.json: info, the command, commit and versions. A resumed run keeps its command and first n, has no end any more, and its
     metrics.jsonl is cut back to what its checkpoint knows; a new run takes the place of what was there."""
     path, new = os.path.join(out_dir, 'config.json'), resume_step is None
-    info = dict(info, command=shlex.join(sys.argv), git=git_commit(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
+    info = dict(info, command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]), git=git_commit(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, numpy=np.__version__))
     rows = []
     if not new:
