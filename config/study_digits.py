@@ -2,5 +2,5 @@
 #   python study.py config/study_digits.py
 script = 'train_vision.py'
 base = 'config/mlp.py'
-settings = '--epochs=30 --plots=false'
+settings = '--epochs=20 --plots=false'
 out_dir = 'out/study_digits'
