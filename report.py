@@ -341,7 +341,7 @@ class Page:
         if section:
             name, caption = f'{section.slug}_{name}', f'{section.name}: {caption}'
         path = os.path.join('figures', name + '.png')
-        fig.savefig(os.path.join(self.folder, path), dpi=dpi)
+        fig.savefig(os.path.join(self.folder, path), dpi=dpi, bbox_inches='tight') # labels at the edge too
         plt.close(fig)
         with open(os.path.join(self.folder, path), 'rb') as f:
             data = base64.b64encode(f.read()).decode()
