@@ -105,7 +105,9 @@ def test_dry_run_and_shards(here):
     lines = [line for part in parts for line in part.splitlines() if 'train_vision.py' in line]
     assert sorted(lines) == sorted(line for line in out.splitlines() if 'train_vision.py' in line) and max(part.count('train_vision.py') for part in parts) == 2
 
-def test_ctrl_c_stops_and_the_same_command_goes_on(here, tmp_path):
+# Ctrl-C reaches the run too; a scheduler's SIGTERM only the study
+@pytest.mark.parametrize('stop', [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)], ids=['ctrl-c', 'sigterm'])
+def test_a_stopped_study_takes_its_run_along_and_goes_on(here, tmp_path, stop):
     for name in ('study.py', 'configurator.py', 'distances.py'): # a process group of its own
         (tmp_path / name).write_text(open(os.path.join(ROOT, name)).read())
     command = [sys.executable, 'study.py', '--out_dir=out', '--heads=baseline', '--seeds=1,4,5']
@@ -114,7 +116,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(here, tmp_path):
         if os.path.exists('out/baseline_s4/ckpt.pt'):
             break
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT) # as a terminal does
+    stop(process.pid)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 1 and 'stopped after 1 of 3 runs: the same command goes on' in out and 'Traceback' not in out
     assert not os.path.exists('out/baseline_s4/error.txt') and not os.path.exists('out/baseline_s5')
