@@ -13,7 +13,6 @@ It prints a table in Markdown; --json=path keeps every time that was taken. Size
 """
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from data_vision import AUGMENTATIONS, STATS, Batches
 from distances import DISTANCES, DistanceHead, parse_head, parse_params
 from model import GPT, GPTConfig
 from model_vision import VisionConfig, VisionNet
-from run import parameter_groups
+from run import device_name, parameter_groups
 
 # -----------------------------------------------------------------------------
 # defaults
@@ -598,11 +597,7 @@ def progress(items):
     return tqdm(list(items), desc='measuring', leave=False) # on stderr, with its ETA
 
 def machine():
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo') as f:
-            cpu = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), cpu)
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if device == 'cuda' else 'none',
+    return dict(cpu=device_name('cpu'), cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=device_name('cuda') if device == 'cuda' else 'none',
                 torch=torch.__version__, dtype=dtype, compile=compile)
 
 def table(rows):

@@ -23,12 +23,14 @@ import torch.nn.functional as F
 import configurator
 import metrics
 from configurator import fail
+from emissions import grid_factor
 
 PROBE_SIZE = 512 # hidden states: their rank can be seen up to this number
 
 def configure(namespace):
     """
     configurator.configure(namespace), the globals() of a training script; with init_from=resume the run's own settings come first, then files and flags.
+    The country or grid of the emissions is checked here too.
     Returns (config, sources, saved, problems): saved is the resumed run's config.json, else None; fail(problems) is the caller's.
     """
     problems, saved = [], None
@@ -48,6 +50,13 @@ def configure(namespace):
         sources = {k: saved['sources'].get(k, source) if source == path else source for k, source in sources.items()} # where the run had it from
     elif not namespace['overwrite'] and os.path.exists(os.path.join(namespace['out_dir'], 'ckpt.pt')):
         problems.append(f"{namespace['out_dir']} holds a run: go on with it (--init_from=resume), write elsewhere (--out_dir=...), or discard it (--overwrite=true)")
+    if config['track_emissions'] and os.environ.get('LOCAL_RANK', '0') == '0':
+        try:
+            grid_factor(config['country_iso_code'], config['carbon_intensity'])
+        except ValueError as e:
+            problems.append(str(e))
+        except ImportError:
+            pass # Emissions says so
     return config, sources, saved, problems
 
 def parameter_groups(model, weight_decay):
@@ -56,6 +65,16 @@ def parameter_groups(model, weight_decay):
     decay = [p for name, p in params.items() if p.dim() >= 2 and (name == 'head.weight' or not name.startswith('head.'))]
     ids = {id(p) for p in decay}
     return [{'params': decay, 'weight_decay': weight_decay}, {'params': [p for p in params.values() if id(p) not in ids], 'weight_decay': 0.0}]
+
+def load_optimizer(optimizer, state, note, weight_decay, **settings):
+    """optimizer.load_state_dict(state), which also brings the old settings back, then the settings of now for parameter_groups' two groups;
+    note is told of each that changed."""
+    optimizer.load_state_dict(state)
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
+        for key, value in {'weight_decay': decay, **settings}.items():
+            if group[key] != value:
+                note(f"resuming with {key} {value}, the checkpoint had {group[key]}")
+                group[key] = value
 
 def choose_device(device, dtype, problems, note=print):
     """'auto' resolved: (device, its type, dtype by name). What cannot be goes into the list `problems`; note is told of a slow choice."""

@@ -184,7 +184,7 @@ def main():
         problems.append(str(e))
     fail(problems)
     runs = [(os.path.join(out_dir, name), flags) for name, flags in runs[i - 1::k]]
-    others = {folder: made_with(folder) for folder, flags in runs if made_with(folder) not in (None, wanted(flags))}
+    others = {folder: made for folder, flags in runs if (made := made_with(folder)) not in (None, wanted(flags))}
     fail([f"{folder} was made with other arguments ({shlex.join(args)}): use another --out_dir, or delete it" for folder, args in list(others.items())[:5]]
          + [f"and {len(others) - 5} more"] * (len(others) > 5))
     states = {folder: state(folder) for folder, _ in runs}

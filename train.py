@@ -33,7 +33,7 @@ import run
 from configurator import fail
 from data import Blocks, load_meta
 from distances import DistanceHead, Tiles, parse_params
-from emissions import Emissions, grid_factor
+from emissions import Emissions
 from model_bert import mask_tokens
 from model_qwen2 import SCALES
 from sample import FAMILIES
@@ -169,13 +169,6 @@ try:
     train_data, val_data = (Blocks(os.path.join(data_dir, dataset), split, block_size, vocab_size, seed) for split in ('train', 'val'))
 except (ValueError, OSError) as e:
     problems.append(str(e))
-try:
-    if track_emissions and local_rank == 0:
-        grid_factor(country_iso_code, carbon_intensity)
-except ValueError as e:
-    problems.append(str(e))
-except ImportError:
-    pass # Emissions says so
 fail(problems)
 
 micro_steps = gradient_accumulation_steps // world_size
@@ -223,12 +216,7 @@ if init_from == 'resume':
         differ.append(f"the data are others: hash {meta.get('hash')} here, {ckpt['data_hash']} in the checkpoint")
     fail([f"cannot resume {out_dir}: {d}" for d in differ])
     model.load_state_dict(ckpt['model'])
-    optimizer.load_state_dict(ckpt['optimizer'])
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)): # load_state_dict also brings the old settings back
-        for key, value in (('weight_decay', decay), ('betas', (beta1, beta2))):
-            if group[key] != value:
-                print0(f"resuming with {key} {value}, the checkpoint had {group[key]}")
-                group[key] = value
+    run.load_optimizer(optimizer, ckpt['optimizer'], print0, weight_decay, betas=(beta1, beta2))
     scaler.load_state_dict(ckpt['scaler'])
     step, best_val_loss, best_step = ckpt['step'], ckpt['best_val_loss'], ckpt['best_step']
     del ckpt

@@ -32,7 +32,7 @@ import run
 from configurator import fail
 from data_vision import AUGMENTATIONS, STATS, Batches, load, split
 from distances import DistanceHead, parse_params
-from emissions import Emissions, grid_factor
+from emissions import Emissions
 from model_vision import BACKBONES, VisionConfig, VisionNet
 
 # -----------------------------------------------------------------------------
@@ -96,7 +96,7 @@ device = 'auto' # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = 'auto' # 'float32', 'bfloat16', or 'float16' (with loss scaling); auto: bfloat16 on a GPU that has it, else float32
 compile = False # torch.compile: worth it for the larger backbones
 # -----------------------------------------------------------------------------
-config, sources, saved_config, problems = run.configure(globals()) # every violation goes into one report
+config, sources, _, problems = run.configure(globals()) # every violation goes into one report
 optimizer_name = optimizer
 
 # distributed
@@ -136,13 +136,6 @@ try:
     DistanceHead(8, 8, distance, variant, link, n if n > 0 else 1.0, learn_n, eps, **parse_params(distance_params))
 except ValueError as e:
     problems.append(str(e))
-try:
-    if track_emissions and local_rank == 0:
-        grid_factor(country_iso_code, carbon_intensity)
-except ValueError as e:
-    problems.append(str(e))
-except ImportError:
-    pass # Emissions says so
 if not problems:
     try:
         images = load(dataset, data_dir)
@@ -206,13 +199,7 @@ if init_from == 'resume':
             differ.append(f"{key} is {config[key]!r} here, {ckpt['config'][key]!r} in the checkpoint")
     fail([f"cannot resume {out_dir}: {d}" for d in differ])
     model.load_state_dict(ckpt['model'])
-    optimizer.load_state_dict(ckpt['optimizer'])
-    own = {'momentum': momentum} if optimizer_name == 'sgd' else {'betas': (beta1, beta2)}
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)): # load_state_dict also brings the old settings back
-        for key, value in {'weight_decay': decay, **own}.items():
-            if group[key] != value:
-                print0(f"resuming with {key} {value}, the checkpoint had {group[key]}")
-                group[key] = value
+    run.load_optimizer(optimizer, ckpt['optimizer'], print0, weight_decay, **({'momentum': momentum} if optimizer_name == 'sgd' else {'betas': (beta1, beta2)}))
     scaler.load_state_dict(ckpt['scaler'])
     step, best_accuracy, best_epoch = ckpt['step'], ckpt['best_accuracy'], ckpt['best_epoch']
     del ckpt
