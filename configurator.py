@@ -16,15 +16,17 @@ import traceback
 from difflib import get_close_matches
 from types import ModuleType
 
-BOOLS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 SCALARS = (int, float, bool, str)
+
 
 def fail(violations):
     """Exit with one message that lists all `violations` (strings), or return if there are none. Raises SystemExit."""
     if violations:
-        raise SystemExit('\n'.join([f"this configuration cannot run, {len(violations)} to fix:", *(f"  - {v}" for v in violations)]))
+        raise SystemExit("\n".join([f"this configuration cannot run, {len(violations)} to fix:", *(f"  - {v}" for v in violations)]))
 
-def configure(namespace, argv=None, base=None, base_name='base', problems=None):
+
+def configure(namespace, argv=None, base=None, base_name="base", problems=None):
     """
     Resolve defaults < base < config files < flags, and write the values back into `namespace`, the globals() of a script.
 
@@ -35,11 +37,11 @@ def configure(namespace, argv=None, base=None, base_name='base', problems=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     # a second call (with the base of the run that the first one asks to resume) must start from the same defaults
-    defaults = namespace.setdefault('_defaults', {k: v for k, v in namespace.items() if k[0] != '_' and type(v) in SCALARS})
-    if '-h' in argv or '--help' in argv:
+    defaults = namespace.setdefault("_defaults", {k: v for k, v in namespace.items() if k[0] != "_" and type(v) in SCALARS})
+    if "-h" in argv or "--help" in argv:
         print_help(namespace, defaults)
         raise SystemExit(0)
-    config, sources = dict(defaults), dict.fromkeys(defaults, 'default')
+    config, sources = dict(defaults), dict.fromkeys(defaults, "default")
     violations = [] if problems is None else problems
 
     def override(key, value, source):
@@ -50,7 +52,7 @@ def configure(namespace, argv=None, base=None, base_name='base', problems=None):
             return value
         try:
             value = convert(value, type(defaults[key]))
-            if source == 'command line' or sources[key] != 'command line': # a file sees what a flag has set, and does not change it
+            if source == "command line" or sources[key] != "command line": # a file sees what a flag has set, and does not change it
                 config[key], sources[key] = value, source
         except TypeError as e:
             violations.append(f"{source}: {key} wants {e}, got {value!r}")
@@ -58,40 +60,42 @@ def configure(namespace, argv=None, base=None, base_name='base', problems=None):
 
     class Scope(dict): # a config file's namespace, which hears of each name as the file sets it
         def __setitem__(self, key, value):
-            public = not key.startswith('_') and not isinstance(value, ModuleType)
-            super().__setitem__(key, override(key, value, self['__file__']) if public else value)
+            public = not key.startswith("_") and not isinstance(value, ModuleType)
+            super().__setitem__(key, override(key, value, self["__file__"]) if public else value)
 
     def run(path):
         if not os.path.isfile(path):
-            return violations.append(f"{path}: no such config file" + (f", write --{path} for a flag" if '=' in path else ""))
+            return violations.append(f"{path}: no such config file" + (f", write --{path} for a flag" if "=" in path else ""))
         scope = Scope(config, __file__=path)
+
         def include(name): # relative to the file that says so
             run(os.path.normpath(os.path.join(os.path.dirname(path), name)))
             scope.update(config) # dict.update does not call __setitem__: what was included keeps its own source
         scope.update(include=include)
         try:
-            with open(path, encoding='utf-8') as f:
-                exec(compile(f.read(), path, 'exec'), scope)
+            with open(path, encoding="utf-8") as f:
+                exec(compile(f.read(), path, "exec"), scope)
         except Exception as e: # whatever a file may raise belongs to the same report
             lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
             violations.append(f"{path}: {type(e).__name__}: {e}" + (f" (line {lines[-1]})" if lines else ""))
 
     for arg in argv:
-        key, equals, text = arg.lstrip('-').partition('=')
-        key, kind = key.replace('-', '_'), type(defaults.get(key.replace('-', '_')))
-        if arg.startswith('--') and (equals or kind is bool):
-            override(key, True if not equals else text if kind is str else number(text), 'command line')
-        elif arg.startswith('-'):
+        key, equals, text = arg.lstrip("-").partition("=")
+        key, kind = key.replace("-", "_"), type(defaults.get(key.replace("-", "_")))
+        if arg.startswith("--") and (equals or kind is bool):
+            override(key, True if not equals else text if kind is str else number(text), "command line")
+        elif arg.startswith("-"):
             violations.append(f"command line: write --{key}={text or 'value'}, got {arg!r}")
     for key, value in (base or {}).items():
         override(key, value, base_name)
     for arg in argv:
-        if not arg.startswith('-'):
+        if not arg.startswith("-"):
             run(arg)
     namespace.update(config)
     if problems is None:
         fail(violations)
     return config, sources
+
 
 def convert(value, kind):
     """value as int, float, bool or str where that loses nothing (0 -> 0.0, 1e5 -> 100000, yes -> True), else TypeError."""
@@ -102,8 +106,9 @@ def convert(value, kind):
     if (kind, type(value)) == (float, int) or (kind, type(value)) == (int, float) and value.is_integer():
         return kind(value)
     if type(value) is not kind:
-        raise TypeError({int: 'an int', float: 'a float', bool: 'true or false', str: 'a string'}[kind])
+        raise TypeError({int: "an int", float: "a float", bool: "true or false", str: "a string"}[kind])
     return value
+
 
 def number(text):
     """text as an int or a float if it reads as one, else as it is."""
@@ -114,9 +119,10 @@ def number(text):
             pass
     return text
 
+
 def print_help(namespace, defaults):
     """Print a script's docstring and its defaults as written: from the first one (and its comment) to the call of configure."""
-    with open(namespace['__file__'], encoding='utf-8') as f:
+    with open(namespace["__file__"], encoding="utf-8") as f:
         source = f.read()
     first = re.search(rf"(^#.*\n)*^({'|'.join(defaults)})\s*[:=]", source, re.MULTILINE).start()
     last = re.search(r"^.*configure\(globals\(\)", source[first:], re.MULTILINE).start()

@@ -23,21 +23,22 @@ from data import PlainUnpickler, within
 
 # mean and standard deviation of pixels in 0..1, for each channel or for all, as in the paper's C.1
 STATS = {
-    'half': ((0.5,), (0.5,)),
-    'digits': ((0.3059,), (0.3764,)), # of the training part
-    'mnist': ((0.1307,), (0.3081,)),
-    'cifar10': ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    'cifar100': ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "half": ((0.5,), (0.5,)),
+    "digits": ((0.3059,), (0.3764,)), # of the training part
+    "mnist": ((0.1307,), (0.3081,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 # flip: probability of a horizontal one. padding: zeros around, in pixels, before the crop. degrees: rotation, at most, either way.
 # the rest is colour jitter: factors from [1 - b, 1 + b], and hue as a part of the circle from [-h, h]
-NO_JITTER = {'brightness': 0.0, 'contrast': 0.0, 'saturation': 0.0, 'hue': 0.0}
+NO_JITTER = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 AUGMENTATIONS = {
-    'none': {'flip': 0.0, 'padding': 0, 'degrees': 0.0, **NO_JITTER},
-    'crop': {'flip': 0.0, 'padding': 4, 'degrees': 10.0, **NO_JITTER}, # a digit must not be mirrored
-    'standard': {'flip': 0.5, 'padding': 4, 'degrees': 10.0, **NO_JITTER},
-    'strong': {'flip': 0.5, 'padding': 4, 'degrees': 15.0, 'brightness': 0.2, 'contrast': 0.2, 'saturation': 0.2, 'hue': 0.1},
+    "none": {"flip": 0.0, "padding": 0, "degrees": 0.0, **NO_JITTER},
+    "crop": {"flip": 0.0, "padding": 4, "degrees": 10.0, **NO_JITTER}, # a digit must not be mirrored
+    "standard": {"flip": 0.5, "padding": 4, "degrees": 10.0, **NO_JITTER},
+    "strong": {"flip": 0.5, "padding": 4, "degrees": 15.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1},
 }
+
 
 @dataclass
 class Images:
@@ -52,6 +53,7 @@ class Images:
 
 # -----------------------------------------------------------------------------
 # reading files
+
 
 class Parts:
     """
@@ -68,44 +70,48 @@ class Parts:
     def array(self):
         _, shape, dtype, fortran, raw = self.state
         # from python 2 they come as bytes
-        code, order = (s.decode('ascii') if isinstance(s, bytes) else s for s in (dtype.args[0], dtype.state[1]))
-        if code[0] not in 'biuf' or not code[1:].isdigit() or order not in '<>|=':
+        code, order = (s.decode("ascii") if isinstance(s, bytes) else s for s in (dtype.args[0], dtype.state[1]))
+        if code[0] not in "biuf" or not code[1:].isdigit() or order not in "<>|=":
             raise ValueError(f"an array of dtype {code!r}")
-        return np.frombuffer(raw, np.dtype(order + code)).reshape(shape, order='F' if fortran else 'C')
+        return np.frombuffer(raw, np.dtype(order + code)).reshape(shape, order="F" if fortran else "C")
+
 
 class ArrayUnpickler(PlainUnpickler):
     """builds what PlainUnpickler does, bytes, and Parts for numpy arrays; refuses anything else"""
-    allowed = {(module, '_reconstruct'): Parts for module in ('numpy.core.multiarray', 'numpy._core.multiarray')}
-    allowed |= {('numpy', 'ndarray'): Parts, ('numpy', 'dtype'): Parts}
-    allowed |= {('_codecs', 'encode'): bytes} # bytes('text', 'latin1') is what protocol 2 means by it
+    allowed = {(module, "_reconstruct"): Parts for module in ("numpy.core.multiarray", "numpy._core.multiarray")}
+    allowed |= {("numpy", "ndarray"): Parts, ("numpy", "dtype"): Parts}
+    allowed |= {("_codecs", "encode"): bytes} # bytes('text', 'latin1') is what protocol 2 means by it
 
     def find_class(self, module, name):
         return self.allowed.get((module, name)) or super().find_class(module, name)
 
+
 def read_bytes(path):
     """what is in a file, or in a .gz. ValueError when the .gz is damaged."""
-    with open(path, 'rb') as f:
+    with open(path, "rb") as f:
         raw = f.read()
     try:
-        return gzip.decompress(raw) if path.endswith('.gz') else raw
+        return gzip.decompress(raw) if path.endswith(".gz") else raw
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{path} is damaged, {len(raw)} bytes that do not unpack: {e}") from None
 
+
 def find(folder, name):
     """The path of a file in folder, or of its .gz, or with the dot that some unpackers put before idx; None when there is none."""
-    for variant in name, name.replace('-idx', '.idx'):
-        for ending in '', '.gz':
+    for variant in name, name.replace("-idx", ".idx"):
+        for ending in "", ".gz":
             path = os.path.join(folder, variant + ending)
             if os.path.isfile(path):
                 return path
     return None
+
 
 def idx_array(path, ndim):
     """the uint8 array of ndim dimensions in one IDX file. ValueError when it is damaged or another kind of file."""
     raw, start = read_bytes(path), 4 + 4 * ndim
     if len(raw) < start:
         raise ValueError(f"{path} is truncated: {len(raw)} bytes, its header alone has {start}")
-    magic, *shape = (int(n) for n in np.frombuffer(raw, '>u4', 1 + ndim))
+    magic, *shape = (int(n) for n in np.frombuffer(raw, ">u4", 1 + ndim))
     if magic != 0x800 + ndim: # 8: unsigned bytes
         raise ValueError(f"{path} has the magic number {magic}, expected {0x800 + ndim}: it is no IDX file of {ndim} dimension(s)")
     expected = start + math.prod(shape)
@@ -113,15 +119,17 @@ def idx_array(path, ndim):
         raise ValueError(f"{path} is {'truncated' if len(raw) < expected else 'too long'}: expected {expected} bytes for {shape}, found {len(raw)}")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
+
 def read_idx(path, num_classes):
     """x (n, 1, H, W), y (n,) of MNIST's pair of files; path is that of the images"""
     folder, name = os.path.split(path)
-    name = name.removesuffix('.gz').replace('images', 'labels').replace('.idx', '-idx').replace('idx3', 'idx1')
+    name = name.removesuffix(".gz").replace("images", "labels").replace(".idx", "-idx").replace("idx3", "idx1")
     labels = find(folder, name)
     if not labels:
         raise ValueError(f"{path} has no labels: there is no {name} beside it")
     x, y = idx_array(path, 3)[:, None], idx_array(labels, 1)
     return check(f"{path} with {os.path.basename(labels)}", x, y, num_classes)
+
 
 def read_binary(path, num_classes):
     """x (n, 3, 32, 32), y (n,) of one file of the CIFARs' binary version"""
@@ -133,24 +141,26 @@ def read_binary(path, num_classes):
     records = np.frombuffer(raw, np.uint8).reshape(-1, size)
     return check(path, records[:, num_labels:].reshape(-1, 3, 32, 32), records[:, num_labels - 1], num_classes)
 
+
 def read_pickle(path, num_classes):
     """x (n, 3, 32, 32), y (n,) of one file of the CIFARs' python version. ValueError when it is damaged or could run code."""
     raw = read_bytes(path)
     try:
-        batch = ArrayUnpickler(io.BytesIO(raw), encoding='bytes').load()
+        batch = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
         batch = {k.decode() if isinstance(k, bytes) else k: v.array() if isinstance(v, Parts) else v for k, v in batch.items()}
-        x, y = np.asarray(batch['data']), np.asarray(batch['fine_labels' if num_classes == 100 else 'labels'])
+        x, y = np.asarray(batch["data"]), np.asarray(batch["fine_labels" if num_classes == 100 else "labels"])
     except Exception as e: # a damaged pickle can raise nearly anything
         raise ValueError(f"{path} was refused, {len(raw)} bytes: {type(e).__name__}: {e}") from None
     if x.ndim != 2 or x.shape[1] != 3072:
         raise ValueError(f"{path} has data of shape {x.shape}, expected (n, 3072)")
     return check(path, x.reshape(-1, 3, 32, 32), y, num_classes)
 
+
 def check(path, x, y, num_classes):
     """x uint8, y int64, looked over. ValueError, with the file's name, when they are not images (n, C, H, W) and their labels."""
     if x.dtype != np.uint8 or x.ndim != 4 or not x.size:
         raise ValueError(f"{path} holds no images: {x.dtype} of shape {x.shape}")
-    if y.dtype.kind not in 'iu' or y.ndim != 1 or len(x) != len(y):
+    if y.dtype.kind not in "iu" or y.ndim != 1 or len(x) != len(y):
         raise ValueError(f"{path}: {len(x)} images, but labels of shape {y.shape} and {y.dtype}")
     wrong = np.flatnonzero((y < 0) | (y >= num_classes))
     if len(wrong):
@@ -160,15 +170,17 @@ def check(path, x, y, num_classes):
 # -----------------------------------------------------------------------------
 # where a dataset comes from: each of these returns (train_x, train_y, test_x, test_y, source), or None where there are no files
 
-BATCHES = [f'data_batch_{i}' for i in range(1, 6)]
+
+BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 # num_classes; how the images are; the hub's name; folders beside its own; kinds of files: reader, for training, for test
 DATASETS = {
-    'mnist': (10, 'L', 'ylecun/mnist', [], [(read_idx, ['train-images-idx3-ubyte'], 't10k-images-idx3-ubyte')]),
-    'cifar10': (10, 'RGB', 'uoft-cs/cifar10', ['cifar-10-batches-bin', 'cifar-10-batches-py'],
-                [(read_binary, [f'{name}.bin' for name in BATCHES], 'test_batch.bin'), (read_pickle, BATCHES, 'test_batch')]),
-    'cifar100': (100, 'RGB', 'uoft-cs/cifar100', ['cifar-100-binary', 'cifar-100-python'],
-                 [(read_binary, ['train.bin'], 'test.bin'), (read_pickle, ['train'], 'test')]),
+    "mnist": (10, "L", "ylecun/mnist", [], [(read_idx, ["train-images-idx3-ubyte"], "t10k-images-idx3-ubyte")]),
+    "cifar10": (10, "RGB", "uoft-cs/cifar10", ["cifar-10-batches-bin", "cifar-10-batches-py"],
+                [(read_binary, [f"{name}.bin" for name in BATCHES], "test_batch.bin"), (read_pickle, BATCHES, "test_batch")]),
+    "cifar100": (100, "RGB", "uoft-cs/cifar100", ["cifar-100-binary", "cifar-100-python"],
+                 [(read_binary, ["train.bin"], "test.bin"), (read_pickle, ["train"], "test")]),
 }
+
 
 def digits():
     """scikit-learn's digits, 1,437 for training and 360 for the test, always the same. ImportError without scikit-learn."""
@@ -181,6 +193,7 @@ def digits():
     train, test = split(y, 360 / 1797, seed=0)
     y = y.astype(np.int64)
     return x[train], y[train], x[test], y[test], "scikit-learn's digits"
+
 
 def local_files(dataset, data_dir):
     """the original files. ValueError when some are damaged or missing."""
@@ -196,18 +209,20 @@ def local_files(dataset, data_dir):
                 raise ValueError(f"{folder} has {os.path.basename((train or [test])[0])}, but no {test_name if train else train_names[0]}")
     return None
 
+
 def saved(dataset, data_dir):
     """images.npz. ValueError when it is damaged."""
-    path = os.path.join(data_dir, dataset, 'images.npz')
+    path = os.path.join(data_dir, dataset, "images.npz")
     if not os.path.exists(path):
         return None
     try:
         with np.load(path, allow_pickle=False) as f:
-            train_x, train_y, test_x, test_y = (f[name] for name in ('train_x', 'train_y', 'test_x', 'test_y'))
+            train_x, train_y, test_x, test_y = (f[name] for name in ("train_x", "train_y", "test_x", "test_y"))
     except Exception as e: # not a zip, a truncated one, an array missing, or of objects
         raise ValueError(f"{path} is damaged, delete it to download it again: {type(e).__name__}: {e}") from None
     num_classes = DATASETS[dataset][0]
     return *check(f"{path}, train", train_x, train_y, num_classes), *check(f"{path}, test", test_x, test_y, num_classes), path
+
 
 def download(dataset, data_dir):
     """From the huggingface hub (or its local cache) into images.npz. ConnectionError, one line, when that fails."""
@@ -219,17 +234,17 @@ def download(dataset, data_dir):
         builder.download_and_prepare()
         parts = builder.as_dataset()
     except Exception as e: # httpx's errors are not even OSErrors
-        files = ' or '.join(f"{train[0]}{', ...' if len(train) > 1 else ''} and {test}" for _, train, test in kinds)
-        places = ', '.join([folder, *(os.path.join(data_dir, name) for name in folders)])
+        files = " or ".join(f"{train[0]}{', ...' if len(train) > 1 else ''} and {test}" for _, train, test in kinds)
+        places = ", ".join([folder, *(os.path.join(data_dir, name) for name in folders)])
         raise ConnectionError(f"{dataset} is not there, and cannot be downloaded as {hub} ({type(e).__name__}). looked in {places}. without network: "
                               f"put the original files ({files}) there, or images.npz into {folder}, or use --dataset=digits") from None
     arrays = {}
-    for part in 'train', 'test':
+    for part in "train", "test":
         if part not in parts:
             raise ValueError(f"{hub} has no {part} split, only {sorted(parts)}")
         features = parts[part].features
         image = next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
-        label = next((name for name in ('fine_label', 'label') if name in features), None)
+        label = next((name for name in ("fine_label", "label") if name in features), None)
         if not image or not label:
             raise ValueError(f"{hub} has no column of images and one of labels, only {list(features)}")
         x = [np.asarray(row.convert(mode)) for row in parts[part][image]]
@@ -237,25 +252,26 @@ def download(dataset, data_dir):
         if odd is not None:
             raise ValueError(f"{hub}, {part}: image {odd} is {x[odd].shape}, image 0 is {x[0].shape}")
         x = np.stack(x).reshape(len(x), *x[0].shape[:2], -1).transpose(0, 3, 1, 2) # (n, C, H, W)
-        arrays[f'{part}_x'], arrays[f'{part}_y'] = check(f"{hub}, {part}", np.ascontiguousarray(x), np.asarray(parts[part][label]), num_classes)
+        arrays[f"{part}_x"], arrays[f"{part}_y"] = check(f"{hub}, {part}", np.ascontiguousarray(x), np.asarray(parts[part][label]), num_classes)
     os.makedirs(folder, exist_ok=True)
-    tmp = os.path.join(folder, f'images.npz.{os.getpid()}.tmp') # ranks may do this side by side
+    tmp = os.path.join(folder, f"images.npz.{os.getpid()}.tmp") # ranks may do this side by side
     try:
-        with open(tmp, 'wb') as f:
+        with open(tmp, "wb") as f:
             np.savez(f, **arrays)
-        os.replace(tmp, os.path.join(folder, 'images.npz'))
+        os.replace(tmp, os.path.join(folder, "images.npz"))
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
     return *arrays.values(), f"{hub}, saved as {os.path.join(folder, 'images.npz')}"
 
-def load(dataset, data_dir='data'):
+
+def load(dataset, data_dir="data"):
     """
     The Images of 'digits', 'mnist', 'cifar10' or 'cifar100': from files (see the top of this file), else downloaded once.
     ValueError for an unknown name, for damaged, missing or ill-matched files, and for a class without a training image;
     ConnectionError when there are no files and the download fails; ImportError for digits without scikit-learn.
     """
-    if dataset == 'digits':
+    if dataset == "digits":
         num_classes, found = 10, digits()
     elif dataset in DATASETS:
         num_classes, found = DATASETS[dataset][0], local_files(dataset, data_dir) or saved(dataset, data_dir) or download(dataset, data_dir)
@@ -270,10 +286,11 @@ def load(dataset, data_dir='data'):
         raise ValueError(f"{source}: no training image of class {', '.join(map(str, empty))}, {dataset} has {num_classes} classes")
     sha = hashlib.sha256()
     for i, a in enumerate(arrays):
-        arrays[i] = np.require(a, requirements='CW') # torch wants to be able to write
-        sha.update(f'{a.dtype} {a.shape}'.encode())
+        arrays[i] = np.require(a, requirements="CW") # torch wants to be able to write
+        sha.update(f"{a.dtype} {a.shape}".encode())
         sha.update(arrays[i])
     return Images(*map(torch.from_numpy, arrays), num_classes, source, sha.hexdigest()[:16])
+
 
 def split(labels, val_fraction, seed):
     """
@@ -288,7 +305,7 @@ def split(labels, val_fraction, seed):
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * val_fraction
     take = np.floor(exact).astype(np.int64)
-    take[np.argsort(take - exact, kind='stable')[:round(len(labels) * val_fraction) - take.sum()]] += 1 # the largest remainders
+    take[np.argsort(take - exact, kind="stable")[:round(len(labels) * val_fraction) - take.sum()]] += 1 # the largest remainders
     short = (take == 0) | (take == counts)
     if short.any():
         raise ValueError(f"val_fraction={val_fraction} leaves class {classes[short][0]}, of {counts[short][0]} image(s), without one for "
@@ -302,6 +319,7 @@ def split(labels, val_fraction, seed):
 # -----------------------------------------------------------------------------
 # augmentation
 
+
 def draw(rng, count, spec):
     """
     augment's parameters for count images, {name: (count,) tensor} of those that spec, a row of AUGMENTATIONS, uses; rng: a RandomState.
@@ -309,19 +327,20 @@ def draw(rng, count, spec):
     """
     u = rng.random_sample((8, count))
     params = {}
-    if spec['flip']:
-        params['flip'] = u[0] < spec['flip']
-    if spec['padding']: # whole pixels
-        params['dy'], params['dx'] = np.floor(u[1:3] * (2 * spec['padding'] + 1)) - spec['padding']
-    if spec['degrees']:
-        params['degrees'] = (2 * u[3] - 1) * spec['degrees']
-    for i, name in enumerate(('brightness', 'contrast', 'saturation'), 4):
+    if spec["flip"]:
+        params["flip"] = u[0] < spec["flip"]
+    if spec["padding"]: # whole pixels
+        params["dy"], params["dx"] = np.floor(u[1:3] * (2 * spec["padding"] + 1)) - spec["padding"]
+    if spec["degrees"]:
+        params["degrees"] = (2 * u[3] - 1) * spec["degrees"]
+    for i, name in enumerate(("brightness", "contrast", "saturation"), 4):
         if spec[name]:
             low, high = max(0, 1 - spec[name]), 1 + spec[name]
             params[name] = low + (high - low) * u[i]
-    if spec['hue']:
-        params['hue'] = (2 * u[7] - 1) * spec['hue']
+    if spec["hue"]:
+        params["hue"] = (2 * u[7] - 1) * spec["hue"]
     return {name: torch.from_numpy(p) if p.dtype == bool else torch.from_numpy(p.astype(np.float32)) for name, p in params.items()}
+
 
 def augment(x, flip=None, dy=None, dx=None, degrees=None, brightness=None, contrast=None, saturation=None, hue=None):
     """
@@ -344,6 +363,7 @@ def augment(x, flip=None, dy=None, dx=None, degrees=None, brightness=None, contr
         x = shift_hue(x, hue)
     return x
 
+
 def warp(x, flip, dy, dx, degrees):
     """Flip, crop and rotation as one affine map: each pixel of the result is interpolated from one place of x, with zeros around x."""
     B, _, H, W = x.shape
@@ -360,7 +380,8 @@ def warp(x, flip, dy, dx, degrees):
     # by hand, as affine_grid's matrix product would be rounded to TF32 where that is allowed
     affine = lambda a, b, c, n: (2 / n * torch.outer(a, u))[:, None, :] + (2 / n * (torch.outer(b, v) + c[:, None]) + 1 / n - 1)[:, :, None]
     grid = torch.stack((affine(side * cos, -side * sin, side * dx + (W - 1) / 2, w), affine(sin, cos, dy + (H - 1) / 2, h)), -1) # (B, H, W, 2)
-    return F.grid_sample(x, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
 
 def grey(x):
     """(B, 1, H, W), the luma of (B, 3, H, W), or grey images as they are"""
@@ -368,6 +389,7 @@ def grey(x):
         return x
     r, g, b = x.split(1, 1)
     return 0.299 * r + 0.587 * g + 0.114 * b
+
 
 def shift_hue(x, hue):
     """x (B, 3, H, W) with its hue shifted by hue (B,) turns; saturation and value, in the sense of HSV, stay"""
@@ -382,6 +404,7 @@ def shift_hue(x, hue):
 # -----------------------------------------------------------------------------
 # batches
 
+
 class Batches:
     """
     Batches of x (N, C, H, W) uint8 and y (N,) int64, which live on the device as they are; images come out float32, normalised.
@@ -393,7 +416,7 @@ class Batches:
     ValueError for what does not fit together.
     """
 
-    def __init__(self, x, y, batch_size, seed, normalize='half', augment='none', image_size=0, channels=0, device='cpu'):
+    def __init__(self, x, y, batch_size, seed, normalize="half", augment="none", image_size=0, channels=0, device="cpu"):
         if x.dtype != torch.uint8 or x.dim() != 4 or len(x) != len(y) or not len(x):
             raise ValueError(f"images are to be uint8 (N, C, H, W) with a label each, got {x.dtype} {tuple(x.shape)} and {len(y)} labels")
         if batch_size < 1:
@@ -446,5 +469,5 @@ class Batches:
         """x (b, C, H, W) uint8, or float in 0..255, which is then overwritten: resized and normalised"""
         x = x.float() # the one copy that bytes need
         if x.shape[2:] != self.size:
-            x = F.interpolate(x, self.size, mode='bilinear', align_corners=False, antialias=False)
+            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=False)
         return (x.mul_(self.scale) if x.size(1) == self.scale.size(1) else x * self.scale).add_(self.shift)

@@ -25,17 +25,18 @@ from datetime import datetime, timezone
 from difflib import get_close_matches
 from types import SimpleNamespace
 
-os.environ.setdefault('CODECARBON_LOG_LEVEL', 'critical') # its first import already logs
-PARTS = ('cpu', 'gpu', 'ram')
-QUANTITIES = ('seconds', 'cpu_kwh', 'gpu_kwh', 'ram_kwh', 'energy_kwh', 'emissions_g')
-COUNTERS = ('intel_rapl', 'windows_emi', 'intel_power_gadget') # CodeCarbon's CPU modes that read a counter
+os.environ.setdefault("CODECARBON_LOG_LEVEL", "critical") # its first import already logs
+PARTS = ("cpu", "gpu", "ram")
+QUANTITIES = ("seconds", "cpu_kwh", "gpu_kwh", "ram_kwh", "energy_kwh", "emissions_g")
+COUNTERS = ("intel_rapl", "windows_emi", "intel_power_gadget") # CodeCarbon's CPU modes that read a counter
+
 
 def grid_factor(country_iso_code, carbon_intensity=0.0):
     """
     Grams of CO2eq per kWh: carbon_intensity if > 0, else the country's average in CodeCarbon's own data (needs codecarbon).
     Raises ValueError for a negative carbon_intensity or a country code that is not in the data.
     """
-    if not 0 <= carbon_intensity < float('inf'):
+    if not 0 <= carbon_intensity < float("inf"):
         raise ValueError(f"carbon_intensity is in g CO2eq per kWh, 0 for the country's own, got {carbon_intensity}")
     if carbon_intensity > 0:
         return carbon_intensity
@@ -45,7 +46,8 @@ def grid_factor(country_iso_code, carbon_intensity=0.0):
         close = get_close_matches(country_iso_code.upper(), mix, n=1)
         raise ValueError(f"country_iso_code {country_iso_code!r} is not one of the {len(mix)} three-letter codes that CodeCarbon knows, " +
                          (f"did you mean {close[0]!r}? or " if close else "") + "set carbon_intensity to your grid's g CO2eq per kWh")
-    return float(mix[country_iso_code]['carbon_intensity'])
+    return float(mix[country_iso_code]["carbon_intensity"])
+
 
 class Emissions:
     """
@@ -55,10 +57,10 @@ class Emissions:
     After the constructor nothing raises: what CodeCarbon cannot do is printed once, and training goes on.
     """
 
-    def __init__(self, out_dir, country_iso_code='USA', carbon_intensity=0.0, enabled=True, resume_step=None, node=0):
-        self.path = os.path.join(out_dir, f'emissions_node{node}.csv' if node else 'emissions.csv')
+    def __init__(self, out_dir, country_iso_code="USA", carbon_intensity=0.0, enabled=True, resume_step=None, node=0):
+        self.path = os.path.join(out_dir, f"emissions_node{node}.csv" if node else "emissions.csv")
         self.tracker, self.warned, self.step, self.rows = None, False, 0, []
-        self.sources = dict.fromkeys(PARTS, 'unknown')
+        self.sources = dict.fromkeys(PARTS, "unknown")
         self.totals = dict.fromkeys(QUANTITIES, 0.0) # of the run, since step 0
         self.seen = dict.fromkeys(QUANTITIES[:4], 0.0) # of this process, at the last row
         if not enabled:
@@ -69,7 +71,7 @@ class Emissions:
             print("emissions: codecarbon is not installed, energy is not recorded (pip install codecarbon)")
             return
         self.factor = grid_factor(country_iso_code, carbon_intensity)
-        self.origin = 'given' if carbon_intensity > 0 else country_iso_code
+        self.origin = "given" if carbon_intensity > 0 else country_iso_code
         if resume_step is not None:
             self.resume(resume_step)
         try:
@@ -77,7 +79,7 @@ class Emissions:
             # everything that could reach the network or change the numbers is said here, as a ~/.codecarbon.config might say otherwise.
             # the thread that samples power every second stays, but api_call_interval=-1 keeps it away from the handler
             tracker = OfflineEmissionsTracker(
-                country_iso_code=country_iso_code, force_carbon_intensity_g_co2e_kwh=self.factor, tracking_mode='machine', pue=1.0,
+                country_iso_code=country_iso_code, force_carbon_intensity_g_co2e_kwh=self.factor, tracking_mode="machine", pue=1.0,
                 output_methods=[], output_handlers=[SimpleNamespace(out=self.receive, exit=lambda: None)], output_dir=self.scratch.name,
                 emissions_endpoint=None, api_call_interval=-1, allow_multiple_runs=True)
             tracker.start()
@@ -89,14 +91,14 @@ class Emissions:
             self.warn(f"CodeCarbon does not start, energy is not recorded: {e!r}")
 
     def receive(self, total, delta):
-        self.latest = {'cpu_kwh': total.cpu_energy, 'gpu_kwh': total.gpu_energy, 'ram_kwh': total.ram_energy}
+        self.latest = {"cpu_kwh": total.cpu_energy, "gpu_kwh": total.gpu_energy, "ram_kwh": total.ram_energy}
 
     def measure(self, call):
         self.latest = None
         call() # CodeCarbon swallows its own exceptions: that nothing was received is how one sees them
         if self.latest is None:
             raise RuntimeError(f"{call.__name__}() gave no reading")
-        return {'seconds': time.perf_counter() - self.started, **self.latest}
+        return {"seconds": time.perf_counter() - self.started, **self.latest}
 
     def warn(self, message):
         if not self.warned:
@@ -107,14 +109,14 @@ class Emissions:
         """Take up the rows up to `step`. A line without its end, or one that does not parse, is what a crash left: dropped."""
         lines = []
         if os.path.exists(self.path):
-            with open(self.path, newline='', encoding='utf-8', errors='replace') as f:
-                lines = [line for line in f if line.endswith('\n')]
+            with open(self.path, newline="", encoding="utf-8", errors="replace") as f:
+                lines = [line for line in f if line.endswith("\n")]
         for row in csv.DictReader(lines):
             try:
-                totals = {q: float(row[f'{q}_total']) for q in QUANTITIES}
-                if None not in row and int(row['step']) <= step:
+                totals = {q: float(row[f"{q}_total"]) for q in QUANTITIES}
+                if None not in row and int(row["step"]) <= step:
                     self.rows.append(row)
-                    self.step, self.totals = int(row['step']), totals
+                    self.step, self.totals = int(row["step"]), totals
             except (KeyError, TypeError, ValueError):
                 continue
         if not self.rows and step > 0:
@@ -122,11 +124,11 @@ class Emissions:
 
     def read(self, step, **extra):
         """Add a row for the time since the last one, with `extra` columns (val_loss, lr, ...). Returns the run's {<name>_total: value}."""
-        return self.record(step, extra, 'flush')
+        return self.record(step, extra, "flush")
 
     def stop(self, step=None, **extra):
         """Add the last row (at the step last read unless given) and end the tracker; nothing the second time. Returns as read()."""
-        totals = self.record(self.step if step is None else step, extra, 'stop')
+        totals = self.record(self.step if step is None else step, extra, "stop")
         if self.tracker is not None:
             self.tracker = None
             self.scratch.cleanup()
@@ -145,47 +147,48 @@ class Emissions:
                 self.save()
             except Exception as e:
                 self.warn(f"no row for step {step}, training goes on: {e!r}")
-        return {f'{q}_total': value for q, value in self.totals.items()} if self.rows else {}
+        return {f"{q}_total": value for q, value in self.totals.items()} if self.rows else {}
 
     def add(self, step, extra, now):
         # our own differences of CodeCarbon's totals; max, because a driver that resets its counter must not take energy back
         interval = {q: max(now[q] - self.seen[q], 0.0) for q in now}
-        interval['energy_kwh'] = sum(interval[f'{part}_kwh'] for part in PARTS)
-        interval['emissions_g'] = interval['energy_kwh'] * self.factor
+        interval["energy_kwh"] = sum(interval[f"{part}_kwh"] for part in PARTS)
+        interval["emissions_g"] = interval["energy_kwh"] * self.factor
         self.step, self.seen = step, now
-        row = {'step': step, 'timestamp': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'g_per_kwh': self.factor}
-        row.update({f'{part}_source': self.sources[part] for part in PARTS})
+        row = {"step": step, "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"), "g_per_kwh": self.factor}
+        row.update({f"{part}_source": self.sources[part] for part in PARTS})
         for q in QUANTITIES:
             self.totals[q] += interval[q]
-            row.update({f'{q}_interval': interval[q], f'{q}_total': self.totals[q]})
+            row.update({f"{q}_interval": interval[q], f"{q}_total": self.totals[q]})
         self.rows.append({**row, **extra})
 
     def save(self):
         # the whole file at once, a row per evaluation is little: a crash leaves it whole, and a new extra column finds its place
-        with open(self.path + '.tmp', 'w', newline='', encoding='utf-8') as f:
-            writer = csv.DictWriter(f, list(dict.fromkeys(column for row in self.rows for column in row)), lineterminator='\n')
+        with open(self.path + ".tmp", "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, list(dict.fromkeys(column for row in self.rows for column in row)), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(self.path + '.tmp', self.path)
+        os.replace(self.path + ".tmp", self.path)
 
     def describe(self):
         """One line for people: energy, CO2eq, and how each was come by."""
         if not self.rows:
             return "no energy recorded"
-        words = {'cpu': {'modelled': 'CPU modelled from TDP'}, 'gpu': {'none': 'no GPU'}}
-        parts = ', '.join(words.get(part, {}).get(source, f'{part.upper()} {source}') for part, source in self.sources.items())
+        words = {"cpu": {"modelled": "CPU modelled from TDP"}, "gpu": {"none": "no GPU"}}
+        parts = ", ".join(words.get(part, {}).get(source, f"{part.upper()} {source}") for part, source in self.sources.items())
         return (f"{self.totals['energy_kwh']:.4g} kWh, {self.totals['emissions_g']:.3g} g CO2eq "
                 f"({parts}; {self.factor:.4g} g/kWh, {self.origin})")
 
+
 def sources(hardware):
     """{cpu, gpu, ram: 'measured', 'modelled' or 'none'} for the hardware that a tracker has found."""
-    found = dict.fromkeys(PARTS, 'none')
+    found = dict.fromkeys(PARTS, "none")
     for item in hardware:
         kind = type(item).__name__
-        if kind == 'CPU':
-            found['cpu'] = 'measured' if item._mode in COUNTERS else 'modelled'
-        elif kind == 'RAM':
-            found['ram'] = 'modelled'
+        if kind == "CPU":
+            found["cpu"] = "measured" if item._mode in COUNTERS else "modelled"
+        elif kind == "RAM":
+            found["ram"] = "modelled"
         else: # GPU (NVML, AMD SMI), or a part of an AppleSiliconChip or a Raspberry
-            found[getattr(item, 'chip_part', kind).lower()] = 'measured'
+            found[getattr(item, "chip_part", kind).lower()] = "measured"
     return found

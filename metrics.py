@@ -27,10 +27,11 @@ def array(x, what, ndim=1):
         raise ValueError(f"{what} must be finite, {np.count_nonzero(~np.isfinite(x))} of {x.size} values are not")
     return x
 
+
 def labels(y, what, size=None, num_classes=None):
     """y as an int64 array (N,) of class ids >= 0, size of them, below num_classes; ValueError otherwise"""
     y = np.asarray(y)
-    if y.ndim != 1 or y.size == 0 or y.dtype.kind not in 'iu':
+    if y.ndim != 1 or y.size == 0 or y.dtype.kind not in "iu":
         raise ValueError(f"{what} must be integers of shape (N,), N > 0, got {y.dtype} of shape {y.shape}")
     if size is not None and len(y) != size:
         raise ValueError(f"{what} must have one entry per sample, got {len(y)} for {size}")
@@ -38,6 +39,7 @@ def labels(y, what, size=None, num_classes=None):
     if y.min() < 0 or (num_classes is not None and y.max() >= num_classes):
         raise ValueError(f"{what} must be class ids from 0 to {'...' if num_classes is None else num_classes - 1}, got {y.min()} to {y.max()} (drop ignored positions first)")
     return y
+
 
 def rows(h):
     """h (N, D) with N >= 2, finite, less its first row: means and variances then lose no digits to a large offset, and rows that are equal give exact zeros"""
@@ -49,6 +51,7 @@ def rows(h):
 # -----------------------------------------------------------------------------
 # the shape of the features
 
+
 def spectrum(h):
     """
     Singular values (min(N, D),) of the centred rows of h (N, D), descending, in the units of h. s_i^2 / N are the variances along the
@@ -56,6 +59,7 @@ def spectrum(h):
     """
     h = rows(h)
     return np.linalg.svd(h - h.mean(0), compute_uv=False)
+
 
 def standardised(h):
     """
@@ -67,6 +71,7 @@ def standardised(h):
     std = h.std(0)
     return h / np.where(std > 0, std, 1)
 
+
 def shares(s):
     """variance shares (K,) of the principal components, s_i^2 / sum s^2, or None when all of s (K,) is 0"""
     s = array(s, "the spectrum")
@@ -76,6 +81,7 @@ def shares(s):
         return None
     v = (s / s[0]) ** 2 # of s_0 first: the squares of large values overflow
     return v / v.sum()
+
 
 def explained_variance(s, k):
     """
@@ -87,7 +93,8 @@ def explained_variance(s, k):
     if k < 1 or k != int(k):
         raise ValueError(f"k must be an integer of 1 or more, got {k}")
     v = shares(s)
-    return float('nan') if v is None else float(v[:int(k)].sum() / v.sum())
+    return float("nan") if v is None else float(v[:int(k)].sum() / v.sum())
+
 
 def components_for(s, share=0.9, cap=None):
     """
@@ -106,6 +113,7 @@ def components_for(s, share=0.9, cap=None):
     k = int(np.searchsorted(total, share * total[-1] * (1 - 1e-12))) + 1 # nine of ten equal components hold 0.9, whatever the rounding
     return k if cap is None else min(k, cap)
 
+
 def effective_rank(s):
     """
     exp(H(p)), p_i = s_i / sum s, H the entropy in nats, of s = spectrum(h): between 1 and the rank of the centred features (Roy and
@@ -119,6 +127,7 @@ def effective_rank(s):
     p = p / p.sum()
     return float(np.exp(-(p * np.log(p)).sum()))
 
+
 def collapse_score(s):
     """
     1 - effective_rank(s) / min(N, D), in [0, 1], of s = spectrum(h), whose length is min(N, D); 1 is complete collapse. The paper names
@@ -129,11 +138,13 @@ def collapse_score(s):
 # -----------------------------------------------------------------------------
 # the course of the training
 
+
 def gradient_norms(norms):
     norms = array(norms, "the gradient norms") # steps that a loss scaler skipped have inf: leave them out, they were not taken
     if norms.min() < 0:
         raise ValueError(f"gradient norms cannot be negative, got {norms.min()}")
     return norms
+
 
 def gradient_stability(norms):
     """
@@ -142,9 +153,10 @@ def gradient_stability(norms):
     """
     norms = gradient_norms(norms)
     if norms.max() == 0:
-        return float('nan')
+        return float("nan")
     norms = norms / norms.max() # exactly 1 for a constant, so that its std is exactly 0
     return float(1 / (1 + norms.std() / norms.mean()))
+
 
 def clipping_quality(norms, grad_clip):
     """
@@ -152,9 +164,10 @@ def clipping_quality(norms, grad_clip):
     in (0, 1], 1 when nothing was clipped. grad_clip=0 is no clipping: 1. The paper names it, the definition is ours.
     """
     norms = gradient_norms(norms)
-    if not 0 <= grad_clip < float('inf'):
+    if not 0 <= grad_clip < float("inf"):
         raise ValueError(f"grad_clip must be 0 (none) or positive, got {grad_clip}")
     return 1.0 if grad_clip == 0 else float((grad_clip / np.maximum(norms, grad_clip)).mean())
+
 
 def learning_quality(loss_0, loss_best, num_classes):
     """
@@ -167,6 +180,7 @@ def learning_quality(loss_0, loss_best, num_classes):
         raise ValueError(f"it takes loss_0 > 0, loss_best >= 0 and two classes, got {loss_0}, {loss_best} and {num_classes}")
     parts = (loss_0 - loss_best) / loss_0, 1 - loss_best / np.log(num_classes)
     return float(np.clip(parts, 0, 1).mean())
+
 
 def time_to(steps, values, share=0.9):
     """
@@ -190,11 +204,13 @@ def time_to(steps, values, share=0.9):
 # -----------------------------------------------------------------------------
 # classes and their prototypes
 
+
 def sums_by_class(h, y):
     """(classes (C,) ascending, the class index (N,) of each sample, counts (C,), sums (C, D))"""
     classes, index, counts = np.unique(y, return_inverse=True, return_counts=True)
-    order = np.argsort(index, kind='stable')
+    order = np.argsort(index, kind="stable")
     return classes, index, counts, np.add.reduceat(h[order], np.cumsum(counts) - counts, axis=0)
+
 
 def class_means(h, y, num_classes):
     """
@@ -206,6 +222,7 @@ def class_means(h, y, num_classes):
     means = np.full((num_classes, h.shape[1]), np.nan)
     means[classes] = sums / counts[:, None]
     return means
+
 
 def prototype_alignment(scores):
     """
@@ -225,6 +242,7 @@ def prototype_alignment(scores):
     np.fill_diagonal(scores, -np.inf)
     return float((own[there] > scores[there].max(1)).mean())
 
+
 def class_variance(h, y):
     """
     How tight the classes are in feature space: dict of
@@ -240,13 +258,14 @@ def class_variance(h, y):
     _, index, counts, _ = sums_by_class(h, y)
     keep = counts[index] >= 2
     if not keep.any():
-        return dict(intra=float('nan'), inter=float('nan'), ratio=float('nan'), samples=0, classes=0)
+        return dict(intra=float("nan"), inter=float("nan"), ratio=float("nan"), samples=0, classes=0)
     h = h[keep] - h[keep][0] # its own first row, for the same reason
     classes, index, counts, sums = sums_by_class(h, y[keep])
     means = sums / counts[:, None]
     intra = float(((h - means[index]) ** 2).sum(1).mean())
     inter = float(((means - h.mean(0)) ** 2).sum(1) @ counts / len(h)) if len(classes) > 1 else 0.0
-    return dict(intra=intra, inter=inter, ratio=intra / inter if inter > 0 else float('nan'), samples=len(h), classes=len(classes))
+    return dict(intra=intra, inter=inter, ratio=intra / inter if inter > 0 else float("nan"), samples=len(h), classes=len(classes))
+
 
 def active_ratio(nll, threshold=0.01):
     """
@@ -261,6 +280,7 @@ def active_ratio(nll, threshold=0.01):
         raise ValueError(f"threshold must be in [0, 1), got {threshold}")
     return float((-np.expm1(-nll) > threshold).mean()) # 1 - exp(-nll) would round a small one to 0
 
+
 def classification(y, predicted, num_classes):
     """
     dict of accuracy, f1_macro (both in [0, 1]) and confusion (K, K), a list of lists of counts, rows the true class y (N,), columns the
@@ -270,11 +290,12 @@ def classification(y, predicted, num_classes):
     from sklearn.metrics import confusion_matrix, f1_score
     y = labels(y, "y", None, num_classes)
     predicted = labels(predicted, "predicted", len(y), num_classes)
-    return dict(accuracy=float((y == predicted).mean()), f1_macro=float(f1_score(y, predicted, average='macro', zero_division=0)),
+    return dict(accuracy=float((y == predicted).mean()), f1_macro=float(f1_score(y, predicted, average="macro", zero_division=0)),
                 confusion=confusion_matrix(y, predicted, labels=np.arange(num_classes)).tolist())
 
 # -----------------------------------------------------------------------------
 # comparisons
+
 
 def percent_change(value, base, lower_is_better=False):
     """
@@ -284,8 +305,9 @@ def percent_change(value, base, lower_is_better=False):
     """
     value, base = float(array(value, "value", 0)), float(array(base, "base", 0))
     if base == 0:
-        return float('nan')
+        return float("nan")
     return 100 * (base - value if lower_is_better else value - base) / abs(base)
+
 
 def paired(values, baseline):
     """
@@ -311,8 +333,9 @@ def paired(values, baseline):
     from scipy import stats
     test = stats.ttest_rel(values, baseline)
     half = float(stats.t.ppf(0.975, n - 1)) * std / n ** 0.5
-    mean = result['mean']
+    mean = result["mean"]
     return result | dict(std=std, t=float(test.statistic), p=float(test.pvalue), effect_size=mean / std, low=mean - half, high=mean + half)
+
 
 def corrected(p_values):
     """
@@ -328,5 +351,5 @@ def corrected(p_values):
     if p.min() < 0 or p.max() > 1:
         raise ValueError(f"p values are in [0, 1], got {p.min()} to {p.max()}")
     from scipy import stats
-    adjusted = iter(stats.false_discovery_control(p, method='bh').tolist())
+    adjusted = iter(stats.false_discovery_control(p, method="bh").tolist())
     return [None if p is None else next(adjusted) for p in p_values]

@@ -57,7 +57,7 @@ def mask_tokens(x, rng, mask_id, vocab_size, special=(), probability=0.15):
     B, T = x.shape
     k = max(1, round(probability * T))
     tokens = x.numpy()
-    positions = np.sort(np.argsort(rng.random_sample((B, T)), axis=1, kind='stable')[:, :k], axis=1)
+    positions = np.sort(np.argsort(rng.random_sample((B, T)), axis=1, kind="stable")[:, :k], axis=1)
     labels, fate = np.take_along_axis(tokens, positions, 1), rng.random_sample((B, k))
     real = np.delete(np.arange(vocab_size), [i for i in {*special, mask_id} if 0 <= i < vocab_size])
     drawn = real[rng.randint(len(real), size=(B, k), dtype=np.int64)]
@@ -120,27 +120,27 @@ class Block(nn.Module):
 
 # our names and those of transformers' BertForMaskedLM; c_attn holds three of theirs
 HF_NAMES = {
-    'transformer.wte.': 'bert.embeddings.word_embeddings.',
-    'transformer.wpe.': 'bert.embeddings.position_embeddings.',
-    'transformer.wse.': 'bert.embeddings.token_type_embeddings.',
-    'transformer.ln_e.': 'bert.embeddings.LayerNorm.',
-    'transformer.h.': 'bert.encoder.layer.',
-    '.attn.c_attn.': '.attention.self.{}.',
-    '.attn.c_proj.': '.attention.output.dense.',
-    '.ln_1.': '.attention.output.LayerNorm.',
-    '.mlp.c_fc.': '.intermediate.dense.',
-    '.mlp.c_proj.': '.output.dense.',
-    '.ln_2.': '.output.LayerNorm.',
-    'transformer.mlm.': 'cls.predictions.transform.dense.',
-    'transformer.ln_f.': 'cls.predictions.transform.LayerNorm.',
-    'head.': 'cls.predictions.decoder.',
+    "transformer.wte.": "bert.embeddings.word_embeddings.",
+    "transformer.wpe.": "bert.embeddings.position_embeddings.",
+    "transformer.wse.": "bert.embeddings.token_type_embeddings.",
+    "transformer.ln_e.": "bert.embeddings.LayerNorm.",
+    "transformer.h.": "bert.encoder.layer.",
+    ".attn.c_attn.": ".attention.self.{}.",
+    ".attn.c_proj.": ".attention.output.dense.",
+    ".ln_1.": ".attention.output.LayerNorm.",
+    ".mlp.c_fc.": ".intermediate.dense.",
+    ".mlp.c_proj.": ".output.dense.",
+    ".ln_2.": ".output.LayerNorm.",
+    "transformer.mlm.": "cls.predictions.transform.dense.",
+    "transformer.ln_f.": "cls.predictions.transform.LayerNorm.",
+    "head.": "cls.predictions.decoder.",
 }
 
 
 def hf_names(name):
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs)
-    return [name.format(part) for part in ('query', 'key', 'value')] if '{}' in name else [name]
+    return [name.format(part) for part in ("query", "key", "value")] if "{}" in name else [name]
 
 
 class BERT(nn.Module):
@@ -211,8 +211,8 @@ class BERT(nn.Module):
         """From a transformers BertForMaskedLM in memory. overrides: BERTConfig fields, such as mask_id (without it [MASK] and padding are two
         new ids), a distance (its prototypes then start afresh unless tie_weights), dropout, or a smaller block_size."""
         hf = hf_model.config
-        expected = dict(hidden_act='gelu', layer_norm_eps=1e-12, type_vocab_size=2, intermediate_size=4 * hf.hidden_size,
-                        position_embedding_type='absolute', is_decoder=False)
+        expected = dict(hidden_act="gelu", layer_norm_eps=1e-12, type_vocab_size=2, intermediate_size=4 * hf.hidden_size,
+                        position_embedding_type="absolute", is_decoder=False)
         differ = [f"{k} {v!r} (the model: {getattr(hf, k)!r})" for k, v in expected.items() if getattr(hf, k, v) != v]
         if differ:
             raise ValueError("this BERT has " + ", ".join(differ))
@@ -221,7 +221,7 @@ class BERT(nn.Module):
         config = pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size"))
         model = cls(config)
         ours, theirs = model.state_dict(), hf_model.state_dict()
-        linear, bias = config.distance == "baseline", theirs['cls.predictions.decoder.bias'].abs().max().item()
+        linear, bias = config.distance == "baseline", theirs["cls.predictions.decoder.bias"].abs().max().item()
         if linear and bias > 0:
             warnings.warn(f"the decoder's bias, up to {bias:.3g}, is dropped: a head here has none, so the logits differ by it", stacklevel=2)
         with torch.no_grad():
@@ -239,8 +239,8 @@ class BERT(nn.Module):
             from transformers import AutoTokenizer, BertForMaskedLM
         except ImportError as e:
             raise ImportError(f"init_from={model_type!r} reads the weights with transformers: pip install transformers") from e
-        if overrides.get('mask_id', -1) == -1: # the vocabulary has it, the model's config does not say where
-            overrides['mask_id'] = AutoTokenizer.from_pretrained(model_type).mask_token_id
+        if overrides.get("mask_id", -1) == -1: # the vocabulary has it, the model's config does not say where
+            overrides["mask_id"] = AutoTokenizer.from_pretrained(model_type).mask_token_id
         return cls.from_hf(BertForMaskedLM.from_pretrained(model_type), **overrides)
 
     def to_hf(self):

@@ -35,22 +35,24 @@ from tqdm import tqdm
 
 from data import GPT2_PAT, JsonTokenizer, in_val, named_encoding, own_encoding, read_meta, read_ranks, token_dtype, within, write_dataset
 
-BUILDERS = {'txt': 'text', 'text': 'text', 'json': 'json', 'jsonl': 'json', 'parquet': 'parquet'}
+BUILDERS = {"txt": "text", "text": "text", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 # -----------------------------------------------------------------------------
 # where documents come from
 
+
 def ending(name):
     """the ending of a file name that says how to read it, compression aside, or None"""
-    match = re.search(r'\.(\w+)(\.gz|\.xz|\.zst)?$', name)
+    match = re.search(r"\.(\w+)(\.gz|\.xz|\.zst)?$", name)
     return match[1] if match and match[1] in BUILDERS else None
+
 
 def local_files(paths):
     """files, folders (searched through) and globs -> a sorted list of files with one kind of ending"""
     files = []
     for path in paths:
         if os.path.isdir(path):
-            found = [f for f in glob.glob(os.path.join(glob.escape(path), '**', '*'), recursive=True) if ending(f)]
+            found = [f for f in glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True) if ending(f)]
         else:
             found = [path] if os.path.isfile(path) else [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
         if not found:
@@ -62,30 +64,32 @@ def local_files(paths):
                          f"give files of one kind, by their ending one of {', '.join(BUILDERS)}")
     return [os.path.abspath(f) for f in files]
 
+
 def hub_answers():
     """does it, through whatever proxy is set? an error status counts, and so does a certificate that only urllib distrusts"""
-    if os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE'):
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     try:
-        within(5, urllib.request.urlopen, urllib.request.Request(os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), method='HEAD'))
+        within(5, urllib.request.urlopen, urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD"))
     except urllib.error.HTTPError:
         return True
     except OSError as e:
-        return isinstance(getattr(e, 'reason', None), ssl.SSLError)
+        return isinstance(getattr(e, "reason", None), ssl.SSLError)
     return True
+
 
 def load_documents(args, files, offline):
     """the documents as a datasets.Dataset, or as an IterableDataset when only the first --docs of them are wanted"""
     if offline: # said before datasets is imported, else it retries for 20 s
-        os.environ['HF_HUB_OFFLINE'] = '1'
+        os.environ["HF_HUB_OFFLINE"] = "1"
     import datasets
-    options = {'split': 'train', 'streaming': args.docs is not None and not offline}
-    if not options['streaming'] and args.num_proc > 1:
-        options['num_proc'] = min(args.num_proc, len(files)) if files else args.num_proc
+    options = {"split": "train", "streaming": args.docs is not None and not offline}
+    if not options["streaming"] and args.num_proc > 1:
+        options["num_proc"] = min(args.num_proc, len(files)) if files else args.num_proc
     try:
         if files:
             builder = BUILDERS[ending(files[0])]
-            options |= {'sample_by': args.sample_by} if builder == 'text' else {}
+            options |= {"sample_by": args.sample_by} if builder == "text" else {}
             ds = datasets.load_dataset(builder, data_files=files, **options)
         elif offline: # what an earlier load_dataset(id) has left in the cache
             ds = datasets.load_dataset(args.id, **options)
@@ -110,6 +114,7 @@ def load_documents(args, files, offline):
 # -----------------------------------------------------------------------------
 # documents -> shards -> bins
 
+
 def start_worker(encoding):
     global enc
     enc = encoding
@@ -117,13 +122,15 @@ def start_worker(encoding):
     # a parent that was killed cannot end its workers, they would wait for work for ever
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
+
 def tokenise(path, texts):
     """writes one shard: the tokens of its documents, each with end-of-text behind it"""
     # not encode_ordinary: a list of Python ints takes ten times the memory, too much for a large document. the marker in a text stays text
     ids = [np.append(enc.encode_to_numpy(text, disallowed_special=()), enc.eot_token) for text in texts]
-    tmp = f'{path}.{os.getpid()}.tmp'
+    tmp = f"{path}.{os.getpid()}.tmp"
     np.concatenate(ids or [[]]).astype(token_dtype(enc.n_vocab)).tofile(tmp)
     os.replace(tmp, path)
+
 
 def shards(ds, text_column, shard_mb):
     """cuts the documents into shards: yields (number of documents, the texts that are not empty)"""
@@ -142,10 +149,12 @@ def shards(ds, text_column, shard_mb):
     if num:
         yield num, texts
 
+
 def finished(folder):
     """{shard: (path, number of documents)}, in order"""
-    found = [(re.fullmatch(r'(\d+)-(\d+)\.bin', name), name) for name in os.listdir(folder)]
+    found = [(re.fullmatch(r"(\d+)-(\d+)\.bin", name), name) for name in os.listdir(folder)]
     return dict(sorted((int(m[1]), (os.path.join(folder, name), int(m[2]))) for m, name in found if m))
+
 
 def write_shards(ds, args, encoding, folder):
     """tokenises what is not there yet, in parallel. what a shard holds does not depend on num_proc, nor on where the last run was killed"""
@@ -160,9 +169,10 @@ def write_shards(ds, args, encoding, folder):
     total = args.docs if args.docs is not None else len(ds)
     ds = ds.skip(docs)
     # spawn, on every platform: forking a process with threads, which datasets has by now, can hang
-    with tqdm(total=total, initial=docs, desc='tokenising', unit=' docs') as bar, \
-            ProcessPoolExecutor(args.num_proc, multiprocessing.get_context('spawn'), start_worker, (encoding,)) as pool:
+    with tqdm(total=total, initial=docs, desc="tokenising", unit=" docs") as bar, \
+            ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("spawn"), start_worker, (encoding,)) as pool:
         pending = {}
+
         def collect(limit): # a bounded queue: the pool itself would read all of the text into memory
             while len(pending) > limit:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -173,12 +183,13 @@ def write_shards(ds, args, encoding, folder):
                 if shard in done:
                     bar.update(num)
                     continue
-                pending[pool.submit(tokenise, os.path.join(folder, f'{shard:06d}-{num}.bin'), texts)] = num
+                pending[pool.submit(tokenise, os.path.join(folder, f"{shard:06d}-{num}.bin"), texts)] = num
                 collect(2 * args.num_proc - 1)
             collect(0)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise SystemExit(f"\nstopped with {len(finished(folder))} finished shards. the same command continues from there") from None
+
 
 def split_shards(folder, encoding, args):
     """yields (train ids, val ids) per shard, in the order of the documents"""
@@ -186,9 +197,9 @@ def split_shards(folder, encoding, args):
     left = sum(os.path.getsize(path) for path in paths) // dtype.itemsize
     left -= int(left * args.val_fraction) # train tokens yet to come, with --split tail
     doc = 0
-    for path in tqdm(paths, desc='writing bins', unit=' shards'):
+    for path in tqdm(paths, desc="writing bins", unit=" shards"):
         ids = np.fromfile(path, dtype)
-        if args.split == 'tail':
+        if args.split == "tail":
             yield ids[:left], ids[left:]
             left -= min(left, len(ids))
         else:
@@ -200,9 +211,10 @@ def split_shards(folder, encoding, args):
 
 # -----------------------------------------------------------------------------
 
+
 def json_tokenizer(name):
     if os.path.exists(name):
-        with open(name, encoding='utf-8') as f:
+        with open(name, encoding="utf-8") as f:
             return JsonTokenizer(f.read())
     from tokenizers import Tokenizer
     try:
@@ -212,56 +224,58 @@ def json_tokenizer(name):
     except Exception as e: # no network, no such model
         raise ValueError(f"--tokenizer {name}: neither a file nor to be had from the huggingface hub ({type(e).__name__})") from None
 
+
 def choose_encoding(args):
     try:
         if args.tokenizer:
             return json_tokenizer(args.tokenizer)
         if not args.ranks:
             return named_encoding(args.encoding)
-        meta_path, meta = os.path.join(os.path.dirname(args.ranks), 'meta.pkl'), {}
+        meta_path, meta = os.path.join(os.path.dirname(args.ranks), "meta.pkl"), {}
         if os.path.exists(meta_path):
             meta = read_meta(meta_path)
-            if meta.get('encoding') != os.path.basename(args.ranks): # another tokenizer's
+            if meta.get("encoding") != os.path.basename(args.ranks): # another tokenizer's
                 meta = {}
-        return own_encoding(read_ranks(args.ranks), args.pat_str or meta.get('pat_str', GPT2_PAT), meta.get('special_tokens'))
+        return own_encoding(read_ranks(args.ranks), args.pat_str or meta.get("pat_str", GPT2_PAT), meta.get("special_tokens"))
     except (OSError, ValueError) as e:
         raise SystemExit(str(e)) from None
 
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('files', nargs='*', help="local files, folders or globs (default: OpenWebText from the huggingface hub)")
-    parser.add_argument('--docs', type=int, help="only the first so many documents (default: all)")
-    parser.add_argument('--out_dir', help="default: data/ and the name of the dataset, or of the first local file")
-    parser.add_argument('--overwrite', action='store_true', help="replace a dataset that is there")
-    parser.add_argument('--encoding', default='gpt2', help="a tiktoken encoding (default: %(default)s)")
-    parser.add_argument('--ranks', help="a rank file of your own instead")
-    parser.add_argument('--tokenizer', help="a tokenizer.json instead, or the name of a model on the hub that has one")
-    parser.add_argument('--pat_str', help="the pattern of --ranks that cuts text into words (default: see above, else GPT-2's)")
-    parser.add_argument('--split', choices=['random', 'tail'], default='random',
+    parser.add_argument("files", nargs="*", help="local files, folders or globs (default: OpenWebText from the huggingface hub)")
+    parser.add_argument("--docs", type=int, help="only the first so many documents (default: all)")
+    parser.add_argument("--out_dir", help="default: data/ and the name of the dataset, or of the first local file")
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
+    parser.add_argument("--encoding", default="gpt2", help="a tiktoken encoding (default: %(default)s)")
+    parser.add_argument("--ranks", help="a rank file of your own instead")
+    parser.add_argument("--tokenizer", help="a tokenizer.json instead, or the name of a model on the hub that has one")
+    parser.add_argument("--pat_str", help="the pattern of --ranks that cuts text into words (default: see above, else GPT-2's)")
+    parser.add_argument("--split", choices=["random", "tail"], default="random",
                         help="random: draws documents for val.bin; tail: takes the last tokens (default: %(default)s)")
-    parser.add_argument('--val_fraction', type=float, default=0.0005, help="share that goes to val.bin (default: %(default)s)")
-    parser.add_argument('--seed', type=int, default=2357, help="of --split random (default: %(default)s)")
-    parser.add_argument('--num_proc', type=int, default=max(1, (os.cpu_count() or 1) // 2),
+    parser.add_argument("--val_fraction", type=float, default=0.0005, help="share that goes to val.bin (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=2357, help="of --split random (default: %(default)s)")
+    parser.add_argument("--num_proc", type=int, default=max(1, (os.cpu_count() or 1) // 2),
                         help="worker processes, about half the number of cores is good (default: %(default)s)")
-    parser.add_argument('--shard_mb', type=float, default=8,
+    parser.add_argument("--shard_mb", type=float, default=8,
                         help="millions of characters per shard: what a worker holds, and what a kill loses (default: %(default)s)")
-    parser.add_argument('--sample_by', choices=['document', 'paragraph', 'line'], default='document',
+    parser.add_argument("--sample_by", choices=["document", "paragraph", "line"], default="document",
                         help="what a document is in text files: a whole file, or a part of it (default: %(default)s)")
-    parser.add_argument('--text_column', default='text', help="where jsonl and parquet have the text (default: %(default)s)")
-    parser.add_argument('--id', default='Skylion007/openwebtext', help="of the dataset on the hub (default: %(default)s)")
-    parser.add_argument('--revision', default='refs/pr/20', help="its branch; this one holds parquet files (default: %(default)s)")
-    parser.add_argument('--data_files', default='data/*.parquet', help="its files (default: %(default)s)")
+    parser.add_argument("--text_column", default="text", help="where jsonl and parquet have the text (default: %(default)s)")
+    parser.add_argument("--id", default="Skylion007/openwebtext", help="of the dataset on the hub (default: %(default)s)")
+    parser.add_argument("--revision", default="refs/pr/20", help="its branch; this one holds parquet files (default: %(default)s)")
+    parser.add_argument("--data_files", default="data/*.parquet", help="its files (default: %(default)s)")
     args = parser.parse_args(argv)
-    for key in 'docs', 'num_proc', 'shard_mb':
+    for key in "docs", "num_proc", "shard_mb":
         if getattr(args, key) is not None and getattr(args, key) <= 0:
             raise SystemExit(f"--{key} {getattr(args, key)} must be above 0")
     if not ending(args.data_files):
         raise SystemExit(f"--data_files {args.data_files} must end with one of {', '.join(BUILDERS)}")
 
     files = local_files(args.files)
-    name = os.path.basename(files[0]).split('.')[0] if files else args.id.split('/')[-1]
-    out_dir = args.out_dir or os.path.join('data', name)
-    if os.path.exists(os.path.join(out_dir, 'train.bin')) and not args.overwrite:
+    name = os.path.basename(files[0]).split(".")[0] if files else args.id.split("/")[-1]
+    out_dir = args.out_dir or os.path.join("data", name)
+    if os.path.exists(os.path.join(out_dir, "train.bin")) and not args.overwrite:
         raise SystemExit(f"{out_dir} holds a dataset: write elsewhere (--out_dir ...), or replace it (--overwrite)")
     offline = not files and not hub_answers()
     if offline:
@@ -269,25 +283,26 @@ def main(argv=None):
     else: # the tokenizer first: that it cannot be had is better known before the download
         encoding, ds = choose_encoding(args), load_documents(args, files, offline)
 
-    source = ', '.join(map(os.path.basename, files[:3])) + (f' and {len(files) - 3} more' if files[3:] else '')
-    source = source or (f'{args.id}, local cache' if offline else f'{args.id}@{args.revision}/{args.data_files}')
+    source = ", ".join(map(os.path.basename, files[:3])) + (f" and {len(files) - 3} more" if files[3:] else "")
+    source = source or (f"{args.id}, local cache" if offline else f"{args.id}@{args.revision}/{args.data_files}")
 
     # all that the shards depend on, so that another run's are never mixed in. not the split: it is made from finished shards
     settings = [source, [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files], args.text_column, args.sample_by, args.docs,
                 args.shard_mb, encoding._pat_str, encoding.eot_token, sorted(encoding._mergeable_ranks.items())]
-    folder = os.path.join(out_dir, f'shards-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}')
+    folder = os.path.join(out_dir, f"shards-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}")
     write_shards(ds, args, encoding, folder)
 
-    source += '' if args.docs is None else f', first {args.docs} documents'
-    source += f'; split {args.split}, val_fraction {args.val_fraction}, seed {args.seed}'
+    source += "" if args.docs is None else f", first {args.docs} documents"
+    source += f"; split {args.split}, val_fraction {args.val_fraction}, seed {args.seed}"
     try:
         write_dataset(out_dir, split_shards(folder, encoding, args), encoding, source)
     except ValueError as e:
         raise SystemExit(f"{e}, or use --split tail, which cuts within a document. the shards are kept for it") from None
     shutil.rmtree(folder)
-    others = glob.glob(os.path.join(glob.escape(out_dir), 'shards-*'))
+    others = glob.glob(os.path.join(glob.escape(out_dir), "shards-*"))
     if others:
         print(f"note: unfinished runs with other settings have left {', '.join(sorted(others))}")
 
-if __name__ == '__main__':
+
+if __name__ == "__main__":
     main()

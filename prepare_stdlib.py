@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from data import in_val, own_encoding, write_dataset
 
-SKIP = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'lib2to3', '__pycache__'}
+SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
+
 
 def python_files(src):
     """the *.py files under src, relative, with forward slashes, sorted: the same list on every platform"""
@@ -24,9 +25,10 @@ def python_files(src):
     for folder, subfolders, names in os.walk(src):
         subfolders[:] = [s for s in subfolders if s not in SKIP]
         # _sysconfigdata_* is made at build time and holds the paths of the machine that built it
-        names = [n for n in names if n.endswith('.py') and not n.startswith('_sysconfigdata_')]
-        files += [os.path.relpath(os.path.join(folder, n), src).replace(os.sep, '/') for n in names]
+        names = [n for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata_")]
+        files += [os.path.relpath(os.path.join(folder, n), src).replace(os.sep, "/") for n in names]
     return sorted(files)
+
 
 def train_bpe(texts, vocab_size):
     """ranks {token bytes: id} of a byte-level BPE with vocab_size - 1 tokens, which leaves one for end-of-text"""
@@ -41,13 +43,14 @@ def train_bpe(texts, vocab_size):
     char_to_byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - printable))}
     return {bytes(char_to_byte[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
 
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--src', default=os.path.dirname(os.__file__), help="folder with *.py (default: this Python's standard library)")
-    parser.add_argument('--out_dir', default=os.path.join('data', 'stdlib'), help="default: %(default)s")
-    parser.add_argument('--vocab_size', type=int, default=4096, help="all tokens, end-of-text included (default: %(default)s)")
-    parser.add_argument('--val_fraction', type=float, default=0.05, help="share of the files that go to val.bin (default: %(default)s)")
-    parser.add_argument('--seed', type=int, default=2357, help="of that choice (default: %(default)s)")
+    parser.add_argument("--src", default=os.path.dirname(os.__file__), help="folder with *.py (default: this Python's standard library)")
+    parser.add_argument("--out_dir", default=os.path.join("data", "stdlib"), help="default: %(default)s")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="all tokens, end-of-text included (default: %(default)s)")
+    parser.add_argument("--val_fraction", type=float, default=0.05, help="share of the files that go to val.bin (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=2357, help="of that choice (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.vocab_size < 257:
         raise SystemExit(f"--vocab_size {args.vocab_size} is too small: 256 bytes and end-of-text make 257")
@@ -68,7 +71,7 @@ def main(argv=None):
         print(f"note: the text has pairs to merge for {enc.n_vocab} tokens only, not for {args.vocab_size}")
 
     def pairs():
-        for name, text in zip(tqdm(files, desc='tokenising', unit=' files'), texts):
+        for name, text in zip(tqdm(files, desc="tokenising", unit=" files"), texts):
             ids = np.array(enc.encode_ordinary(text) + [enc.eot_token])
             yield (ids[:0], ids) if in_val(args.seed, name, args.val_fraction) else (ids, ids[:0])
 
@@ -80,5 +83,6 @@ def main(argv=None):
     except ValueError as e:
         raise SystemExit(str(e)) from None
 
-if __name__ == '__main__':
+
+if __name__ == "__main__":
     main()

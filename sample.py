@@ -21,23 +21,23 @@ from model_bert import BERT, BERTConfig
 from model_qwen2 import Qwen2, Qwen2Config
 
 # model, its config, the names of pretrained weights
-FAMILIES = {'gpt': (GPT, GPTConfig, ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')), 'bert': (BERT, BERTConfig, ('bert*',)), 'qwen2': (Qwen2, Qwen2Config, ('Qwen/Qwen2*',))}
+FAMILIES = {"gpt": (GPT, GPTConfig, ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")), "bert": (BERT, BERTConfig, ("bert*",)), "qwen2": (Qwen2, Qwen2Config, ("Qwen/Qwen2*",))}
 
 # -----------------------------------------------------------------------------
 # defaults
-out_dir = 'out/demo' # the run's folder
-checkpoint = 'best.pt' # or 'ckpt.pt', the last one
-init_from = 'run' # 'run': out_dir's checkpoint; or 'gpt2', 'gpt2-medium', ... (needs transformers)
-start = '\n' # the prompt; or FILE:name, a file that holds it
+out_dir = "out/demo" # the run's folder
+checkpoint = "best.pt" # or 'ckpt.pt', the last one
+init_from = "run" # 'run': out_dir's checkpoint; or 'gpt2', 'gpt2-medium', ... (needs transformers)
+start = "\n" # the prompt; or FILE:name, a file that holds it
 num_samples = 3
 max_new_tokens = 200
 temperature = 0.8 # z is divided by it, for a harmonic head as good as raising n; 0: always the most probable token
 top_k = 0 # only the k most probable tokens; 0: all
 top_p = 1.0 # only the most probable tokens that together have this probability; 1: all
-nearest = '' # tokens, comma separated, whose nearest prototypes to show (a leading space is tried too)
+nearest = "" # tokens, comma separated, whose nearest prototypes to show (a leading space is tried too)
 num_nearest = 8
 seed = 1337
-device = 'auto' # 'cuda', 'mps', 'cpu', or the first of these that there is
+device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 # -----------------------------------------------------------------------------
 
 
@@ -70,19 +70,19 @@ def load_run(out_dir, checkpoint, device):
     path = os.path.join(out_dir, checkpoint)
     if not os.path.exists(path):
         raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), or name another --out_dir or --checkpoint")
-    ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    Model, Config, _ = FAMILIES[ckpt['config'].get('model', 'gpt')]
-    model = Model(Config(**ckpt['model_args']))
-    model.load_state_dict(ckpt['model'])
-    return model.eval().to(device), ckpt['config'], ckpt['step']
+    ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    Model, Config, _ = FAMILIES[ckpt["config"].get("model", "gpt")]
+    model = Model(Config(**ckpt["model_args"]))
+    model.load_state_dict(ckpt["model"])
+    return model.eval().to(device), ckpt["config"], ckpt["step"]
 
 
 @torch.no_grad()
 def fill_masks(model, encoding, text, k):
     """Lines of text: for each [MASK] of the text, read from both sides, the k most probable tokens. ValueError where there is none, or no room."""
-    if ' [MASK]' in text and len(encoding.encode(' a')) == 1: # a space belongs to the word behind it, which is masked
-        text = text.replace(' [MASK]', '[MASK]')
-    parts = [encoding.encode(part) for part in text.split('[MASK]')]
+    if " [MASK]" in text and len(encoding.encode(" a")) == 1: # a space belongs to the word behind it, which is masked
+        text = text.replace(" [MASK]", "[MASK]")
+    parts = [encoding.encode(part) for part in text.split("[MASK]")]
     ids = [i for part in parts for i in (*part, model.mask_id)][:-1]
     if len(parts) == 1:
         raise ValueError(f"BERT fills in [MASK], there is none in {text!r}")
@@ -99,14 +99,14 @@ def nearest_prototypes(model, encoding, words, k):
     head, lines = model.head, []
     for word in words:
         try:
-            ids = next((i for i in (encoding.encode(' ' + word), encoding.encode(word)) if len(i) == 1), None)
+            ids = next((i for i in (encoding.encode(" " + word), encoding.encode(word)) if len(i) == 1), None)
         except ValueError as e: # a character that the vocabulary does not have
             lines.append(f"{word!r:>12}  {e}")
             continue
         if ids is None:
             lines.append(f"{word!r:>12} is more than one token")
             continue
-        linear = head.distance == 'baseline' # has no distance: by dot product, the largest first
+        linear = head.distance == "baseline" # has no distance: by dot product, the largest first
         near_by = head(head.weight[ids])[0] if linear else head.distances(head.weight[ids])[0] # (V,)
         near_by[ids] = -torch.inf if linear else torch.inf
         values, near = near_by.topk(min(k, len(near_by) - 1), largest=linear)
@@ -114,30 +114,30 @@ def nearest_prototypes(model, encoding, words, k):
     return lines
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     configure(globals())
     fail([message for bad, message in (
-        (init_from not in ('run', *FAMILIES['gpt'][2]), f"init_from is {init_from!r}: use run, {', '.join(FAMILIES['gpt'][2])}"),
+        (init_from not in ("run", *FAMILIES["gpt"][2]), f"init_from is {init_from!r}: use run, {', '.join(FAMILIES['gpt'][2])}"),
         (num_samples < 0, f"num_samples is {num_samples}, it must be >= 0"),
         (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}, it must be >= 0"),
         (num_nearest < 1, f"num_nearest is {num_nearest}, it must be at least 1"),
         (temperature < 0, f"temperature is {temperature}, it must be >= 0"),
         (top_k < 0, f"top_k is {top_k}: use the number of tokens, or 0 for all"),
         (not 0 < top_p <= 1, f"top_p is {top_p}, it must lie in (0, 1]"),
-        (start.startswith('FILE:') and not os.path.exists(start[5:]), f"start: there is no file {start[5:]!r}"),
+        (start.startswith("FILE:") and not os.path.exists(start[5:]), f"start: there is no file {start[5:]!r}"),
     ) if bad])
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        if init_from == 'run':
+        if init_from == "run":
             model, config, step = load_run(out_dir, checkpoint, device)
-            data_dir = os.path.join(config['data_dir'], config['dataset'])
+            data_dir = os.path.join(config["data_dir"], config["dataset"])
             meta = load_meta(data_dir)
         else:
             model, step, data_dir = GPT.from_pretrained(init_from).eval().to(device), 0, None
-            meta = dict(encoding='gpt2', eot=50256)
+            meta = dict(encoding="gpt2", eot=50256)
         encoding = load_encoding(meta, data_dir)
-        text = open(start[5:], encoding='utf-8').read() if start.startswith('FILE:') else start
+        text = open(start[5:], encoding="utf-8").read() if start.startswith("FILE:") else start
         prompt = encoding.encode(text)
     except (ImportError, OSError, ValueError) as e:
         raise SystemExit(str(e)) from None
@@ -157,6 +157,6 @@ if __name__ == '__main__':
         end = ids.index(encoding.eot, len(prompt)) if encoding.eot in ids[len(prompt):] else len(ids)
         print(f"{f' sample {i + 1} ':-^80}\n{encoding.decode(ids[:end])}{' (end of text)' if end < len(ids) else ''}")
     if nearest:
-        how = 'largest dot products' if model.head.distance == 'baseline' else f'{model.head.distance} distance'
+        how = "largest dot products" if model.head.distance == "baseline" else f"{model.head.distance} distance"
         print(f"{f' nearest prototypes, {how} ':-^80}")
-        print("\n".join(nearest_prototypes(model, encoding, nearest.split(','), num_nearest)))
+        print("\n".join(nearest_prototypes(model, encoding, nearest.split(","), num_nearest)))

@@ -1,9 +1,9 @@
 # BERT-base (124.7M parameters with GPT-2 tokens) by masked tokens at the paper's settings (section C.2): 38 x 2 x 512 tokens per step, 15% of them predicted
 # $ python prepare_openwebtext.py
 # $ torchrun --standalone --nproc_per_node=2 train.py config/bert.py --distance=cosine --out_dir=out/bert_cosine
-out_dir = 'out/bert'
-dataset = 'openwebtext'
-model = 'bert'
+out_dir = "out/bert"
+dataset = "openwebtext"
+model = "bert"
 
 n_layer = 12
 n_head = 12
@@ -27,4 +27,4 @@ grad_clip = 1.0
 eval_interval = 1000
 eval_iters = 100
 log_interval = 50
-dtype = 'auto' # bfloat16 where the GPU has it
+dtype = "auto" # bfloat16 where the GPU has it

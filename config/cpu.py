@@ -1,7 +1,7 @@
 # a CPU: a GPT of 4 layers and 128 dimensions on the standard library's sources (python prepare_stdlib.py, no network)
 #   python train.py config/cpu.py --distance=euclidean
-out_dir = 'out/cpu'
-dataset = 'stdlib'
+out_dir = "out/cpu"
+dataset = "stdlib"
 
 n_layer = 4
 n_head = 4

@@ -2,8 +2,8 @@
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py --distance=minkowski --distance_params=p=3 --out_dir=out/gpt2_minkowski3
 # `python distances.py` lists the heads. Not the paper's: no label smoothing and no clamps in the loss, which is exact here, and
 # the exponent n, which its code left different for each distance (ours: a multiple of sqrt(n_embd), --n=... sets it).
-out_dir = 'out/gpt2'
-dataset = 'openwebtext'
+out_dir = "out/gpt2"
+dataset = "openwebtext"
 
 n_layer = 12
 n_head = 12
@@ -28,4 +28,4 @@ grad_clip = 1.0
 eval_interval = 1000
 eval_iters = 100
 log_interval = 50
-dtype = 'auto' # bfloat16 where the GPU has it
+dtype = "auto" # bfloat16 where the GPU has it

@@ -1,7 +1,7 @@
 # every head on the same 77,000 tokens, three seeds each: the table in the README
 #   python train.py config/heads.py --distance=chebyshev --variant=smooth --seed=1 --out_dir=out/heads/chebyshev_smooth_1
-include('cpu.py')
-out_dir = 'out/heads/baseline'
+include("cpu.py")
+out_dir = "out/heads/baseline"
 batch_size = 4
 block_size = 64 # 256 tokens per step
 max_iters = 300

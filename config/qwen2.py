@@ -2,10 +2,10 @@
 # vocab_size = 151936 (494.0M) on GPT-2's tokens, of which 101,679 never occur
 # $ python prepare_openwebtext.py
 # $ torchrun --standalone --nproc_per_node=2 train.py config/qwen2.py --distance=cosine --out_dir=out/qwen2_cosine
-out_dir = 'out/qwen2'
-dataset = 'openwebtext'
-model = 'qwen2'
-scale = '0.5B' # 24 layers, 14 heads, 2 of keys and values, width 896, MLP 4864
+out_dir = "out/qwen2"
+dataset = "openwebtext"
+model = "qwen2"
+scale = "0.5B" # 24 layers, 14 heads, 2 of keys and values, width 896, MLP 4864
 
 block_size = 1024
 tie_weights = True
@@ -25,4 +25,4 @@ grad_clip = 1.0
 eval_interval = 1000
 eval_iters = 100
 log_interval = 50
-dtype = 'auto' # bfloat16 where the GPU has it
+dtype = "auto" # bfloat16 where the GPU has it

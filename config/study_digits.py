@@ -1,6 +1,6 @@
 # every head on scikit-learn's digits: an MLP, three seeds, no download
 #   python study.py config/study_digits.py
-script = 'train_vision.py'
-base = 'config/mlp.py'
-settings = '--epochs=20 --plots=false'
-out_dir = 'out/study_digits'
+script = "train_vision.py"
+base = "config/mlp.py"
+settings = "--epochs=20 --plots=false"
+out_dir = "out/study_digits"

@@ -1,7 +1,7 @@
 # six heads that are matrix products, in a small GPT on the standard library's sources (python prepare_stdlib.py), three seeds
 #   python study.py config/study_gpt.py
-script = 'train.py'
-base = 'config/heads.py'
-settings = '--max_iters=250 --eval_interval=25 --eval_iters=40 --log_interval=5 --compile=false'
-heads = 'baseline,euclidean,cosine,mahalanobis:diagonal,offset_l2,chebyshev:cosh'
-out_dir = 'out/study_gpt'
+script = "train.py"
+base = "config/heads.py"
+settings = "--max_iters=250 --eval_interval=25 --eval_iters=40 --log_interval=5 --compile=false"
+heads = "baseline,euclidean,cosine,mahalanobis:diagonal,offset_l2,chebyshev:cosh"
+out_dir = "out/study_gpt"

@@ -1,8 +1,8 @@
 # the same question for language: three geometries at n = sqrt(n_embd), a factor of four either way, and learned; for both links
 #   python study.py config/study_n_gpt.py
-include('study_gpt.py')
-settings = '--max_iters=200 --eval_interval=50 --eval_iters=40 --log_interval=5 --compile=false'
-heads = 'baseline,euclidean,cosine,mahalanobis:diagonal'
-links = 'harmonic,softmin'
-ns = 'default,2.83,45.3,learn'
-out_dir = 'out/study_n_gpt'
+include("study_gpt.py")
+settings = "--max_iters=200 --eval_interval=50 --eval_iters=40 --log_interval=5 --compile=false"
+heads = "baseline,euclidean,cosine,mahalanobis:diagonal"
+links = "harmonic,softmin"
+ns = "default,2.83,45.3,learn"
+out_dir = "out/study_n_gpt"

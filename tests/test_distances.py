@@ -14,8 +14,8 @@ from distances import DISTANCES, LINKS, Distance, DistanceHead, HarmonicLoss, Ti
 from model import GPTConfig
 
 ALL = [(d, v) for d, variants in DISTANCES.items() for v in variants]
-every = pytest.mark.parametrize('distance, variant', ALL)
-links = pytest.mark.parametrize('link', LINKS)
+every = pytest.mark.parametrize("distance, variant", ALL)
+links = pytest.mark.parametrize("link", LINKS)
 
 
 def rand(*shape, seed=0, scale=1.0):
@@ -24,7 +24,7 @@ def rand(*shape, seed=0, scale=1.0):
 
 def make(distance, variant, D=6, V=9, dtype=torch.float64, seed=0, **kwargs):
     """A head whose every tensor is random, so that no parameter hides behind its initial value."""
-    head = DistanceHead(D, V, distance, variant, **{'n': 3.0, **kwargs}).to(dtype).eval()
+    head = DistanceHead(D, V, distance, variant, **{"n": 3.0, **kwargs}).to(dtype).eval()
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.copy_(torch.randn(V, D, generator=g))
@@ -39,41 +39,42 @@ def make(distance, variant, D=6, V=9, dtype=torch.float64, seed=0, **kwargs):
 # -----------------------------------------------------------------------------
 # values
 
+
 EYE = torch.eye(6, dtype=torch.float64)
 SPD = (lambda x: x.T @ x + 0.1 * EYE)(rand(6, 6, seed=5))
 LOWER = torch.linalg.cholesky(SPD)
 SCIPY = { # ours, scipy's name and arguments, data that both define alike
-    'euclidean': (dict(distance='euclidean'), 'euclidean', {}, rand),
-    'manhattan': (dict(distance='manhattan'), 'cityblock', {}, rand),
-    'chebyshev': (dict(distance='chebyshev'), 'chebyshev', {}, rand),
-    **{f'minkowski {p}': (dict(distance='minkowski', p=p), 'minkowski', dict(p=p), rand) for p in (1.0, 1.5, 2.0, 3.0, 7.0)},
-    'cosine': (dict(distance='cosine'), 'cosine', {}, rand),
-    'cosine unstable': (dict(distance='cosine', variant='unstable'), 'cosine', {}, rand),
-    'canberra': (dict(distance='canberra'), 'canberra', {}, rand),
+    "euclidean": (dict(distance="euclidean"), "euclidean", {}, rand),
+    "manhattan": (dict(distance="manhattan"), "cityblock", {}, rand),
+    "chebyshev": (dict(distance="chebyshev"), "chebyshev", {}, rand),
+    **{f"minkowski {p}": (dict(distance="minkowski", p=p), "minkowski", dict(p=p), rand) for p in (1.0, 1.5, 2.0, 3.0, 7.0)},
+    "cosine": (dict(distance="cosine"), "cosine", {}, rand),
+    "cosine unstable": (dict(distance="cosine", variant="unstable"), "cosine", {}, rand),
+    "canberra": (dict(distance="canberra"), "canberra", {}, rand),
     # scipy divides by sum |h+w|: our three forms differ from it and from each other unless all coordinates are positive
-    'bray_curtis': (dict(distance='bray_curtis'), 'braycurtis', {}, lambda *a, **k: rand(*a, **k).abs()),
-    'bray_curtis abs': (dict(distance='bray_curtis', variant='abs'), 'braycurtis', {}, lambda *a, **k: rand(*a, **k).abs()),
-    'bray_curtis normalized': (dict(distance='bray_curtis', variant='normalized'), 'braycurtis', {}, lambda *a, **k: rand(*a, **k).abs().softmax(-1)),
-    'mahalanobis': (dict(distance='mahalanobis', A=LOWER.T, reg_lambda=1e-2), 'mahalanobis', dict(VI=SPD + 1e-2 * EYE), rand),
-    'mahalanobis diagonal': (dict(distance='mahalanobis', variant='diagonal', theta=SPD.diagonal().log(), reg_lambda=0.5), 'mahalanobis',
+    "bray_curtis": (dict(distance="bray_curtis"), "braycurtis", {}, lambda *a, **k: rand(*a, **k).abs()),
+    "bray_curtis abs": (dict(distance="bray_curtis", variant="abs"), "braycurtis", {}, lambda *a, **k: rand(*a, **k).abs()),
+    "bray_curtis normalized": (dict(distance="bray_curtis", variant="normalized"), "braycurtis", {}, lambda *a, **k: rand(*a, **k).abs().softmax(-1)),
+    "mahalanobis": (dict(distance="mahalanobis", A=LOWER.T, reg_lambda=1e-2), "mahalanobis", dict(VI=SPD + 1e-2 * EYE), rand),
+    "mahalanobis diagonal": (dict(distance="mahalanobis", variant="diagonal", theta=SPD.diagonal().log(), reg_lambda=0.5), "mahalanobis",
                              dict(VI=SPD.diagonal().diag() + 0.5 * EYE), rand),
-    'mahalanobis cholesky': (dict(distance='mahalanobis', variant='cholesky', L=LOWER.tril(-1) + LOWER.diagonal().log().diag(), reg_lambda=0.5), 'mahalanobis',
+    "mahalanobis cholesky": (dict(distance="mahalanobis", variant="cholesky", L=LOWER.tril(-1) + LOWER.diagonal().log().diag(), reg_lambda=0.5), "mahalanobis",
                              dict(VI=SPD + 0.5 * EYE), rand),
-    'mahalanobis covariance': (dict(distance='mahalanobis', variant='covariance', covariance=SPD, shrinkage=0.2, reg_lambda=0.3), 'mahalanobis',
+    "mahalanobis covariance": (dict(distance="mahalanobis", variant="covariance", covariance=SPD, shrinkage=0.2, reg_lambda=0.3), "mahalanobis",
                                dict(VI=(0.8 * SPD + 0.5 * SPD.diagonal().mean() * EYE).inverse()), rand),
 }
 
 
-@pytest.mark.parametrize('name', SCIPY)
+@pytest.mark.parametrize("name", SCIPY)
 def test_equals_scipy(name):
     ours, metric, kwargs, data = SCIPY[name]
     h, w = data(40, 6, seed=1), data(30, 6, seed=2)
     h[7] = w[3] * (1 + 1e-6) # a close pair
-    if metric == 'braycurtis':
-        h = h / h.sum(-1, keepdim=True) if 'normalized' in name else h
+    if metric == "braycurtis":
+        h = h / h.sum(-1, keepdim=True) if "normalized" in name else h
     d = pairwise(h, w, eps=0.0, **ours).numpy()
     oracle = cdist(h.numpy(), w.numpy(), metric, **{k: np.asarray(v) for k, v in kwargs.items()})
-    if metric == 'cosine': # scipy's 1 - h.w/(|h||w|) cancels there, ours does not
+    if metric == "cosine": # scipy's 1 - h.w/(|h||w|) cancels there, ours does not
         d[7, 3] = oracle[7, 3] = 0
     np.testing.assert_allclose(d, oracle, rtol=1e-9, atol=0)
 
@@ -81,8 +82,8 @@ def test_equals_scipy(name):
 def test_hamming_of_bits_equals_scipy():
     h, w = rand(40, 16, seed=1), rand(30, 16, seed=2)
     for threshold in (0.0, 0.5):
-        d = pairwise(h, w, 'hamming', 'hard', eps=0.0, threshold=threshold)
-        np.testing.assert_allclose(d, cdist(h.numpy() > threshold, w.numpy() > threshold, 'hamming'), rtol=1e-9)
+        d = pairwise(h, w, "hamming", "hard", eps=0.0, threshold=threshold)
+        np.testing.assert_allclose(d, cdist(h.numpy() > threshold, w.numpy() > threshold, "hamming"), rtol=1e-9)
 
 
 def sigmoid(x):
@@ -94,28 +95,28 @@ def mahalanobis(h, w, eps, P):
 
 
 NAIVE = { # one pair of vectors at a time, with eps, straight from the formulas
-    ('euclidean', 'standard'): lambda h, w, e, o: math.sqrt(sum((h - w) ** 2) + e ** 2),
-    ('manhattan', 'standard'): lambda h, w, e, o: sum(abs(h - w)) + e,
-    ('chebyshev', 'standard'): lambda h, w, e, o: max(abs(h - w)) + e,
-    ('chebyshev', 'smooth'): lambda h, w, e, o: math.log(sum(math.exp(10 * x) for x in abs(h - w))) / 10,
-    ('chebyshev', 'cosh'): lambda h, w, e, o: math.log(sum(2 * math.cosh(10 * x) for x in h - w)) / 10,
-    ('minkowski', 'standard'): lambda h, w, e, o: sum(abs(h - w) ** 1.5) ** (1 / 1.5) + e,
-    ('cosine', 'stable'): lambda h, w, e, o: 1 - h @ w / math.sqrt(h @ h) / math.sqrt(w @ w) + e,
-    ('cosine', 'unstable'): lambda h, w, e, o: 1 - h @ w / (math.sqrt(h @ h) * math.sqrt(w @ w) + e) + e,
-    ('hamming', 'soft'): lambda h, w, e, o: np.mean(abs(sigmoid(h) - sigmoid(w))) + e,
-    ('hamming', 'gumbel'): lambda h, w, e, o: np.mean(abs(sigmoid(h / 0.5) - sigmoid(w / 0.5))) + e, # outside training
-    ('hamming', 'hard'): lambda h, w, e, o: np.mean((h > 0) != (w > 0)) + e,
-    ('canberra', 'standard'): lambda h, w, e, o: sum(abs(h - w) / (abs(h) + abs(w) + e)) + e,
-    ('canberra', 'robust'): lambda h, w, e, o: sum(abs(a - b) / max(abs(a) + abs(b) + e, 1e-2) for a, b in zip(h, w)) + e,
-    ('canberra', 'weighted'): lambda h, w, e, o: sum((q := abs(h) + abs(w) + e) ** 0.5 / sum(q ** 0.5) * abs(h - w) / q) + e,
-    ('bray_curtis', 'standard'): lambda h, w, e, o: sum(abs(h - w)) / (abs(sum(h + w)) + e) + e,
-    ('bray_curtis', 'abs'): lambda h, w, e, o: sum(abs(h - w)) / (sum(abs(h) + abs(w)) + e) + e,
-    ('bray_curtis', 'normalized'): lambda h, w, e, o: sum(abs((u := (abs(h) + e) / sum(abs(h) + e)) - (v := (abs(w) + e) / sum(abs(w) + e)))) / (sum(u + v) + e) + e,
-    ('mahalanobis', 'standard'): lambda h, w, e, o: mahalanobis(h, w, e, o['A'].T @ o['A'] + 0.01 * np.eye(len(h))),
-    ('mahalanobis', 'diagonal'): lambda h, w, e, o: mahalanobis(h, w, e, np.diag(np.exp(o['theta'])) + 0.01 * np.eye(len(h))),
-    ('mahalanobis', 'cholesky'): lambda h, w, e, o: mahalanobis(h, w, e, (L := np.tril(o['L'], -1) + np.diag(np.exp(np.diag(o['L'])))) @ L.T + 0.01 * np.eye(len(h))),
-    ('mahalanobis', 'covariance'): lambda h, w, e, o: mahalanobis(h, w, e, np.linalg.inv(0.9 * o['covariance'] + 0.11 * np.trace(o['covariance']) / len(h) * np.eye(len(h)))),
-    ('offset_l2', 'standard'): lambda h, w, e, o: math.sqrt(sum(o['alpha_k'] ** 2 * (h - w) ** 2) + e ** 2),
+    ("euclidean", "standard"): lambda h, w, e, o: math.sqrt(sum((h - w) ** 2) + e ** 2),
+    ("manhattan", "standard"): lambda h, w, e, o: sum(abs(h - w)) + e,
+    ("chebyshev", "standard"): lambda h, w, e, o: max(abs(h - w)) + e,
+    ("chebyshev", "smooth"): lambda h, w, e, o: math.log(sum(math.exp(10 * x) for x in abs(h - w))) / 10,
+    ("chebyshev", "cosh"): lambda h, w, e, o: math.log(sum(2 * math.cosh(10 * x) for x in h - w)) / 10,
+    ("minkowski", "standard"): lambda h, w, e, o: sum(abs(h - w) ** 1.5) ** (1 / 1.5) + e,
+    ("cosine", "stable"): lambda h, w, e, o: 1 - h @ w / math.sqrt(h @ h) / math.sqrt(w @ w) + e,
+    ("cosine", "unstable"): lambda h, w, e, o: 1 - h @ w / (math.sqrt(h @ h) * math.sqrt(w @ w) + e) + e,
+    ("hamming", "soft"): lambda h, w, e, o: np.mean(abs(sigmoid(h) - sigmoid(w))) + e,
+    ("hamming", "gumbel"): lambda h, w, e, o: np.mean(abs(sigmoid(h / 0.5) - sigmoid(w / 0.5))) + e, # outside training
+    ("hamming", "hard"): lambda h, w, e, o: np.mean((h > 0) != (w > 0)) + e,
+    ("canberra", "standard"): lambda h, w, e, o: sum(abs(h - w) / (abs(h) + abs(w) + e)) + e,
+    ("canberra", "robust"): lambda h, w, e, o: sum(abs(a - b) / max(abs(a) + abs(b) + e, 1e-2) for a, b in zip(h, w)) + e,
+    ("canberra", "weighted"): lambda h, w, e, o: sum((q := abs(h) + abs(w) + e) ** 0.5 / sum(q ** 0.5) * abs(h - w) / q) + e,
+    ("bray_curtis", "standard"): lambda h, w, e, o: sum(abs(h - w)) / (abs(sum(h + w)) + e) + e,
+    ("bray_curtis", "abs"): lambda h, w, e, o: sum(abs(h - w)) / (sum(abs(h) + abs(w)) + e) + e,
+    ("bray_curtis", "normalized"): lambda h, w, e, o: sum(abs((u := (abs(h) + e) / sum(abs(h) + e)) - (v := (abs(w) + e) / sum(abs(w) + e)))) / (sum(u + v) + e) + e,
+    ("mahalanobis", "standard"): lambda h, w, e, o: mahalanobis(h, w, e, o["A"].T @ o["A"] + 0.01 * np.eye(len(h))),
+    ("mahalanobis", "diagonal"): lambda h, w, e, o: mahalanobis(h, w, e, np.diag(np.exp(o["theta"])) + 0.01 * np.eye(len(h))),
+    ("mahalanobis", "cholesky"): lambda h, w, e, o: mahalanobis(h, w, e, (L := np.tril(o["L"], -1) + np.diag(np.exp(np.diag(o["L"])))) @ L.T + 0.01 * np.eye(len(h))),
+    ("mahalanobis", "covariance"): lambda h, w, e, o: mahalanobis(h, w, e, np.linalg.inv(0.9 * o["covariance"] + 0.11 * np.trace(o["covariance"]) / len(h) * np.eye(len(h)))),
+    ("offset_l2", "standard"): lambda h, w, e, o: math.sqrt(sum(o["alpha_k"] ** 2 * (h - w) ** 2) + e ** 2),
 }
 
 
@@ -126,18 +127,18 @@ def test_equals_a_loop_over_its_formula(distance, variant):
         head = make(distance, variant, eps=eps)
         o = {name: getattr(head, name).detach().numpy() for name in [*head.spec.tensors, *head.spec.buffers]}
         w, f = head.weight.detach().numpy(), NAIVE[distance, variant]
-        oracle = [[f(a, b, eps, {**o, 'alpha_k': o['alpha'][k] if 'alpha' in o else None}) for k, b in enumerate(w)] for a in h.numpy()]
+        oracle = [[f(a, b, eps, {**o, "alpha_k": o["alpha"][k] if "alpha" in o else None}) for k, b in enumerate(w)] for a in h.numpy()]
         np.testing.assert_allclose(head.distances(h).detach(), oracle, rtol=1e-9)
         # the links, in nats
         z = -3.0 * np.log(oracle)
         np.testing.assert_allclose(head(h).detach(), z, rtol=1e-9, atol=1e-12)
-        head.link = 'softmin'
+        head.link = "softmin"
         np.testing.assert_allclose(head(h).detach(), -3.0 * np.array(oracle), rtol=1e-9)
 
 
 def test_gumbel_is_a_binary_concrete_sample_while_training():
     h, w = rand(4, 5), rand(3, 5, seed=1)
-    head = make('hamming', 'gumbel', D=5, V=3).train()
+    head = make("hamming", "gumbel", D=5, V=3).train()
     head.weight.data.copy_(w)
     torch.manual_seed(7)
     d = head.distances(h)
@@ -162,7 +163,7 @@ def test_covariance_is_the_pooled_within_class_estimate():
     by_class = sum(torch.cov(x[y == k].T) * ((y == k).sum() - 1) for k in range(5)) / freedom
     torch.testing.assert_close(scatter / freedom, by_class)
 
-    head = DistanceHead(4, 5, 'mahalanobis', 'covariance', momentum=0.5).double()
+    head = DistanceHead(4, 5, "mahalanobis", "covariance", momentum=0.5).double()
     head.loss(x, y)
     torch.testing.assert_close(head.covariance, 0.5 * torch.eye(4).double() + 0.5 * scatter / freedom)
     before = head.covariance.clone()
@@ -181,16 +182,16 @@ def test_covariance_is_the_pooled_within_class_estimate():
 def test_gradcheck(distance, variant, link):
     head = make(distance, variant, link=link, learn_n=True, V=5)
     h, y = rand(4, 6, seed=4).requires_grad_(), torch.tensor([1, 4, 0, -1])
-    if variant == 'hard':
+    if variant == "hard":
         return check_straight_through(head, h, y)
     params = dict(head.named_parameters())
 
     def call(method, *args):
         def f(h, *tensors):
-            return torch.func.functional_call(Method(head, method), dict(zip((f'head.{k}' for k in params), tensors)), (h, *args))
+            return torch.func.functional_call(Method(head, method), dict(zip((f"head.{k}" for k in params), tensors)), (h, *args))
         return f
-    assert torch.autograd.gradcheck(call('__call__'), (h, *params.values()))
-    assert torch.autograd.gradcheck(call('loss', y), (h, *params.values()))
+    assert torch.autograd.gradcheck(call("__call__"), (h, *params.values()))
+    assert torch.autograd.gradcheck(call("loss", y), (h, *params.values()))
 
 
 class Method(torch.nn.Module):
@@ -204,7 +205,7 @@ class Method(torch.nn.Module):
 
 def check_straight_through(head, h, y):
     """d is that of the bits, its gradient that of the soft form."""
-    soft = make('hamming', 'soft', link=head.link, learn_n=True, V=5)
+    soft = make("hamming", "soft", link=head.link, learn_n=True, V=5)
     g = rand(4, 5, seed=9)
     ours = torch.autograd.grad((head.distances(h) * g).sum(), (h, head.weight))
     oracle = torch.autograd.grad((soft.distances(h) * g).sum(), (h, soft.weight))
@@ -219,17 +220,17 @@ def test_finite_gradients_where_it_is_hard(distance, variant, link):
     D, V = 6, 5
     w = rand(V, D, seed=1).float()
     cases = {
-        'h = w': (w.clone(), w), 'zeros': (torch.zeros(V, D), w), 'all zero': (torch.zeros(V, D), torch.zeros(V, D)), 'ties': (w + 1.0, w),
-        'large': (1e4 * rand(V, D, seed=2).float(), w), 'both large': (1e4 * w + 1, 1e4 * w), 'nearly equal': (w * (1 + 1e-6), w),
+        "h = w": (w.clone(), w), "zeros": (torch.zeros(V, D), w), "all zero": (torch.zeros(V, D), torch.zeros(V, D)), "ties": (w + 1.0, w),
+        "large": (1e4 * rand(V, D, seed=2).float(), w), "both large": (1e4 * w + 1, 1e4 * w), "nearly equal": (w * (1 + 1e-6), w),
     }
     for name, (h, weight) in cases.items():
-        head = make(distance, variant, D, V, torch.float32, link=link, learn_n=True, **({'p': 7.0} if distance == 'minkowski' else {}))
-        if link == 'softmin' and name == 'large':
+        head = make(distance, variant, D, V, torch.float32, link=link, learn_n=True, **({"p": 7.0} if distance == "minkowski" else {}))
+        if link == "softmin" and name == "large":
             head.log_n.data.fill_(-8.0) # else exp(-n d) is 0 for every prototype but one
         head.weight.data.copy_(weight)
         h = h.requires_grad_()
-        if variant == 'cosh' and 'large' in name:
-            with pytest.raises(ValueError, match=r'chebyshev \(cosh\): alpha .* hold up to 81: lower alpha'):
+        if variant == "cosh" and "large" in name:
+            with pytest.raises(ValueError, match=r"chebyshev \(cosh\): alpha .* hold up to 81: lower alpha"):
                 head(h)
             continue
         for loss in (head.loss(h, torch.arange(V)), F.cross_entropy(head(h), torch.arange(V))):
@@ -247,14 +248,14 @@ def test_precision_of_the_euclidean_identity_in_fp32():
     for ratio in (1.0, 0.1, 0.03, 0.01, 1e-3, 1e-4):
         h = w + ratio * w.norm(dim=-1, keepdim=True) * direction
         h32, w32 = h.float(), w.float()
-        exact = torch.cdist(h32.double(), w32.double(), compute_mode='donot_use_mm_for_euclid_dist') # of the rounded inputs
+        exact = torch.cdist(h32.double(), w32.double(), compute_mode="donot_use_mm_for_euclid_dist") # of the rounded inputs
         head = DistanceHead(D, V, n=1.0, eps=0.0)
         head.weight.data.copy_(w32)
         d = head.distances(h32).double()
         assert ((d - exact) / exact).abs().max() < 1e-4, ratio
         # the loss: recover log d_target from it, all other distances known exactly
-        nll = head.loss(h32, torch.arange(V), reduction='none').double()
-        oracle = F.cross_entropy(-exact.log(), torch.arange(V), reduction='none')
+        nll = head.loss(h32, torch.arange(V), reduction="none").double()
+        oracle = F.cross_entropy(-exact.log(), torch.arange(V), reduction="none")
         assert (nll - oracle).abs().max() < 3e-6, ratio
         s = distances._all_pairs(head.core, h32, w32).double()
         scale = (h32 ** 2).sum(-1, dtype=torch.float64)[:, None] + (w32 ** 2).sum(-1, dtype=torch.float64)
@@ -282,10 +283,10 @@ def test_the_nearest_prototype_wins(distance, variant, link):
 
 
 @links
-@pytest.mark.parametrize('distance, variant', [('baseline', None), *ALL])
+@pytest.mark.parametrize("distance, variant", [("baseline", None), *ALL])
 def test_cross_entropy_goes_to_zero_on_separable_data(distance, variant, link):
     torch.manual_seed(0)
-    head = DistanceHead(16, 4, distance, variant, link=link, n=16.0 if link == 'harmonic' else 40.0)
+    head = DistanceHead(16, 4, distance, variant, link=link, n=16.0 if link == "harmonic" else 40.0)
     y = torch.arange(32) % 4
     h = (torch.randn(4, 16)[y] + 0.1 * torch.randn(32, 16)).requires_grad_()
     optimizer = torch.optim.Adam([h, *head.parameters()], lr=0.05)
@@ -298,10 +299,10 @@ def test_cross_entropy_goes_to_zero_on_separable_data(distance, variant, link):
     assert torch.equal(head(h).argmax(-1), y)
 
 
-HOMOGENEOUS = [('euclidean', 'standard'), ('manhattan', 'standard'), ('chebyshev', 'standard'), ('minkowski', 'standard'), ('mahalanobis', 'standard'),
-               ('mahalanobis', 'diagonal'), ('mahalanobis', 'cholesky'), ('mahalanobis', 'covariance'), ('offset_l2', 'standard')]
-SCALE_FREE = [('cosine', 'stable'), ('cosine', 'unstable'), ('canberra', 'standard'), ('canberra', 'weighted'), ('bray_curtis', 'standard'),
-              ('bray_curtis', 'abs'), ('bray_curtis', 'normalized'), ('hamming', 'hard')]
+HOMOGENEOUS = [("euclidean", "standard"), ("manhattan", "standard"), ("chebyshev", "standard"), ("minkowski", "standard"), ("mahalanobis", "standard"),
+               ("mahalanobis", "diagonal"), ("mahalanobis", "cholesky"), ("mahalanobis", "covariance"), ("offset_l2", "standard")]
+SCALE_FREE = [("cosine", "stable"), ("cosine", "unstable"), ("canberra", "standard"), ("canberra", "weighted"), ("bray_curtis", "standard"),
+              ("bray_curtis", "abs"), ("bray_curtis", "normalized"), ("hamming", "hard")]
 
 
 @every
@@ -310,8 +311,8 @@ def test_scale_invariance(distance, variant):
     where d is 0-homogeneous; eps, the softmin link and the distances with a scale of their own break it."""
     h, c = rand(20, 12, seed=1), 7.0
 
-    def p(scale, eps, link='harmonic'):
-        head = make(distance, variant, D=12, eps=eps, link=link, **(dict(min_denom=1.5) if variant == 'robust' else {}))
+    def p(scale, eps, link="harmonic"):
+        head = make(distance, variant, D=12, eps=eps, link=link, **(dict(min_denom=1.5) if variant == "robust" else {}))
         head.weight.data *= scale
         return head(scale * h).softmax(-1), head.distances(scale * h)
 
@@ -323,13 +324,13 @@ def test_scale_invariance(distance, variant):
         torch.testing.assert_close(d2, d1, rtol=1e-9, atol=1e-12)
     assert torch.allclose(p1, p2, rtol=1e-9, atol=1e-12) == (homogeneous or scale_free) # hamming soft, smooth Chebyshev, canberra robust are neither
     if homogeneous:
-        assert not torch.allclose(p(1.0, 0.0, 'softmin')[0], p(c, 0.0, 'softmin')[0], rtol=1e-3)
+        assert not torch.allclose(p(1.0, 0.0, "softmin")[0], p(c, 0.0, "softmin")[0], rtol=1e-3)
         assert not torch.allclose(p(1.0, 0.3)[0], p(c, 0.3)[0], rtol=1e-9) # eps is a length, it does not scale along
 
 
 def test_chebyshev_ties_share_the_gradient():
     h, w = torch.tensor([[1.0, -1.0, 0.5]]).requires_grad_(), torch.zeros(1, 3)
-    grad, = torch.autograd.grad(pairwise(h, w, 'chebyshev').sum(), h)
+    grad, = torch.autograd.grad(pairwise(h, w, "chebyshev").sum(), h)
     assert grad.tolist() == [[0.5, -0.5, 0.0]] # in the convex hull of the two: [1, -1, 0] would not be a subgradient
 
 
@@ -339,7 +340,7 @@ def test_chebyshev_ties_share_the_gradient():
 CHANGED = dict(alpha=3.0, p=3.0, T=2.0, threshold=0.4, min_denom=1.5, weight_power=2.0, reg_lambda=0.7, momentum=0.1, shrinkage=0.6)
 
 
-def config_scores(text='', train=False, **kwargs):
+def config_scores(text="", train=False, **kwargs):
     torch.manual_seed(3)
     head = lm_head(GPTConfig(vocab_size=7, n_embd=6, distance_params=text, **kwargs)).double()
     with torch.no_grad():
@@ -361,29 +362,29 @@ def test_every_variant_and_parameter_changes_the_numbers(distance, variant):
         if other != variant:
             assert not torch.allclose(base, config_scores(distance=distance, variant=other, train=True), rtol=1e-6), other
     for name in spec.params:
-        assert not torch.allclose(base, config_scores(f'{name}={CHANGED[name]}', distance=distance, variant=variant, train=True), rtol=1e-6), name
-    for kwargs in (dict(link='softmin'), dict(n=5.0), dict(eps=0.05)):
+        assert not torch.allclose(base, config_scores(f"{name}={CHANGED[name]}", distance=distance, variant=variant, train=True), rtol=1e-6), name
+    for kwargs in (dict(link="softmin"), dict(n=5.0), dict(eps=0.05)):
         scores = config_scores(distance=distance, variant=variant, train=True, **kwargs)
-        if 'eps' in kwargs and variant in ('smooth', 'cosh'):
+        if "eps" in kwargs and variant in ("smooth", "cosh"):
             continue # the two formulas without eps
         assert not torch.allclose(base, scores, rtol=1e-9), kwargs
     if variant == next(iter(DISTANCES[distance])):
         assert torch.equal(base, config_scores(distance=distance, train=True)) # "" is the first variant
-    assert not torch.allclose(base, config_scores(distance='baseline', train=True))
+    assert not torch.allclose(base, config_scores(distance="baseline", train=True))
 
 
 def test_parse_params():
-    assert parse_params('p=3, alpha=0.5') == dict(p=3.0, alpha=0.5) and parse_params('') == {}
-    with pytest.raises(ValueError, match='p=three'):
-        parse_params('p=three')
+    assert parse_params("p=3, alpha=0.5") == dict(p=3.0, alpha=0.5) and parse_params("") == {}
+    with pytest.raises(ValueError, match="p=three"):
+        parse_params("p=three")
 
 
 def test_a_distance_of_ones_own_gets_everything():
     """One core, one entry: autograd finds the gradient, and the loss keeps to its tiles."""
     squared_chord = Distance(lambda o: Tiles(lambda h, w: ((h.abs() + 1e-6).sqrt() - (w.abs() + 1e-6).sqrt()).square().sum(-1)))
     try:
-        DISTANCES['squared_chord'] = {'standard': squared_chord}
-        head = make('squared_chord', None, V=30)
+        DISTANCES["squared_chord"] = {"standard": squared_chord}
+        head = make("squared_chord", None, V=30)
         h, y = rand(50, 6).requires_grad_(), torch.arange(50) % 30
         oracle = F.cross_entropy(-3 * (((h[:, None].abs() + 1e-6).sqrt() - (head.weight.abs() + 1e-6).sqrt()).square().sum(-1) + 1e-4).log(), y)
         loss = head.loss(h, y, chunk=7)
@@ -391,13 +392,13 @@ def test_a_distance_of_ones_own_gets_everything():
         for a, b in zip(torch.autograd.grad(loss, (h, head.weight)), torch.autograd.grad(oracle, (h, head.weight))):
             torch.testing.assert_close(a, b)
     finally:
-        del DISTANCES['squared_chord']
+        del DISTANCES["squared_chord"]
 
 
 # -----------------------------------------------------------------------------
 # the loss
 
-def plain(head, h, y, ignore_index=-1, reduction='mean'):
+def plain(head, h, y, ignore_index=-1, reduction="mean"):
     return F.cross_entropy(head(h), y, ignore_index=ignore_index, reduction=reduction)
 
 
@@ -405,16 +406,16 @@ def compare(head, h, loss, oracle, upstream, rtol):
     params = [h, *head.parameters()]
     torch.testing.assert_close(loss, oracle, rtol=rtol, atol=rtol)
     grads = torch.autograd.grad((loss * upstream).sum(), params)
-    for (name, p), a, b in zip([('h', h), *head.named_parameters()], grads, torch.autograd.grad((oracle * upstream).sum(), params)):
+    for (name, p), a, b in zip([("h", h), *head.named_parameters()], grads, torch.autograd.grad((oracle * upstream).sum(), params)):
         assert a.dtype == p.dtype
         assert ((a - b).norm() <= rtol * b.norm() + 1e-12), (name, ((a - b).norm() / b.norm()).item())
 
 
 @links
-@pytest.mark.parametrize('distance, variant', [('baseline', None), *ALL])
+@pytest.mark.parametrize("distance, variant", [("baseline", None), *ALL])
 def test_loss_equals_cross_entropy_of_the_scores(distance, variant, link):
     N, V = 37, 50
-    learn_n = distance != 'baseline'
+    learn_n = distance != "baseline"
     y = torch.randint(0, 45, (N,), generator=torch.Generator().manual_seed(1))
     y[[0, 5, N - 1]] = -1
     for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
@@ -422,24 +423,24 @@ def test_loss_equals_cross_entropy_of_the_scores(distance, variant, link):
         h = rand(N, 6, seed=3).to(dtype).requires_grad_()
         for chunk in (1, 7, N, None):
             compare(head, h, head.loss(h, y, chunk=chunk), plain(head, h, y), torch.tensor(-2.7), rtol)
-        compare(head, h, head.loss(h, y, reduction='sum', chunk=8), plain(head, h, y, reduction='sum'), torch.tensor(0.3), rtol)
-        compare(head, h, head.loss(h, y, reduction='none', chunk=8), plain(head, h, y, reduction='none'), rand(N, seed=5).to(dtype), rtol)
+        compare(head, h, head.loss(h, y, reduction="sum", chunk=8), plain(head, h, y, reduction="sum"), torch.tensor(0.3), rtol)
+        compare(head, h, head.loss(h, y, reduction="none", chunk=8), plain(head, h, y, reduction="none"), rand(N, seed=5).to(dtype), rtol)
         with torch.no_grad():
             torch.testing.assert_close(head.loss(h, y), plain(head, h, y), rtol=rtol, atol=rtol)
 
 
 def test_offset_l2_beyond_one_slice_of_the_vocabulary():
-    head, h, y = make('offset_l2', None, D=5, V=5000), rand(8, 5).requires_grad_(), torch.arange(8) * 700
+    head, h, y = make("offset_l2", None, D=5, V=5000), rand(8, 5).requires_grad_(), torch.arange(8) * 700
     d = ((head.alpha * (h[:, None] - head.weight)).square().sum(-1) + 1e-8).sqrt()
     compare(head, h, head.loss(h, y, chunk=3), F.cross_entropy(-3 * d.log(), y), torch.tensor(1.0), 1e-12)
 
 
 def test_loss_ignores_and_shapes():
-    head = make('euclidean', None)
+    head = make("euclidean", None)
     h, y = rand(2, 3, 6).requires_grad_(), torch.tensor([[1, 2, -100], [0, -100, 8]])
     flat = head.loss(h.reshape(6, 6), y.reshape(6), ignore_index=-100)
     torch.testing.assert_close(head.loss(h, y, ignore_index=-100), flat)
-    assert head.loss(h, y, ignore_index=-100, reduction='none').shape == (2, 3)
+    assert head.loss(h, y, ignore_index=-100, reduction="none").shape == (2, 3)
     assert head(h).shape == (2, 3, 9) and head.distances(h).shape == (2, 3, 9)
     grad, = torch.autograd.grad(head.loss(h, y, ignore_index=-100), h)
     assert (grad[0, 2] == 0).all() and (grad[1, 1] == 0).all() and (grad[0, 0] != 0).any()
@@ -450,11 +451,11 @@ def test_loss_ignores_and_shapes():
     assert torch.equal(first, torch.autograd.grad(loss, h)[0])
 
 
-@pytest.mark.parametrize('distance, variant', [('baseline', None), ('euclidean', None), ('manhattan', None), ('mahalanobis', 'standard'), ('cosine', 'unstable')])
+@pytest.mark.parametrize("distance, variant", [("baseline", None), ("euclidean", None), ("manhattan", None), ("mahalanobis", "standard"), ("cosine", "unstable")])
 def test_loss_under_autocast_is_the_fp32_loss(distance, variant):
     head = make(distance, variant, D=32, V=50, dtype=torch.float32)
     x, layer, y = rand(20, 32).float(), torch.nn.Linear(32, 32), torch.arange(20)
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         h = layer(x)
         assert h.dtype == torch.bfloat16
         loss, scores = head.loss(h, y, chunk=6), head(h)
@@ -470,7 +471,7 @@ def test_loss_under_autocast_is_the_fp32_loss(distance, variant):
     assert layer.weight.grad is not None and torch.isfinite(layer.weight.grad).all()
 
 
-@pytest.mark.parametrize('distance', ['euclidean', 'manhattan', 'baseline'])
+@pytest.mark.parametrize("distance", ["euclidean", "manhattan", "baseline"])
 def test_weight_gradients_accumulate_in_fp32(distance):
     """With a bf16 weight and 512 chunks, the gradient is the fp32 one rounded once, not 512 times."""
     head = make(distance, None, D=16, V=20, dtype=torch.float32)
@@ -488,21 +489,21 @@ def warm_peak_bytes(f):
     return peak_bytes(f)
 
 
-@pytest.mark.parametrize('distance, variant', [('baseline', None), *ALL])
+@pytest.mark.parametrize("distance, variant", [("baseline", None), *ALL])
 def test_loss_needs_a_quarter_of_the_memory_of_dense_logits(distance, variant, monkeypatch):
-    monkeypatch.setattr(distances, 'CACHE_ELEMENTS', 2 ** 14) # the tiles as small as the rest of it
+    monkeypatch.setattr(distances, "CACHE_ELEMENTS", 2 ** 14) # the tiles as small as the rest of it
     N, V, D = 512, 4096, 16
     h, y = rand(N, D).float().requires_grad_(), torch.arange(N)
     w = torch.nn.Parameter(rand(V, D).float())
     dense = warm_peak_bytes(lambda: torch.autograd.grad(F.cross_entropy(h @ w.T, y), (h, w)))
     assert dense > 2 * 4 * N * V # logits and their log-softmax at least: the count counts
-    head = make(distance, variant, D, V, torch.float32, **(dict(alpha=5.0) if variant == 'cosh' else {})) # its range
+    head = make(distance, variant, D, V, torch.float32, **(dict(alpha=5.0) if variant == "cosh" else {})) # its range
     ours = warm_peak_bytes(lambda: torch.autograd.grad(head.loss(h, y, chunk=16), (h, *head.parameters())))
     assert ours < dense / 4, (ours / 2 ** 20, dense / 2 ** 20)
 
 
 def test_compiled_tiles_equal_eager_ones():
-    head = make('canberra', None, D=8, V=600, dtype=torch.float32)
+    head = make("canberra", None, D=8, V=600, dtype=torch.float32)
     h, y = rand(300, 8).float().requires_grad_(), torch.arange(300)
     eager = torch.autograd.grad(head.loss(h, y), (h, head.weight))
     head.compile_loss()
@@ -518,7 +519,7 @@ def test_compiled_tiles_equal_eager_ones():
 # the modules
 
 def test_head_is_a_drop_in_for_linear():
-    linear, head = torch.nn.Linear(16, 7, bias=False), DistanceHead(16, 7, 'baseline')
+    linear, head = torch.nn.Linear(16, 7, bias=False), DistanceHead(16, 7, "baseline")
     head.weight.data.copy_(linear.weight)
     x = torch.randn(3, 16)
     torch.testing.assert_close(head(x), linear(x))
@@ -526,11 +527,11 @@ def test_head_is_a_drop_in_for_linear():
     torch.manual_seed(0)
     start = torch.nn.Linear(64, 1000, bias=False).weight
     torch.manual_seed(0)
-    assert torch.equal(DistanceHead(64, 1000, 'cosine').weight, start) # the same start as well
+    assert torch.equal(DistanceHead(64, 1000, "cosine").weight, start) # the same start as well
 
 
 def test_padding_rows_are_masked_out():
-    full, padded = make('euclidean', None, V=9), make('euclidean', None, V=9, num_classes=7)
+    full, padded = make("euclidean", None, V=9), make("euclidean", None, V=9, num_classes=7)
     h, y = rand(10, 6), torch.arange(10) % 7
     assert padded(h).shape == (10, 7)
     torch.testing.assert_close(padded.loss(h, y), F.cross_entropy(full(h)[:, :7], y))
@@ -540,29 +541,29 @@ def test_padding_rows_are_masked_out():
 
 
 def test_criterion():
-    criterion = HarmonicLoss(6, 9, distance='manhattan', n=2.0)
+    criterion = HarmonicLoss(6, 9, distance="manhattan", n=2.0)
     h, y = torch.randn(5, 6, requires_grad=True), torch.tensor([0, 8, -100, 3, 3])
     loss = criterion(h, y)
     torch.testing.assert_close(loss, F.cross_entropy(criterion.head(h), y))
     loss.backward()
     assert h.grad is not None and criterion.head.weight.grad is not None
-    assert [name for name, _ in criterion.named_parameters()] == ['head.weight']
+    assert [name for name, _ in criterion.named_parameters()] == ["head.weight"]
 
 
 def test_learn_n_moves_n():
-    head = DistanceHead(6, 9, 'euclidean', n=2.0, learn_n=True)
+    head = DistanceHead(6, 9, "euclidean", n=2.0, learn_n=True)
     assert head.n.item() == pytest.approx(2.0)
     head.loss(torch.randn(5, 6), torch.arange(5)).backward()
     assert head.log_n.grad.item() != 0
-    assert 'log_n' not in DistanceHead(6, 9, 'euclidean', n=2.0).state_dict()
+    assert "log_n" not in DistanceHead(6, 9, "euclidean", n=2.0).state_dict()
 
 
 def test_the_list_of_heads_prints(capsys):
     import runpy
-    runpy.run_path(distances.__file__, run_name='__main__')
+    runpy.run_path(distances.__file__, run_name="__main__")
     text = capsys.readouterr().out
-    assert all(name in text for name in ('baseline', *DISTANCES)) and 'p=1.5' in text and 'alpha (learned)' in text
-    with open(os.path.join(os.path.dirname(distances.__file__), 'README.md')) as f:
+    assert all(name in text for name in ("baseline", *DISTANCES)) and "p=1.5" in text and "alpha (learned)" in text
+    with open(os.path.join(os.path.dirname(distances.__file__), "README.md")) as f:
         assert text in f.read() # `python distances.py` makes the README's list
 
 
@@ -570,35 +571,35 @@ def test_the_list_of_heads_prints(capsys):
 # bad input
 
 BAD = {
-    "unknown distance 'euclidian', did you mean 'euclidean'": lambda: DistanceHead(4, 3, 'euclidian'),
-    "legal: baseline, euclidean, manhattan": lambda: DistanceHead(4, 3, 'wasserstein'),
-    "unknown cosine variant 'stabel', did you mean 'stable'": lambda: DistanceHead(4, 3, 'cosine', 'stabel'),
-    "baseline has no variants, got 'stable'": lambda: DistanceHead(4, 3, 'baseline', 'stable'),
-    r"cosine has no parameter 'p' \(legal: none\)": lambda: DistanceHead(4, 3, 'cosine', p=3.0),
-    r"minkowski has no parameter 'q' \(legal: p\)": lambda: pairwise(torch.zeros(1, 2), torch.zeros(1, 2), 'minkowski', q=1.0),
-    "unknown link 'harmonics', did you mean 'harmonic'": lambda: DistanceHead(4, 3, link='harmonics'),
-    "p must be at least 1 .*, got 0.5": lambda: DistanceHead(4, 3, 'minkowski', p=0.5),
-    "p must be at least 1 .*, got nan": lambda: DistanceHead(4, 3, 'minkowski', p=float('nan')),
+    "unknown distance 'euclidian', did you mean 'euclidean'": lambda: DistanceHead(4, 3, "euclidian"),
+    "legal: baseline, euclidean, manhattan": lambda: DistanceHead(4, 3, "wasserstein"),
+    "unknown cosine variant 'stabel', did you mean 'stable'": lambda: DistanceHead(4, 3, "cosine", "stabel"),
+    "baseline has no variants, got 'stable'": lambda: DistanceHead(4, 3, "baseline", "stable"),
+    r"cosine has no parameter 'p' \(legal: none\)": lambda: DistanceHead(4, 3, "cosine", p=3.0),
+    r"minkowski has no parameter 'q' \(legal: p\)": lambda: pairwise(torch.zeros(1, 2), torch.zeros(1, 2), "minkowski", q=1.0),
+    "unknown link 'harmonics', did you mean 'harmonic'": lambda: DistanceHead(4, 3, link="harmonics"),
+    "p must be at least 1 .*, got 0.5": lambda: DistanceHead(4, 3, "minkowski", p=0.5),
+    "p must be at least 1 .*, got nan": lambda: DistanceHead(4, 3, "minkowski", p=float("nan")),
     "n must be > 0 and finite, got 0": lambda: DistanceHead(4, 3, n=0.0),
     "n must be > 0 and finite, got -1": lambda: DistanceHead(4, 3, n=-1.0),
     "eps must be >= 0, got -0.1": lambda: DistanceHead(4, 3, eps=-0.1),
-    "alpha must be > 0, got -1": lambda: DistanceHead(4, 3, 'chebyshev', 'smooth', alpha=-1.0),
-    r"momentum must lie in \[0, 1\], got 2": lambda: DistanceHead(4, 3, 'mahalanobis', 'covariance', momentum=2.0),
-    "alpha belongs to the head": lambda: DistanceHead(4, 3, 'offset_l2', alpha=1.0),
+    "alpha must be > 0, got -1": lambda: DistanceHead(4, 3, "chebyshev", "smooth", alpha=-1.0),
+    r"momentum must lie in \[0, 1\], got 2": lambda: DistanceHead(4, 3, "mahalanobis", "covariance", momentum=2.0),
+    "alpha belongs to the head": lambda: DistanceHead(4, 3, "offset_l2", alpha=1.0),
     r"num_classes must lie in 1..3 .*, got 5": lambda: DistanceHead(4, 3, num_classes=5),
     r"features of size 4, got \(2, 5\)": lambda: DistanceHead(4, 3)(torch.zeros(2, 5)),
-    r"\(N, D\) and \(V, D\), got \(2, 5\) and \(3, 4\)": lambda: pairwise(torch.zeros(2, 5), torch.zeros(3, 4), 'euclidean'),
+    r"\(N, D\) and \(V, D\), got \(2, 5\) and \(3, 4\)": lambda: pairwise(torch.zeros(2, 5), torch.zeros(3, 4), "euclidean"),
     r"target 3 is out of range: the head has classes 0..2": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.tensor([0, 3])),
     r"target -5 is out of range": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.tensor([-1, -5])),
     r"h is not finite: 2 of 8 values, the first in row 1": lambda: DistanceHead(4, 3).loss(torch.tensor([[0.0] * 4, [math.nan, 0, math.inf, 0]]), torch.tensor([0, 1])),
     r"h is not finite": lambda: DistanceHead(4, 3)(torch.full((1, 4), math.nan)),
     r"h \(2, 4\) and targets \(3,\) do not fit": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long)),
-    "reduction must be mean, sum or none, got 'max'": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), reduction='max'),
-    "baseline is a linear head": lambda: DistanceHead(4, 3, 'baseline').distances(torch.zeros(2, 4)),
+    "reduction must be mean, sum or none, got 'max'": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), reduction="max"),
+    "baseline is a linear head": lambda: DistanceHead(4, 3, "baseline").distances(torch.zeros(2, 4)),
 }
 
 
-@pytest.mark.parametrize('message', BAD)
+@pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_named(message):
     with pytest.raises(ValueError, match=message):
         BAD[message]()

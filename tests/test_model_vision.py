@@ -20,12 +20,15 @@ EVERY_HEAD = [("baseline", "")] + [(distance, variant) for distance, variants in
 DTYPES = [(torch.float32, 1e-4), (torch.float64, 1e-8)]
 IMAGENET = (3, 224, 224)
 
+
 def images(*shape, seed=1, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
 
 def vision_net(model="cnn", image_shape=(1, 12, 12), num_classes=7, seed=0, **config):
     torch.manual_seed(seed)
     return VisionNet(VisionConfig(model, image_shape, num_classes, **config))
+
 
 def randomised(module, seed=0):
     """All parameters and buffers random: norms of 1 and 0, and biases of 0, would hide a term that was left out."""
@@ -40,16 +43,19 @@ def randomised(module, seed=0):
                 t.normal_(0, t[0].numel() ** -0.5 if name.endswith("weight") else 0.2, generator=g)
     return module
 
+
 def load(ours, theirs):
     """theirs: a state_dict whose names are already ours. All tensors must be there, none left over."""
     ours.load_state_dict(theirs)
     return ours.eval()
+
 
 def assert_same(ours, expected, tolerance):
     """To tolerance in units of expected's own size, which must not be that of one constant."""
     scale = expected.std().item()
     assert scale > 1e-3 and ours.shape == expected.shape
     torch.testing.assert_close(ours / scale, expected / scale, rtol=0, atol=tolerance)
+
 
 def assert_same_gradients(ours, theirs, rename, tolerance):
     """Of the named parameters of two modules, after a backward pass through both."""
@@ -63,14 +69,17 @@ def assert_same_gradients(ours, theirs, rename, tolerance):
 # -----------------------------------------------------------------------------
 # sizes
 
+
 def count(make, **kwargs):
     with torch.device("meta"): # no memory
         return sum(p.numel() for p in make(**kwargs).parameters())
+
 
 @pytest.mark.parametrize("make, published", [(ResNet50, 25_557_032), (VGG16, 138_357_544), (ViT, 5_717_416), (PVTv2_B0, 3_666_760)])
 def test_as_many_parameters_as_published(make, published):
     classifier = make.num_features if hasattr(make, "num_features") else {VGG16: 4096, ViT: 192}[make]
     assert count(make, image_shape=IMAGENET) + 1000 * classifier + 1000 == published # theirs is a Linear with a bias; our heads have none
+
 
 def test_as_many_parameters_as_by_hand():
     assert count(Pixels, image_shape=(1, 28, 28)) == 0
@@ -85,6 +94,7 @@ def test_as_many_parameters_as_by_hand():
     assert count(VGG16, image_shape=(3, 32, 32)) == convolutions + (512 * 512 + 512) + (512 * 256 + 256)
     assert count(VGG16, image_shape=(1, 32, 32)) == convolutions - 64 * 2 * 9 + (512 * 256 + 256) + (256 * 128 + 128)
 
+
 def test_pvtv2_is_as_large_as_that_of_transformers():
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PvtV2ForImageClassification(transformers.PvtV2Config(num_labels=1000)) # B0 is the default
@@ -93,11 +103,13 @@ def test_pvtv2_is_as_large_as_that_of_transformers():
 # -----------------------------------------------------------------------------
 # shapes, and images that a backbone cannot take
 
+
 LEGAL = [("pixels", (1, 8, 8), 64), ("pixels", (1, 28, 28), 784), ("pixels", (3, 32, 32), 3072), ("mlp", (1, 8, 8), 256), ("mlp", (1, 28, 28), 256),
          ("mlp", (3, 32, 32), 256), ("cnn", (1, 4, 4), 128), ("cnn", (1, 8, 8), 128), ("cnn", (1, 28, 28), 128), ("cnn", (3, 30, 33), 128),
          ("resnet50", (1, 8, 8), 2048), ("resnet50", (1, 28, 28), 2048), ("resnet50", (3, 32, 32), 2048), ("resnet50", (3, 64, 64), 2048),
          ("pvtv2_b0", (1, 29, 29), 256), ("pvtv2_b0", (3, 32, 32), 256), ("pvtv2_b0", (3, 40, 71), 256), ("vgg16", (1, 32, 32), 128),
          ("vgg16", (3, 32, 32), 256), ("vit_tiny", (1, 16, 16), 192), ("vit_tiny", (3, 32, 32), 192), ("vit_tiny", (3, 32, 48), 192)]
+
 
 @pytest.mark.parametrize("model, image_shape, num_features", LEGAL)
 def test_features_have_the_promised_shape(model, image_shape, num_features):
@@ -107,6 +119,7 @@ def test_features_have_the_promised_shape(model, image_shape, num_features):
     assert h.shape == (2, num_features) and net.backbone.num_features == num_features == net.head.in_features
     assert z.shape == (2, 7) and loss is None and h.isfinite().all()
     assert (h[0] - h[1]).abs().max() > 1e-4 # of different images
+
 
 @pytest.mark.parametrize("model, image_shape, message", [
     ("cnn", (1, 3, 8), "at least 4x4 pixels, got 1x3x8"),
@@ -120,6 +133,7 @@ def test_features_have_the_promised_shape(model, image_shape, num_features):
 def test_what_cannot_work_is_said(model, image_shape, message):
     with pytest.raises(ValueError, match=message):
         vision_net(model, image_shape)
+
 
 def test_other_illegal_arguments():
     with pytest.raises(ValueError, match="stem must be small or imagenet, got 'tiny'"):
@@ -138,6 +152,7 @@ def test_other_illegal_arguments():
         with pytest.raises(ValueError, match=r"takes images \(B, 1, 12, 12\), got"):
             vision_net()(images(*shape))
 
+
 def test_the_small_forms_are_for_images_below_64_pixels():
     with torch.device("meta"):
         for side, kernel, features in [(32, (3, 3), 256), (63, (3, 3), 256), (64, (7, 7), 4096), (224, (7, 7), 4096)]:
@@ -147,6 +162,7 @@ def test_the_small_forms_are_for_images_below_64_pixels():
 
 # -----------------------------------------------------------------------------
 # initial weights
+
 
 def test_initial_weights_are_those_published():
     torch.manual_seed(0)
@@ -166,11 +182,13 @@ def test_initial_weights_are_those_published():
 # -----------------------------------------------------------------------------
 # MLP, CNN and VGG-16 against a chain of modules
 
+
 def assert_same_as_chain(ours, chain, x, tolerance):
     """Same tensors in the same order."""
     chain.load_state_dict(dict(zip(chain.state_dict(), ours.state_dict().values(), strict=True)), assign=True)
     with torch.no_grad():
         assert_same(ours.eval()(x), chain.eval()(x), tolerance)
+
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 def test_mlp_and_cnn_are_these_chains(dtype, tolerance):
@@ -182,8 +200,10 @@ def test_mlp_and_cnn_are_these_chains(dtype, tolerance):
     x = images(3, 3, 8, 10)
     assert torch.equal(Pixels((3, 8, 10))(x), x.reshape(3, 240))
 
+
 def conv_relu(i, o):
     return [nn.Conv2d(i, o, kernel_size=3, stride=1, padding=1), nn.ReLU()]
+
 
 def vgg16_chain(channels, classifier):
     return nn.Sequential(
@@ -193,12 +213,14 @@ def vgg16_chain(channels, classifier):
         *conv_relu(256, 512), *conv_relu(512, 512), *conv_relu(512, 512), nn.MaxPool2d(2),
         *conv_relu(512, 512), *conv_relu(512, 512), *conv_relu(512, 512), nn.MaxPool2d(2), *classifier)
 
+
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("shape, sizes", [((3, 32, 32), (512, 512, 256)), ((1, 48, 41), (512, 256, 128))])
 def test_small_vgg16_is_this_chain(shape, sizes, dtype, tolerance):
     a, b, c = sizes
     chain = vgg16_chain(shape[0], [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(a, b), nn.ReLU(), nn.Dropout(), nn.Linear(b, c), nn.ReLU(), nn.Dropout()])
     assert_same_as_chain(randomised(VGG16(shape).to(dtype)), chain, images(3, *shape, dtype=dtype), tolerance)
+
 
 def test_original_vgg16_is_this_chain():
     with torch.device("meta"): # the chain takes our tensors
@@ -207,6 +229,7 @@ def test_original_vgg16_is_this_chain():
     ours = randomised(ours.to_empty(device="cpu"))
     assert_same_as_chain(ours, chain, images(2, 3, 64, 64), 1e-4) # 2x2 is pooled up to 7x7
     assert_same_as_chain(ours, chain, images(1, 3, 224, 224), 1e-4)
+
 
 def test_vgg16_drops_half_of_both_layers_in_training():
     torch.manual_seed(0)
@@ -223,6 +246,7 @@ def test_vgg16_drops_half_of_both_layers_in_training():
 # -----------------------------------------------------------------------------
 # ResNet-50 against transformers
 
+
 def hf_resnet(stem, dtype):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.ResNetModel(transformers.ResNetConfig(depths=[3, 4, 6, 3], hidden_sizes=[256, 512, 1024, 2048], layer_type="bottleneck",
@@ -230,6 +254,7 @@ def hf_resnet(stem, dtype):
     if stem == "small": # they have no such stem
         theirs.embedder.embedder.convolution, theirs.embedder.pooler = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False), nn.Identity()
     return randomised(theirs).to(dtype).eval()
+
 
 def resnet_names(theirs):
     ours = {}
@@ -241,6 +266,7 @@ def resnet_names(theirs):
         ours[name.replace("shortcut.convolution", "downsample.0").replace("shortcut.normalization", "downsample.1")] = t
     return ours
 
+
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("stem, side", [("imagenet", 224), ("imagenet", 65), ("small", 19)])
 def test_resnet50_is_that_of_transformers(stem, side, dtype, tolerance):
@@ -250,6 +276,7 @@ def test_resnet50_is_that_of_transformers(stem, side, dtype, tolerance):
     ours = load(ResNet50((3, side, side), stem).to(dtype), resnet_names(theirs.state_dict()))
     with torch.no_grad():
         assert_same(ours(x), theirs(x).pooler_output.flatten(1), tolerance)
+
 
 def test_resnet50_trains_as_that_of_transformers():
     theirs = hf_resnet("imagenet", torch.float64)
@@ -266,6 +293,7 @@ def test_resnet50_trains_as_that_of_transformers():
 # -----------------------------------------------------------------------------
 # ViT against transformers
 
+
 def hf_vit(side, dtype, patch_size=16):
     """Of layer_norm_eps transformers' default is 1e-12; the published ViT and timm have 1e-6. Its eager softmax is always in fp32."""
     transformers = pytest.importorskip("transformers")
@@ -273,8 +301,10 @@ def hf_vit(side, dtype, patch_size=16):
                                     layer_norm_eps=1e-6, attn_implementation="sdpa")
     return randomised(transformers.ViTModel(config, add_pooling_layer=False)).to(dtype).eval()
 
+
 VIT_NAMES = {"embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed", "embeddings.patch_embeddings.projection": "patch_embed.proj",
              "layers.": "blocks.", "layernorm_before": "norm1", "layernorm_after": "norm2", "layernorm": "norm", "attention.o_proj": "attn.proj"}
+
 
 def renamed(theirs, names, joined, parts):
     """theirs with the names replaced, and its tensors `parts` joined into one."""
@@ -287,8 +317,10 @@ def renamed(theirs, names, joined, parts):
         ours[first.replace(parts[0], joined)] = torch.cat([ours.pop(first.replace(parts[0], part)) for part in parts])
     return ours
 
+
 def vit_names(theirs):
     return renamed(theirs, VIT_NAMES, "attn.qkv", ["attention.q_proj", "attention.k_proj", "attention.v_proj"])
+
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("side, patch_size", [(224, 16), (64, 16), (32, 16), (28, 7)])
@@ -297,6 +329,7 @@ def test_vit_is_that_of_transformers(side, patch_size, dtype, tolerance):
     ours = load(ViT((3, side, side), patch_size=patch_size).to(dtype), vit_names(theirs.state_dict()))
     with torch.no_grad():
         assert_same(ours(x), theirs(x).last_hidden_state[:, 0], tolerance)
+
 
 def test_gradients_of_vit_are_those_of_transformers():
     theirs, x, g = hf_vit(64, torch.float64), images(3, 3, 64, 64, dtype=torch.float64), images(3, 192, dtype=torch.float64)
@@ -307,6 +340,7 @@ def test_gradients_of_vit_are_those_of_transformers():
 
 # -----------------------------------------------------------------------------
 # PVTv2-B0 against transformers
+
 
 def hf_pvt(dtype):
     """transformers takes eps 1e-6 for every LayerNorm. In the published code (and timm's) only those made with norm_layer have it: norm1, norm2
@@ -320,12 +354,15 @@ def hf_pvt(dtype):
         m.eps = 1e-5
     return randomised(theirs).to(dtype).eval()
 
+
 PVT_NAMES = {"encoder.layers": "stages", "patch_embedding.layer_norm": "patch_embed.norm", "patch_embedding.": "patch_embed.", "attention.query": "attn.q",
              "attention.proj": "attn.proj", "attention.spatial_reduction": "attn.sr", "attention.layer_norm": "attn.norm", "layer_norm_1": "norm1",
              "layer_norm_2": "norm2", "layer_norm": "norm", "dense1": "fc1", "dense2": "fc2", "dwconv.dwconv": "dwconv"}
 
+
 def pvt_names(theirs):
     return renamed(theirs, PVT_NAMES, "attn.kv", ["attention.key", "attention.value"])
+
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 224, 224), (3, 64, 64), (3, 32, 32), (3, 70, 101)])
@@ -334,6 +371,7 @@ def test_pvtv2_is_that_of_transformers(shape, dtype, tolerance):
     ours = load(PVTv2_B0(shape).to(dtype), pvt_names(theirs.state_dict()))
     with torch.no_grad():
         assert_same(ours(x), theirs(x).last_hidden_state.mean((2, 3)), tolerance)
+
 
 def test_gradients_of_pvtv2_are_those_of_transformers():
     theirs, x, g = hf_pvt(torch.float64), images(2, 3, 96, 64, dtype=torch.float64), images(2, 256, dtype=torch.float64)
@@ -345,14 +383,17 @@ def test_gradients_of_pvtv2_are_those_of_transformers():
 # -----------------------------------------------------------------------------
 # torchvision and timm, where they can be imported beside this torch
 
+
 def import_or_skip(name):
     try: # one built for another torch fails with more than an ImportError
         return __import__(name, fromlist=["models"])
     except Exception as e:
         pytest.skip(f"{name} cannot be imported: {e}")
 
+
 def timm_pvt_names(theirs):
     return {("stages.0." if name.startswith("patch_embed.") else "") + name.replace("downsample.", "patch_embed."): t for name, t in theirs.items()}
+
 
 @pytest.mark.parametrize("library, name, make, classifier, rename, side", [
     ("torchvision", "resnet50", ResNet50, "fc", dict, 64), ("torchvision", "vgg16", VGG16, "classifier.6", dict, 64),
@@ -369,6 +410,7 @@ def test_logits_are_those_of_torchvision_and_timm(library, name, make, classifie
 # -----------------------------------------------------------------------------
 # backbone and head
 
+
 @pytest.mark.parametrize("model", BACKBONES)
 def test_every_head_meets_the_same_backbone(model):
     shape = (3, 32, 32)
@@ -381,6 +423,7 @@ def test_every_head_meets_the_same_backbone(model):
     if expected:
         assert any(not torch.equal(t, expected[name]) for name, t in vision_net(model, shape, seed=1).backbone.state_dict().items())
 
+
 @pytest.mark.parametrize("distance, variant", EVERY_HEAD)
 def test_loss_is_the_cross_entropy_of_the_scores(distance, variant):
     x, y = images(9, 1, 12, 12), torch.arange(9) % 7
@@ -390,12 +433,14 @@ def test_loss_is_the_cross_entropy_of_the_scores(distance, variant):
         torch.testing.assert_close(loss, F.cross_entropy(z, y), rtol=1e-5, atol=1e-6)
         assert net(x, y)[0] is None and loss.ndim == 0
 
+
 @pytest.mark.parametrize("distance, variant", EVERY_HEAD[1:])
 def test_the_nearest_prototype_wins(distance, variant):
     net, x = vision_net(distance=distance, variant=variant).eval(), images(40, 1, 12, 12)
     with torch.no_grad():
         d = net.head.distances(net.features(x))
         assert torch.equal(net(x)[0].argmax(1), d.argmin(1)) and d.std() > 0
+
 
 @pytest.mark.parametrize("model", BACKBONES)
 @pytest.mark.parametrize("distance", ["baseline", "euclidean", "cosine"])
@@ -407,12 +452,14 @@ def test_every_parameter_gets_a_gradient(model, distance):
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 
+
 def test_pvtv2_has_one_key_per_stage_at_32_pixels_and_more_above():
     for side, idle in [(32, True), (64, False)]:
         net = vision_net("pvtv2_b0", (3, side, side), distance="euclidean")
         net(images(4, 3, side, side), torch.arange(4))[1].backward()
         queries = [p.grad.abs().max().item() for name, p in net.named_parameters() if name.endswith("attn.q.weight")]
         assert len(queries) == 8 and all((g < 1e-9) == idle for g in queries)
+
 
 def test_config_reaches_the_head():
     net = vision_net(distance="minkowski", distance_params="p=3", n=5.0, eps=1e-3, link="softmin", feature_scale=0.25)
@@ -424,6 +471,7 @@ def test_config_reaches_the_head():
     net.head.feature_scale = 1.0
     assert torch.equal(net.features(x), net.backbone(x))
     assert torch.equal(vision_net("pixels", (1, 2, 2)).features(images(3, 1, 2, 2)), images(3, 1, 2, 2).flatten(1))
+
 
 def test_ignored_targets_do_not_count():
     net, x, y = vision_net(distance="euclidean").eval(), images(4, 1, 12, 12), torch.tensor([3, -1, 0, -1])

@@ -15,40 +15,46 @@ from model import GPT, GPTConfig
 from sample import generate, load_run, nearest_prototypes
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """data/tiny and two runs on it, out/cosine and out/baseline"""
-    folder, patch = tmp_path_factory.mktemp('runs'), pytest.MonkeyPatch()
-    make_dataset(folder / 'data' / 'tiny')
+    folder, patch = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch()
+    make_dataset(folder / "data" / "tiny")
     patch.chdir(folder)
-    for distance in ('cosine', 'baseline'):
-        train(out_dir=f'out/{distance}', distance=distance, max_iters=60, warmup_iters=10, lr_decay_iters=60, eval_interval=30)
+    for distance in ("cosine", "baseline"):
+        train(out_dir=f"out/{distance}", distance=distance, max_iters=60, warmup_iters=10, lr_decay_iters=60, eval_interval=30)
     patch.undo()
     return folder
+
 
 @pytest.fixture(autouse=True)
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
-@pytest.fixture(params=['cosine', 'baseline'])
-def run(request):
-    return load_run(f'out/{request.param}', 'best.pt', 'cpu')[0]
 
-def sample(*args, out_dir='out/cosine'):
-    return run_script('sample.py', f'--out_dir={out_dir}', '--device=cpu', *args)[0]
+@pytest.fixture(params=["cosine", "baseline"])
+def run(request):
+    return load_run(f"out/{request.param}", "best.pt", "cpu")[0]
+
+
+def sample(*args, out_dir="out/cosine"):
+    return run_script("sample.py", f"--out_dir={out_dir}", "--device=cpu", *args)[0]
+
 
 def samples_of(printed):
     """What it wrote, under lines of its own: '---- sample 1 ----'."""
-    return [text.removesuffix('\n') for text in re.split(r'-{30,} sample \d+ -{30,}\n', printed)[1:]]
+    return [text.removesuffix("\n") for text in re.split(r"-{30,} sample \d+ -{30,}\n", printed)[1:]]
 
 # -----------------------------------------------------------------------------
 # generate
+
 
 def argmax_loop(model, idx, steps):
     for _ in range(steps):
         z = model.head(model.features(idx[:, -16:])) # no more than block_size
         idx = torch.cat([idx, z[:, -1].argmax(-1, keepdim=True)], 1)
     return idx
+
 
 def test_temperature_0_is_the_argmax(run):
     idx = torch.tensor([[3, 4, 5], [50, 51, 52]])
@@ -58,15 +64,18 @@ def test_temperature_0_is_the_argmax(run):
     for options in (dict(temperature=0), dict(top_k=1), dict(top_p=1e-6), dict(temperature=0, top_k=5, top_p=0.5)):
         assert torch.equal(generate(run, idx, 30, **options), expected), options
 
+
 def assert_drawn_from(frequencies, p, kept):
     assert set(frequencies.nonzero()[:, 0].tolist()) <= set(kept.tolist())
     assert (frequencies[kept] - p[kept] / p[kept].sum()).abs().max() < 0.03
+
 
 def test_samples_follow_the_probabilities_that_are_left(run):
     # one step from the same place, many times
     idx = torch.tensor([[10, 11, 12]]).expand(4000, -1)
     with torch.no_grad():
         p = run(idx[:1])[0][0, 0].softmax(-1)
+
     def frequencies(**options):
         return generate(run, idx, 1, generator=torch.Generator().manual_seed(0), **options)[:, -1].bincount(minlength=97) / 4000
     order = p.argsort(descending=True)
@@ -79,10 +88,12 @@ def test_samples_follow_the_probabilities_that_are_left(run):
     nucleus = frequencies(top_p=0.9)
     assert_drawn_from(nucleus, p, order[:kept])
 
+
 def test_a_seed_repeats_itself(run):
     idx = torch.tensor([[3, 4, 5]] * 2)
     a, b, c = (generate(run, idx, 20, generator=torch.Generator().manual_seed(seed), temperature=3.0) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a[0], a[1])
+
 
 def test_end_of_text_stops_each_sequence_by_itself(run):
     idx = torch.tensor([[3, 4, 5], [50, 51, 52]])
@@ -98,67 +109,74 @@ def test_end_of_text_stops_each_sequence_by_itself(run):
 # -----------------------------------------------------------------------------
 # the script
 
+
 def test_the_script_writes_what_generate_does():
-    arguments = ('--start=%&\'', '--max_new_tokens=30', '--temperature=0', '--num_samples=2')
+    arguments = ("--start=%&'", "--max_new_tokens=30", "--temperature=0", "--num_samples=2")
     printed = sample(*arguments)
-    assert printed == sample(*arguments) and 'out/cosine/best.pt at step ' in printed
-    model = load_run('out/cosine', 'best.pt', 'cpu')[0]
-    expected = ''.join(CHARS[i] for i in generate(model, torch.tensor([[5, 6, 7]]), 30, temperature=0)[0].tolist())
-    assert samples_of(printed) == [expected] * 2 and expected.startswith('%&\'(')
-    hot = [samples_of(sample('--start=a', '--temperature=2', '--num_samples=2', f'--seed={seed}', '--max_new_tokens=30')) for seed in (1, 1, 2)]
+    assert printed == sample(*arguments) and "out/cosine/best.pt at step " in printed
+    model = load_run("out/cosine", "best.pt", "cpu")[0]
+    expected = "".join(CHARS[i] for i in generate(model, torch.tensor([[5, 6, 7]]), 30, temperature=0)[0].tolist())
+    assert samples_of(printed) == [expected] * 2 and expected.startswith("%&'(")
+    hot = [samples_of(sample("--start=a", "--temperature=2", "--num_samples=2", f"--seed={seed}", "--max_new_tokens=30")) for seed in (1, 1, 2)]
     assert hot[0] == hot[1] != hot[2] and hot[0][0] != hot[0][1]
 
-def test_a_prompt_from_a_file_may_be_longer_than_the_context(folder):
-    (folder / 'prompt.txt').write_text(''.join(CHARS[:60]))
-    text, = samples_of(sample('--start=FILE:prompt.txt', '--num_samples=1', '--max_new_tokens=5', '--temperature=0'))
-    assert text.startswith(''.join(CHARS[:60])) and len(text) == 65
 
-@pytest.mark.parametrize('distance', ['cosine', 'baseline'])
+def test_a_prompt_from_a_file_may_be_longer_than_the_context(folder):
+    (folder / "prompt.txt").write_text("".join(CHARS[:60]))
+    text, = samples_of(sample("--start=FILE:prompt.txt", "--num_samples=1", "--max_new_tokens=5", "--temperature=0"))
+    assert text.startswith("".join(CHARS[:60])) and len(text) == 65
+
+
+@pytest.mark.parametrize("distance", ["cosine", "baseline"])
 def test_nearest_is_a_ranking_by_the_heads_own_distance(distance):
     # without samples, as the docstring has it
-    lines = sample('--num_samples=0', '--nearest=a,B,ab,ï', '--num_nearest=5', out_dir=f'out/{distance}').splitlines()[-4:]
-    everyone, = sample('--num_samples=0', '--nearest=a', '--num_nearest=1000', out_dir=f'out/{distance}').splitlines()[-1:]
-    head = load_run(f'out/{distance}', 'best.pt', 'cpu')[0].head
-    for line, char, count in ((lines[0], 'a', 5), (lines[1], 'B', 5), (everyone, 'a', 96)):
+    lines = sample("--num_samples=0", "--nearest=a,B,ab,ï", "--num_nearest=5", out_dir=f"out/{distance}").splitlines()[-4:]
+    everyone, = sample("--num_samples=0", "--nearest=a", "--num_nearest=1000", out_dir=f"out/{distance}").splitlines()[-1:]
+    head = load_run(f"out/{distance}", "best.pt", "cpu")[0].head
+    for line, char, count in ((lines[0], "a", 5), (lines[1], "B", 5), (everyone, "a", 96)):
         own = CHARS.index(char)
         with torch.no_grad():
-            values = head.distances(head.weight[own]) if distance == 'cosine' else head.weight[:97] @ head.weight[own]
+            values = head.distances(head.weight[own]) if distance == "cosine" else head.weight[:97] @ head.weight[own]
         expected = [v for i, v in enumerate(values.tolist()) if i != own]
-        expected = sorted(expected, reverse=distance == 'baseline')[:count] # a dot product is large where a distance is small
-        assert line.strip().startswith(repr(char) + '  ')
+        expected = sorted(expected, reverse=distance == "baseline")[:count] # a dot product is large where a distance is small
+        assert line.strip().startswith(repr(char) + "  ")
         shown = [(CHARS.index(ast.literal_eval(token)), float(v)) for token, v in re.findall(r"""('(?:\\.|[^'\\])'|"'") (-?[\d.e+-]+)""", line)]
         assert [v for _, v in shown] == pytest.approx(expected, rel=0.01) # in this order, and each beside its own token:
         assert [v for _, v in shown] == pytest.approx([values[i].item() for i, _ in shown], rel=0.01)
-    assert "'ab' is more than one token" in lines[2] and 'ï' in lines[3] and 'not in' in lines[3]
+    assert "'ab' is more than one token" in lines[2] and "ï" in lines[3] and "not in" in lines[3]
 
-@pytest.mark.parametrize('distance, variant', [(distance, variant) for distance, variants in DISTANCES.items() for variant in variants])
+
+@pytest.mark.parametrize("distance, variant", [(distance, variant) for distance, variants in DISTANCES.items() for variant in variants])
 def test_nearest_and_generate_take_every_head(distance, variant):
     from data import load_encoding, load_meta
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=97, n_layer=1, n_head=1, n_embd=8, distance=distance, variant=variant)).eval()
-    encoding = load_encoding(load_meta('data/tiny'), 'data/tiny')
+    encoding = load_encoding(load_meta("data/tiny"), "data/tiny")
     with torch.no_grad():
-        line, = nearest_prototypes(model, encoding, ['a'], 3)
-    assert len(line.split('  ')) >= 4 and 'nan' not in line
+        line, = nearest_prototypes(model, encoding, ["a"], 3)
+    assert len(line.split("  ")) >= 4 and "nan" not in line
     assert generate(model, torch.tensor([[1, 2]]), 3, temperature=0).max() < 97 # never a padding row
 
-@pytest.mark.parametrize('args, message', [
-    (['--out_dir=out/none'], "out/none/best.pt is not there: train first"), (['--checkpoint=last.pt'], "last.pt is not there"),
-    (['--temperature=-1', '--top_p=0', '--top_k=-1', '--start=FILE:none.txt'], "4 to fix"), (['--start='], "start is empty"),
-    (['--start=naïve'], "['ï'] are not in this dataset's vocabulary of 97"), (['--num_nearest=0'], 'num_nearest'),
-    (['--num_samples=-1'], 'num_samples'), (['--max_new_tokens=-1'], 'max_new_tokens'),
-    (['--tempreature=1'], "did you mean 'temperature'?"), (['--init_from=gpt3'], 'init_from')])
+
+@pytest.mark.parametrize("args, message", [
+    (["--out_dir=out/none"], "out/none/best.pt is not there: train first"), (["--checkpoint=last.pt"], "last.pt is not there"),
+    (["--temperature=-1", "--top_p=0", "--top_k=-1", "--start=FILE:none.txt"], "4 to fix"), (["--start="], "start is empty"),
+    (["--start=naïve"], "['ï'] are not in this dataset's vocabulary of 97"), (["--num_nearest=0"], "num_nearest"),
+    (["--num_samples=-1"], "num_samples"), (["--max_new_tokens=-1"], "max_new_tokens"),
+    (["--tempreature=1"], "did you mean 'temperature'?"), (["--init_from=gpt3"], "init_from")])
 def test_refused(args, message):
-    assert message in refused('--device=cpu', '--out_dir=out/cosine', *args, script='sample.py')
+    assert message in refused("--device=cpu", "--out_dir=out/cosine", *args, script="sample.py")
+
 
 def test_a_run_on_end_of_text_tokens_says_where_it_ended(monkeypatch, folder):
     import data
     # the char-level format has no such token: make the encoding say that '+' is it
     load = data.load_encoding
+
     def with_eot(*args):
         encoding = load(*args)
-        encoding.eot = CHARS.index('+')
+        encoding.eot = CHARS.index("+")
         return encoding
-    monkeypatch.setattr(data, 'load_encoding', with_eot)
-    text, = samples_of(sample('--start=%&\'', '--num_samples=1', '--temperature=0'))
+    monkeypatch.setattr(data, "load_encoding", with_eot)
+    text, = samples_of(sample("--start=%&'", "--num_samples=1", "--temperature=0"))
     assert text == "%&'()* (end of text)"

@@ -12,7 +12,7 @@ import study
 from distances import DISTANCES
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FAKE = '''
+FAKE = """
 import json, os, sys, time
 flags = dict(arg.lstrip('-').split('=', 1) for arg in sys.argv[1:] if arg.startswith('--'))
 out = flags['out_dir']
@@ -26,17 +26,19 @@ if flags.get('seed') == '4':
     time.sleep(60)
 with open(os.path.join(out, 'summary.json'), 'w') as f:
     json.dump({}, f)
-'''
+"""
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
     """A folder with the fake training script; returns a function that runs study.py on it, in this process, and gives what it prints."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, 'ROOT', str(tmp_path))
-    (tmp_path / 'train_vision.py').write_text(FAKE)
+    monkeypatch.setattr(study, "ROOT", str(tmp_path))
+    (tmp_path / "train_vision.py").write_text(FAKE)
+
     def run(*args, refused=False):
-        monkeypatch.setattr(sys, 'argv', ['study.py', '--out_dir=out', *args])
-        message = ''
+        monkeypatch.setattr(sys, "argv", ["study.py", "--out_dir=out", *args])
+        message = ""
         if refused:
             with pytest.raises(SystemExit) as e:
                 study.main()
@@ -44,14 +46,16 @@ def here(tmp_path, monkeypatch, capsys):
             assert isinstance(message, str)
         else:
             study.main()
-        return ''.join(capsys.readouterr()) + message
+        return "".join(capsys.readouterr()) + message
     return run
 
+
 def ran():
-    if not os.path.exists('ran.txt'):
+    if not os.path.exists("ran.txt"):
         return []
-    with open('ran.txt') as f:
+    with open("ran.txt") as f:
         return [line.split() for line in f]
+
 
 def names(**settings):
     with pytest.MonkeyPatch.context() as patch:
@@ -59,84 +63,92 @@ def names(**settings):
             patch.setattr(study, key, value)
         return dict(study.grid())
 
-def test_the_grid_has_every_combination_once():
-    runs = names(heads='baseline,cosine,cosine:stable,minkowski:p=3', links='harmonic,softmin', ns='default,4,learn', seeds='1,2', models='mlp,cnn')
-    assert len(runs) == 2 * 2 * (1 + 2 * 2 * 3) # the baseline has neither link nor n, and cosine is its stable variant
-    assert list(runs)[0] == 'mlp_baseline_s1' and [name for name in runs if name.endswith('_s1')] == list(runs)[:len(runs) // 2] # seed by seed
-    assert runs['cnn_minkowski_standard_p3_softmin_n4_s2'] == ['--distance=minkowski', '--link=softmin', '--seed=2', '--model=cnn', '--distance_params=p=3', '--n=4']
-    assert runs['mlp_cosine_stable_nlearn_s1'] == ['--distance=cosine', '--link=harmonic', '--seed=1', '--model=mlp', '--variant=stable', '--learn_n=true']
-    everything = names(heads='all', seeds='7')
-    assert len(everything) == 2 + sum(map(len, DISTANCES.values())) and all(name.endswith('_s7') for name in everything)
 
-@pytest.mark.parametrize('settings, message', [
-    (dict(heads='cosin'), 'cosin'), (dict(heads='minkowski:p=0.5'), 'p'), (dict(seeds='x'), "seeds is 'x'"),
-    (dict(ns='many'), "ns is 'many': write numbers"), (dict(ns='0'), 'ns is'), (dict(ns='nan'), 'ns is'),
-    (dict(links='soft'), 'soft')])
+def test_the_grid_has_every_combination_once():
+    runs = names(heads="baseline,cosine,cosine:stable,minkowski:p=3", links="harmonic,softmin", ns="default,4,learn", seeds="1,2", models="mlp,cnn")
+    assert len(runs) == 2 * 2 * (1 + 2 * 2 * 3) # the baseline has neither link nor n, and cosine is its stable variant
+    assert list(runs)[0] == "mlp_baseline_s1" and [name for name in runs if name.endswith("_s1")] == list(runs)[:len(runs) // 2] # seed by seed
+    assert runs["cnn_minkowski_standard_p3_softmin_n4_s2"] == ["--distance=minkowski", "--link=softmin", "--seed=2", "--model=cnn", "--distance_params=p=3", "--n=4"]
+    assert runs["mlp_cosine_stable_nlearn_s1"] == ["--distance=cosine", "--link=harmonic", "--seed=1", "--model=mlp", "--variant=stable", "--learn_n=true"]
+    everything = names(heads="all", seeds="7")
+    assert len(everything) == 2 + sum(map(len, DISTANCES.values())) and all(name.endswith("_s7") for name in everything)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(heads="cosin"), "cosin"), (dict(heads="minkowski:p=0.5"), "p"), (dict(seeds="x"), "seeds is 'x'"),
+    (dict(ns="many"), "ns is 'many': write numbers"), (dict(ns="0"), "ns is"), (dict(ns="nan"), "ns is"),
+    (dict(links="soft"), "soft")])
 def test_what_no_run_could_do_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         names(**settings)
 
+
 def test_runs_are_processes_with_folders_and_what_has_ended_is_skipped(here):
-    out = here('--heads=baseline,cosine', '--seeds=1,2', '--settings=--epochs=3')
-    assert '4 runs in' in out and '4 of 4 have ended' in out
-    assert [line[0] for line in ran()] == ['baseline_s1', 'cosine_stable_s1', 'baseline_s2', 'cosine_stable_s2']
-    assert len({line[1] for line in ran()}) == 4 and all('--epochs=3' in line for line in ran())
-    with open('out/cosine_stable_s2/log.txt') as f:
-        assert 'hello from out/cosine_stable_s2' in f.read()
-    os.remove('out/baseline_s2/summary.json')
-    assert '3 ended, 1 new; 1 to run' in here('--heads=baseline,cosine', '--seeds=1,2', '--settings=--epochs=3')
+    out = here("--heads=baseline,cosine", "--seeds=1,2", "--settings=--epochs=3")
+    assert "4 runs in" in out and "4 of 4 have ended" in out
+    assert [line[0] for line in ran()] == ["baseline_s1", "cosine_stable_s1", "baseline_s2", "cosine_stable_s2"]
+    assert len({line[1] for line in ran()}) == 4 and all("--epochs=3" in line for line in ran())
+    with open("out/cosine_stable_s2/log.txt") as f:
+        assert "hello from out/cosine_stable_s2" in f.read()
+    os.remove("out/baseline_s2/summary.json")
+    assert "3 ended, 1 new; 1 to run" in here("--heads=baseline,cosine", "--seeds=1,2", "--settings=--epochs=3")
     assert len(ran()) == 5
-    out = here('--heads=baseline,cosine', '--seeds=1,2', '--settings=--epochs=4', refused=True) # ended runs of other settings are not taken for these
-    assert out.count('was made with other arguments') == 4 and '--epochs=3' in out and len(ran()) == 5
+    out = here("--heads=baseline,cosine", "--seeds=1,2", "--settings=--epochs=4", refused=True) # ended runs of other settings are not taken for these
+    assert out.count("was made with other arguments") == 4 and "--epochs=3" in out and len(ran()) == 5
+
 
 def test_a_broken_run_is_reported_and_retried_by_a_flag(here):
-    out = here('--heads=baseline,cosine', '--seeds=1,3', refused=True)
-    assert '2 broken, --retry runs them again' in out and 'out/cosine_stable_s3: exit status 1: seed 3 is unlucky' in out # and the others have run
+    out = here("--heads=baseline,cosine", "--seeds=1,3", refused=True)
+    assert "2 broken, --retry runs them again" in out and "out/cosine_stable_s3: exit status 1: seed 3 is unlucky" in out # and the others have run
     assert len(ran()) == 4
-    out = here('--heads=baseline,cosine', '--seeds=1,3', refused=True)
-    assert '2 ended, 2 broken; 0 to run' in out and len(ran()) == 4
-    open('mended', 'w').close()
-    assert '4 of 4 have ended' in here('--heads=baseline,cosine', '--seeds=1,3', '--retry') and len(ran()) == 6
+    out = here("--heads=baseline,cosine", "--seeds=1,3", refused=True)
+    assert "2 ended, 2 broken; 0 to run" in out and len(ran()) == 4
+    open("mended", "w").close()
+    assert "4 of 4 have ended" in here("--heads=baseline,cosine", "--seeds=1,3", "--retry") and len(ran()) == 6
+
 
 def test_dry_run_and_shards(here):
-    out = here('--heads=baseline,cosine,euclidean', '--seeds=1,2', '--dry-run')
-    assert out.count('python train_vision.py') == 6 and not ran() and not os.path.exists('out')
-    parts = [here('--heads=baseline,cosine,euclidean', '--seeds=1,2', f'--shard={i}/4', '--dry-run') for i in (1, 2, 3, 4)]
-    lines = [line for part in parts for line in part.splitlines() if 'train_vision.py' in line]
-    assert sorted(lines) == sorted(line for line in out.splitlines() if 'train_vision.py' in line) and max(part.count('train_vision.py') for part in parts) == 2
+    out = here("--heads=baseline,cosine,euclidean", "--seeds=1,2", "--dry-run")
+    assert out.count("python train_vision.py") == 6 and not ran() and not os.path.exists("out")
+    parts = [here("--heads=baseline,cosine,euclidean", "--seeds=1,2", f"--shard={i}/4", "--dry-run") for i in (1, 2, 3, 4)]
+    lines = [line for part in parts for line in part.splitlines() if "train_vision.py" in line]
+    assert sorted(lines) == sorted(line for line in out.splitlines() if "train_vision.py" in line) and max(part.count("train_vision.py") for part in parts) == 2
+
 
 # Ctrl-C reaches the run too; a scheduler's SIGTERM only the study
-@pytest.mark.parametrize('stop', [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)], ids=['ctrl-c', 'sigterm'])
+@pytest.mark.parametrize("stop", [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)], ids=["ctrl-c", "sigterm"])
 def test_a_stopped_study_takes_its_run_along_and_goes_on(here, tmp_path, stop):
-    for name in ('study.py', 'configurator.py', 'distances.py'): # a process group of its own
+    for name in ("study.py", "configurator.py", "distances.py"): # a process group of its own
         (tmp_path / name).write_text(open(os.path.join(ROOT, name)).read())
-    command = [sys.executable, 'study.py', '--out_dir=out', '--heads=baseline', '--seeds=1,4,5']
+    command = [sys.executable, "study.py", "--out_dir=out", "--heads=baseline", "--seeds=1,4,5"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     for _ in range(300):
-        if os.path.exists('out/baseline_s4/ckpt.pt'):
+        if os.path.exists("out/baseline_s4/ckpt.pt"):
             break
         time.sleep(0.1)
     stop(process.pid)
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 1 and 'stopped after 1 of 3 runs: the same command goes on' in out and 'Traceback' not in out
-    assert not os.path.exists('out/baseline_s4/error.txt') and not os.path.exists('out/baseline_s5')
+    assert process.returncode == 1 and "stopped after 1 of 3 runs: the same command goes on" in out and "Traceback" not in out
+    assert not os.path.exists("out/baseline_s4/error.txt") and not os.path.exists("out/baseline_s5")
     with pytest.raises(ProcessLookupError): # the run has stopped too
         os.kill(int(ran()[-1][1]), 0)
-    (tmp_path / 'train_vision.py').write_text(FAKE.replace('time.sleep(60)', 'pass'))
-    assert '1 ended, 1 stopped, 1 new; 2 to run' in here('--heads=baseline', '--seeds=1,4,5')
-    assert ran()[2][2:] == ['--init_from=resume', '--out_dir=out/baseline_s4']
+    (tmp_path / "train_vision.py").write_text(FAKE.replace("time.sleep(60)", "pass"))
+    assert "1 ended, 1 stopped, 1 new; 2 to run" in here("--heads=baseline", "--seeds=1,4,5")
+    assert ran()[2][2:] == ["--init_from=resume", "--out_dir=out/baseline_s4"]
 
-@pytest.mark.parametrize('args, message', [
-    (['--shard=5/4'], 'write i/k with 1 <= i <= k'), (['--shard=x'], 'write i/k'), (['--script=bench.py'], 'use train.py or train_vision.py'),
-    (['--base=config/none.py'], 'there is no config/none.py'), (['--heads=cosin'], 'cosin'), (['--seeds='], 'the grid is empty'), (['--head=all'], "did you mean 'heads'?")])
+
+@pytest.mark.parametrize("args, message", [
+    (["--shard=5/4"], "write i/k with 1 <= i <= k"), (["--shard=x"], "write i/k"), (["--script=bench.py"], "use train.py or train_vision.py"),
+    (["--base=config/none.py"], "there is no config/none.py"), (["--heads=cosin"], "cosin"), (["--seeds="], "the grid is empty"), (["--head=all"], "did you mean 'heads'?")])
 def test_one_clear_message(here, args, message):
     out = here(*args, refused=True)
-    assert message in out and not os.path.exists('out')
+    assert message in out and not os.path.exists("out")
+
 
 def test_a_real_run(tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'study.py'), '--heads=baseline,cosine', '--seeds=1', f'--out_dir={tmp_path}/out',
-                           '--settings=--epochs=1 --plots=false --track_emissions=false'], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "study.py"), "--heads=baseline,cosine", "--seeds=1", f"--out_dir={tmp_path}/out",
+                           "--settings=--epochs=1 --plots=false --track_emissions=false"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ('baseline_s1', 'cosine_stable_s1'):
-        with open(tmp_path / 'out' / name / 'summary.json') as f:
-            assert json.load(f)['test_accuracy'] > 0.5
+    for name in ("baseline_s1", "cosine_stable_s1"):
+        with open(tmp_path / "out" / name / "summary.json") as f:
+            assert json.load(f)["test_accuracy"] > 0.5

@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1') # before transformers is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1") # before transformers is imported
 
 import numpy as np
 import pytest
@@ -33,25 +33,28 @@ from distances import DISTANCES, lm_head
 from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CHARS = [chr(c) for c in range(32, 127)] + ['\n', '\t'] # 97, so that 31 of 128 rows are padding
-SETTINGS = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, compile=False, device='cpu',
+CHARS = [chr(c) for c in range(32, 127)] + ["\n", "\t"] # 97, so that 31 of 128 rows are padding
+SETTINGS = dict(dataset="tiny", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, compile=False, device="cpu",
                 learning_rate=1e-2, min_lr=1e-3, warmup_iters=5, max_iters=20, lr_decay_iters=20, log_interval=1, eval_interval=10, eval_iters=-1,
-                track_emissions=False, dtype='float32')
-HARD = dict(dropout=0.1, distance='euclidean', learn_n=True) # what makes resuming or splitting a run hard: noise, and a head that learns
+                track_emissions=False, dtype="float32")
+HARD = dict(dropout=0.1, distance="euclidean", learn_n=True) # what makes resuming or splitting a run hard: noise, and a head that learns
 
-def make_dataset(folder, train_tokens=6000, val_tokens=16 * 21 + 5, dtype='uint16', **meta):
+
+def make_dataset(folder, train_tokens=6000, val_tokens=16 * 21 + 5, dtype="uint16", **meta):
     """nanoGPT's char-level format: the alphabet over and over, a tenth of it noise. 21 validation blocks, which 4 does not divide."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for split, size in (('train', train_tokens), ('val', val_tokens)):
+    for split, size in (("train", train_tokens), ("val", val_tokens)):
         ids = np.where(rng.random(size) < 0.1, rng.integers(0, 97, size), np.arange(size) % 97)
-        ids.astype(dtype).tofile(folder / f'{split}.bin')
-    meta = dict(vocab_size=97, stoi={c: i for i, c in enumerate(CHARS)}, itos=dict(enumerate(CHARS)), hash='123abc',
+        ids.astype(dtype).tofile(folder / f"{split}.bin")
+    meta = dict(vocab_size=97, stoi={c: i for i, c in enumerate(CHARS)}, itos=dict(enumerate(CHARS)), hash="123abc",
                 val_tokens=val_tokens, val_bytes=val_tokens) | meta
-    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+
 
 def flags(**settings):
-    return [f'--{key}={value}' for key, value in settings.items()]
+    return [f"--{key}={value}" for key, value in settings.items()]
+
 
 def run_script(name, *args):
     """python name *args, but in this process: (what it printed, its globals). SystemExit comes through."""
@@ -59,27 +62,30 @@ def run_script(name, *args):
     sys.argv = [os.path.join(ROOT, name), *args]
     try:
         with contextlib.redirect_stdout(out):
-            found = runpy.run_path(sys.argv[0], run_name='__main__')
+            found = runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.argv = argv
-        if 'matplotlib.pyplot' in sys.modules:
-            sys.modules['matplotlib.pyplot'].close('all')
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close("all")
         torch.set_float32_matmul_precision(precision)
     return out.getvalue(), found
 
-def train(*args, **settings):
-    return run_script('train.py', *args, *flags(**{**SETTINGS, **settings}))
 
-def refused(*args, script='train.py', **settings):
+def train(*args, **settings):
+    return run_script("train.py", *args, *flags(**{**SETTINGS, **settings}))
+
+
+def refused(*args, script="train.py", **settings):
     """The one message with which the script ends: python prints a string to stderr and exits with 1, there is no traceback."""
     with pytest.raises(SystemExit) as e:
         run_script(script, *args, *flags(**settings))
     assert isinstance(e.value.code, str), e.value.code
     return e.value.code
 
+
 def processes(cwd, *commands):
     """Run them side by side: [(exit code, stdout, stderr)]. None may hang."""
-    env = {**os.environ, 'WANDB_DIR': str(cwd), 'PYTHONPATH': ''} # the scripts find their own imports
+    env = {**os.environ, "WANDB_DIR": str(cwd), "PYTHONPATH": ""} # the scripts find their own imports
     started = [subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                for command in commands]
     try:
@@ -89,28 +95,33 @@ def processes(cwd, *commands):
             p.kill()
     return [(p.returncode, *result) for p, result in zip(started, results)]
 
+
 def train_processes(cwd, *runs, launcher=(), codes=0):
-    results = processes(cwd, *([*launcher, os.path.join(ROOT, 'train.py'), *flags(**{**SETTINGS, **settings})] for settings in runs))
+    results = processes(cwd, *([*launcher, os.path.join(ROOT, "train.py"), *flags(**{**SETTINGS, **settings})] for settings in runs))
     for code, out, err in results:
         assert code == codes, out + err
     return [out + err for _, out, err in results]
 
+
 def metrics(out_dir, kind=None):
     """The lines of metrics.jsonl without what differs from run to run: times and energy."""
-    with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
+    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
         rows = [json.loads(line) for line in f]
-    return [{k: v for k, v in row.items() if k not in ('ms', 'tokens_per_s', 'mfu') and not k.endswith('_total')}
-            for row in rows if kind in (None, row['kind'])]
+    return [{k: v for k, v in row.items() if k not in ("ms", "tokens_per_s", "mfu") and not k.endswith("_total")}
+            for row in rows if kind in (None, row["kind"])]
 
-def load(out_dir, name='ckpt.pt'):
+
+def load(out_dir, name="ckpt.pt"):
     return torch.load(os.path.join(out_dir, name), weights_only=True)
 
+
 def model_of(ckpt):
-    model = GPT(GPTConfig(**ckpt['model_args']))
-    model.load_state_dict(ckpt['model'])
+    model = GPT(GPTConfig(**ckpt["model_args"]))
+    model.load_state_dict(ckpt["model"])
     return model.eval()
 
-def assert_same(a, b, path=''):
+
+def assert_same(a, b, path=""):
     """Equal to the last bit, through dicts and lists."""
     assert type(a) is type(b), path
     if isinstance(a, dict):
@@ -118,370 +129,408 @@ def assert_same(a, b, path=''):
     if isinstance(a, (dict, list, tuple)):
         assert len(a) == len(b), path
         for key in a if isinstance(a, dict) else range(len(a)):
-            assert_same(a[key], b[key], f'{path}/{key}')
+            assert_same(a[key], b[key], f"{path}/{key}")
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, (path, a, b)
 
+
 def assert_same_training(a, b):
     x, y = load(a), load(b)
-    for key in ('model', 'optimizer', 'scaler', 'step', 'best_val_loss', 'best_step', 'val_loss'):
+    for key in ("model", "optimizer", "scaler", "step", "best_val_loss", "best_step", "val_loss"):
         assert_same(x[key], y[key], key)
     assert metrics(a) == metrics(b)
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('datasets')
-    make_dataset(folder / 'data' / 'tiny')
+    folder = tmp_path_factory.mktemp("datasets")
+    make_dataset(folder / "data" / "tiny")
     return folder
+
 
 @pytest.fixture(autouse=True)
 def here(datasets, tmp_path, monkeypatch):
     """Every test in an empty folder, far from the scripts, with data/tiny in it."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'data').symlink_to(datasets / 'data')
+    (tmp_path / "data").symlink_to(datasets / "data")
     return tmp_path
 
 # -----------------------------------------------------------------------------
 # one run, in processes of its own: 20 steps, and the same stopped after 10 and resumed
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def runs(datasets):
-    whole = dict(out_dir='whole', track_emissions=True, carbon_intensity=100, **HARD)
-    half = dict(out_dir='half', max_iters=10, **HARD)
+    whole = dict(out_dir="whole", track_emissions=True, carbon_intensity=100, **HARD)
+    half = dict(out_dir="half", max_iters=10, **HARD)
     printed = train_processes(datasets, whole, half)
-    printed += [run_in(datasets, '--init_from=resume', '--out_dir=half', '--max_iters=20')]
+    printed += [run_in(datasets, "--init_from=resume", "--out_dir=half", "--max_iters=20")]
     return datasets, printed
 
+
 def run_in(cwd, *args):
-    (code, out, err), = processes(cwd, [os.path.join(ROOT, 'train.py'), *args])
+    (code, out, err), = processes(cwd, [os.path.join(ROOT, "train.py"), *args])
     assert code == 0, out + err
     return out + err
 
+
 def test_a_run_leaves_its_settings(runs):
     folder, _ = runs
-    info = json.loads((folder / 'whole' / 'config.json').read_text())
-    assert info['config'].keys() == info['sources'].keys() and info['config']['distance'] == 'euclidean' and info['config']['beta2'] == 0.95
-    assert info['sources']['distance'] == 'command line' and info['sources']['beta2'] == 'default'
-    assert info['device'] == 'cpu' and info['dtype'] == 'float32' and info['world_size'] == 1 and 'git' in info
-    assert info['versions']['torch'] == torch.__version__ and info['versions']['python'] and info['versions']['numpy']
-    assert info['data']['hash'] == '123abc' and info['data']['vocab_size'] == 97 and info['model_args']['vocab_size'] == 97
-    assert info['num_params'] == sum(p.numel() for p in model_of(load(folder / 'whole')).parameters())
+    info = json.loads((folder / "whole" / "config.json").read_text())
+    assert info["config"].keys() == info["sources"].keys() and info["config"]["distance"] == "euclidean" and info["config"]["beta2"] == 0.95
+    assert info["sources"]["distance"] == "command line" and info["sources"]["beta2"] == "default"
+    assert info["device"] == "cpu" and info["dtype"] == "float32" and info["world_size"] == 1 and "git" in info
+    assert info["versions"]["torch"] == torch.__version__ and info["versions"]["python"] and info["versions"]["numpy"]
+    assert info["data"]["hash"] == "123abc" and info["data"]["vocab_size"] == 97 and info["model_args"]["vocab_size"] == 97
+    assert info["num_params"] == sum(p.numel() for p in model_of(load(folder / "whole")).parameters())
+
 
 def test_a_run_learns_and_says_so(runs):
     folder, printed = runs
-    out, summary = folder / 'whole', json.loads((folder / 'whole' / 'summary.json').read_text())
-    losses, evals = metrics(out, 'train'), metrics(out, 'eval')
-    assert [row['step'] for row in losses] == list(range(1, 21)) and [row['step'] for row in evals] == [0, 10, 20]
+    out, summary = folder / "whole", json.loads((folder / "whole" / "summary.json").read_text())
+    losses, evals = metrics(out, "train"), metrics(out, "eval")
+    assert [row["step"] for row in losses] == list(range(1, 21)) and [row["step"] for row in evals] == [0, 10, 20]
     for row in losses:
-        assert row['tokens'] == row['step'] * 2 * 4 * 16 and row.keys() >= {'loss', 'lr', 'grad_norm'}
+        assert row["tokens"] == row["step"] * 2 * 4 * 16 and row.keys() >= {"loss", "lr", "grad_norm"}
     # a fresh head guesses about uniformly; the sequence is nearly determined by the last token
-    assert evals[0]['val_loss'] == pytest.approx(math.log(97), rel=0.25)
-    assert evals[0]['val_loss'] > evals[1]['val_loss'] + 0.1 > evals[2]['val_loss'] + 0.2
-    assert losses[0]['loss'] == pytest.approx(evals[0]['val_loss'], rel=0.1) # both are a mean over micro-batches, not a sum
-    default = DISTANCES['euclidean']['standard'].n_scale * 16 ** 0.5
-    assert evals[0]['n'] == pytest.approx(default) != evals[2]['n'] # learned, from the distance's default
-    assert summary['val_loss'] == summary['best_val_loss'] == evals[2]['val_loss'] and summary['step'] == summary['best_step'] == 20
-    assert summary['perplexity'] == pytest.approx(math.exp(summary['val_loss'])) and summary['n'] == evals[2]['n']
-    assert summary['bits_per_byte'] == pytest.approx(summary['val_loss'] / math.log(2)) # a byte per token here
-    assert (out / 'loss.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
-    assert not [name for name in os.listdir(out) if name.endswith('.tmp')]
+    assert evals[0]["val_loss"] == pytest.approx(math.log(97), rel=0.25)
+    assert evals[0]["val_loss"] > evals[1]["val_loss"] + 0.1 > evals[2]["val_loss"] + 0.2
+    assert losses[0]["loss"] == pytest.approx(evals[0]["val_loss"], rel=0.1) # both are a mean over micro-batches, not a sum
+    default = DISTANCES["euclidean"]["standard"].n_scale * 16 ** 0.5
+    assert evals[0]["n"] == pytest.approx(default) != evals[2]["n"] # learned, from the distance's default
+    assert summary["val_loss"] == summary["best_val_loss"] == evals[2]["val_loss"] and summary["step"] == summary["best_step"] == 20
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"])) and summary["n"] == evals[2]["n"]
+    assert summary["bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2)) # a byte per token here
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
     assert f"{summary['val_loss']:.4f}" in printed[0]
-    assert not [text for text in printed if 'Warning' in text or 'Traceback' in text]
+    assert not [text for text in printed if "Warning" in text or "Traceback" in text]
+
 
 def test_energy_has_a_row_per_evaluation(runs):
-    pytest.importorskip('codecarbon')
+    pytest.importorskip("codecarbon")
     folder, printed = runs
-    with open(folder / 'whole' / 'emissions.csv', newline='') as f:
+    with open(folder / "whole" / "emissions.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert [int(row['step']) for row in rows] == [0, 10, 20, 20] # the last one at the end: plotting takes energy too
+    assert [int(row["step"]) for row in rows] == [0, 10, 20, 20] # the last one at the end: plotting takes energy too
     total = 0.0
     for row in rows:
-        total += float(row['energy_kwh_interval'])
-        assert float(row['energy_kwh_total']) == pytest.approx(total) and float(row['emissions_g_total']) == pytest.approx(total * 100)
+        total += float(row["energy_kwh_interval"])
+        assert float(row["energy_kwh_total"]) == pytest.approx(total) and float(row["emissions_g_total"]) == pytest.approx(total * 100)
     assert total > 0
-    with open(folder / 'whole' / 'metrics.jsonl') as f: # the same totals beside the loss that they bought
-        evals = [row for row in map(json.loads, f) if row['kind'] == 'eval']
-    assert [row['energy_kwh_total'] for row in evals] == [float(row['energy_kwh_total']) for row in rows[:3]]
-    assert [row['val_loss'] for row in evals] == [float(row['val_loss']) for row in rows[:3]]
-    assert 'kWh' in printed[0] and not (folder / 'half' / 'emissions.csv').exists()
+    with open(folder / "whole" / "metrics.jsonl") as f: # the same totals beside the loss that they bought
+        evals = [row for row in map(json.loads, f) if row["kind"] == "eval"]
+    assert [row["energy_kwh_total"] for row in evals] == [float(row["energy_kwh_total"]) for row in rows[:3]]
+    assert [row["val_loss"] for row in evals] == [float(row["val_loss"]) for row in rows[:3]]
+    assert "kWh" in printed[0] and not (folder / "half" / "emissions.csv").exists()
+
 
 def test_validation_loss_by_hand(runs):
     folder, _ = runs
-    best = load(folder / 'whole', 'best.pt')
-    ids = torch.from_numpy(np.fromfile(folder / 'data' / 'tiny' / 'val.bin', np.uint16).astype(np.int64))
+    best = load(folder / "whole", "best.pt")
+    ids = torch.from_numpy(np.fromfile(folder / "data" / "tiny" / "val.bin", np.uint16).astype(np.int64))
     x, y = ids[:21 * 16].view(21, 16), ids[1:21 * 16 + 1].view(21, 16) # all whole blocks from the start
     model = model_of(best)
     with torch.no_grad():
         expected = F.cross_entropy(model.head(model.features(x)).flatten(0, 1), y.flatten()).item()
-    assert best['val_loss'] == pytest.approx(expected, abs=1e-5)
-    assert metrics(folder / 'whole', 'eval')[best['step'] // 10]['val_loss'] == best['val_loss']
+    assert best["val_loss"] == pytest.approx(expected, abs=1e-5)
+    assert metrics(folder / "whole", "eval")[best["step"] // 10]["val_loss"] == best["val_loss"]
+
 
 def test_the_evaluated_range_may_be_shorter(runs):
     folder, _ = runs
-    train(out_dir='out', eval_iters=2, max_iters=1, **HARD)
-    ids = torch.from_numpy(np.fromfile('data/tiny/val.bin', np.uint16).astype(np.int64))[:8 * 16 + 1]
-    model = model_of(load('out'))
+    train(out_dir="out", eval_iters=2, max_iters=1, **HARD)
+    ids = torch.from_numpy(np.fromfile("data/tiny/val.bin", np.uint16).astype(np.int64))[:8 * 16 + 1]
+    model = model_of(load("out"))
     with torch.no_grad():
         expected = F.cross_entropy(model.head(model.features(ids[:-1].view(8, 16))).flatten(0, 1), ids[1:]).item()
-    assert metrics('out', 'eval')[-1]['val_loss'] == pytest.approx(expected, abs=1e-5)
+    assert metrics("out", "eval")[-1]["val_loss"] == pytest.approx(expected, abs=1e-5)
+
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(runs):
     folder, printed = runs
-    assert_same_training(folder / 'whole', folder / 'half')
-    info = json.loads((folder / 'half' / 'config.json').read_text()) # its own settings came back without being said again
-    assert info['config']['max_iters'] == 20 and info['sources']['max_iters'] == 'command line'
-    assert info['config']['learning_rate'] == 1e-2 and info['sources']['learning_rate'] == 'command line' # of the run's beginning
-    assert info['config']['init_from'] == 'scratch'
+    assert_same_training(folder / "whole", folder / "half")
+    info = json.loads((folder / "half" / "config.json").read_text()) # its own settings came back without being said again
+    assert info["config"]["max_iters"] == 20 and info["sources"]["max_iters"] == "command line"
+    assert info["config"]["learning_rate"] == 1e-2 and info["sources"]["learning_rate"] == "command line" # of the run's beginning
+    assert info["config"]["init_from"] == "scratch"
+
 
 # float16 has a loss scale to restore; the others have state or noise in the head, which the optimizer does not know of
-@pytest.mark.parametrize('settings', [
-    dict(dtype='float16', distance='offset_l2'), dict(distance='mahalanobis', variant='covariance'), dict(distance='hamming', variant='gumbel', learn_n=True)],
-    ids=lambda settings: settings.get('variant', 'float16'))
+@pytest.mark.parametrize("settings", [
+    dict(dtype="float16", distance="offset_l2"), dict(distance="mahalanobis", variant="covariance"), dict(distance="hamming", variant="gumbel", learn_n=True)],
+    ids=lambda settings: settings.get("variant", "float16"))
 def test_other_runs_resume_to_the_last_bit_too(settings):
     settings = dict(dropout=0.1, eval_interval=4, lr_decay_iters=8, **settings)
-    train(out_dir='whole', max_iters=8, **settings)
-    train(out_dir='half', max_iters=4, **settings)
-    start = load('half')
-    run_script('train.py', '--init_from=resume', '--out_dir=half', '--max_iters=8')
-    assert_same_training('whole', 'half')
-    end = load('half')
-    if settings.get('dtype') == 'float16':
-        assert end['scaler']['scale'] > 0 and end['scaler'] != start['scaler']
-    if settings.get('variant') == 'covariance':
-        assert not torch.equal(end['model']['head.covariance'], start['model']['head.covariance']) # the estimate is alive
+    train(out_dir="whole", max_iters=8, **settings)
+    train(out_dir="half", max_iters=4, **settings)
+    start = load("half")
+    run_script("train.py", "--init_from=resume", "--out_dir=half", "--max_iters=8")
+    assert_same_training("whole", "half")
+    end = load("half")
+    if settings.get("dtype") == "float16":
+        assert end["scaler"]["scale"] > 0 and end["scaler"] != start["scaler"]
+    if settings.get("variant") == "covariance":
+        assert not torch.equal(end["model"]["head.covariance"], start["model"]["head.covariance"]) # the estimate is alive
+
 
 def test_lines_behind_the_checkpoint_are_dropped_on_resume():
-    train(out_dir='whole', max_iters=8, eval_interval=4, **HARD)
-    train(out_dir='half', max_iters=4, eval_interval=4, **{**HARD, 'learn_n': True})
-    with open('half/metrics.jsonl', 'a') as f: # the run went on for a step and a half, then the machine stopped
+    train(out_dir="whole", max_iters=8, eval_interval=4, **HARD)
+    train(out_dir="half", max_iters=4, eval_interval=4, **{**HARD, "learn_n": True})
+    with open("half/metrics.jsonl", "a") as f: # the run went on for a step and a half, then the machine stopped
         f.write('{"kind": "train", "step": 5, "loss": 1.0}\n{"kind": "tra')
-    run_script('train.py', '--init_from=resume', '--out_dir=half', '--max_iters=8')
-    assert metrics('half') == metrics('whole')
+    run_script("train.py", "--init_from=resume", "--out_dir=half", "--max_iters=8")
+    assert metrics("half") == metrics("whole")
+
 
 def test_resuming_a_finished_run_changes_nothing():
-    train(out_dir='out', max_iters=2)
-    before = {name: open(os.path.join('out', name), 'rb').read() for name in ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'summary.json')}
-    printed, _ = run_script('train.py', '--init_from=resume', '--out_dir=out')
-    assert 'nothing to do' in printed
+    train(out_dir="out", max_iters=2)
+    before = {name: open(os.path.join("out", name), "rb").read() for name in ("ckpt.pt", "best.pt", "metrics.jsonl", "summary.json")}
+    printed, _ = run_script("train.py", "--init_from=resume", "--out_dir=out")
+    assert "nothing to do" in printed
     for name, content in before.items():
-        assert open(os.path.join('out', name), 'rb').read() == content, name
+        assert open(os.path.join("out", name), "rb").read() == content, name
+
 
 def test_no_steps_at_all_is_an_evaluation():
-    train(out_dir='out', max_iters=0)
-    assert [row['step'] for row in metrics('out')] == [0] and json.load(open('out/summary.json'))['val_loss'] == metrics('out')[0]['val_loss']
+    train(out_dir="out", max_iters=0)
+    assert [row["step"] for row in metrics("out")] == [0] and json.load(open("out/summary.json"))["val_loss"] == metrics("out")[0]["val_loss"]
+
 
 def test_how_often_one_evaluates_does_not_change_training():
-    train(out_dir='often', max_iters=8, eval_interval=2, **HARD)
-    train(out_dir='seldom', max_iters=8, eval_interval=4, log_interval=3, **HARD)
-    assert_same(load('often')['model'], load('seldom')['model'])
-    often = {row['step']: row['loss'] for row in metrics('often', 'train')}
-    assert [row['step'] for row in metrics('seldom', 'train')] == [3, 4, 6, 8]
-    assert all(often[row['step']] == row['loss'] for row in metrics('seldom', 'train'))
+    train(out_dir="often", max_iters=8, eval_interval=2, **HARD)
+    train(out_dir="seldom", max_iters=8, eval_interval=4, log_interval=3, **HARD)
+    assert_same(load("often")["model"], load("seldom")["model"])
+    often = {row["step"]: row["loss"] for row in metrics("often", "train")}
+    assert [row["step"] for row in metrics("seldom", "train")] == [3, 4, 6, 8]
+    assert all(often[row["step"]] == row["loss"] for row in metrics("seldom", "train"))
+
 
 def test_a_smaller_micro_batch_is_the_same_run():
     # what config/gpu12gb.py advises when memory is short. Without dropout, which belongs to the micro-batch
-    train(out_dir='two', max_iters=8, batch_size=4, gradient_accumulation_steps=2, distance='cosine')
-    train(out_dir='one', max_iters=8, batch_size=8, gradient_accumulation_steps=1, distance='cosine')
-    assert_close_runs('two', 'one')
+    train(out_dir="two", max_iters=8, batch_size=4, gradient_accumulation_steps=2, distance="cosine")
+    train(out_dir="one", max_iters=8, batch_size=8, gradient_accumulation_steps=1, distance="cosine")
+    assert_close_runs("two", "one")
+
 
 def assert_close_runs(a, b, tolerance=1e-5):
     """Equal up to the order in which fp32 sums are taken."""
     for x, y in zip(metrics(a), metrics(b), strict=True):
         assert x == {key: value if type(value) in (str, type(None)) else pytest.approx(value, rel=tolerance, abs=tolerance) for key, value in y.items()}
-    x, y = load(a)['model'], load(b)['model']
+    x, y = load(a)["model"], load(b)["model"]
     for name in x:
-        torch.testing.assert_close(x[name], y[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f'{name}: {m}')
+        torch.testing.assert_close(x[name], y[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
 
 def test_heads_share_data_order_and_backbone(monkeypatch):
     seen, read = {}, data.Blocks.batch
-    for distance in ('baseline', 'cosine', 'offset_l2'):
+    for distance in ("baseline", "cosine", "offset_l2"):
         batches = seen[distance] = []
-        monkeypatch.setattr(data.Blocks, 'batch', lambda *args, batches=batches: batches.append(read(*args)) or batches[-1])
+        monkeypatch.setattr(data.Blocks, "batch", lambda *args, batches=batches: batches.append(read(*args)) or batches[-1])
         train(out_dir=distance, distance=distance, max_iters=3, learning_rate=0, min_lr=0) # the weights stay what they were
-    for distance in ('cosine', 'offset_l2'):
-        assert_same(seen[distance], seen['baseline'])
-        a, b = load(distance)['model'], load('baseline')['model']
-        assert all(torch.equal(a[name], b[name]) for name in a if name.startswith('transformer.'))
-    first = [x for x, _ in seen['baseline']]
+    for distance in ("cosine", "offset_l2"):
+        assert_same(seen[distance], seen["baseline"])
+        a, b = load(distance)["model"], load("baseline")["model"]
+        assert all(torch.equal(a[name], b[name]) for name in a if name.startswith("transformer."))
+    first = [x for x, _ in seen["baseline"]]
     assert len(first) == 3 * 2 + 1 and not torch.equal(first[0], first[1]) # a batch per micro-step, and the one fetched ahead
 
 # -----------------------------------------------------------------------------
 # optimizer and schedule
 
-@pytest.mark.parametrize('name, initial, settings', [
-    ('A', torch.eye(16), dict(distance='mahalanobis')), ('theta', torch.zeros(16), dict(distance='mahalanobis', variant='diagonal')),
-    ('L', torch.zeros(16, 16), dict(distance='mahalanobis', variant='cholesky')), ('alpha', torch.ones(128, 16), dict(distance='offset_l2')),
-    ('log_n', torch.tensor(2.0).log(), dict(distance='manhattan', learn_n=True, n=2)),
-    ('alpha', torch.ones(128, 16), dict(distance='offset_l2', tie_weights=True))])
+
+@pytest.mark.parametrize("name, initial, settings", [
+    ("A", torch.eye(16), dict(distance="mahalanobis")), ("theta", torch.zeros(16), dict(distance="mahalanobis", variant="diagonal")),
+    ("L", torch.zeros(16, 16), dict(distance="mahalanobis", variant="cholesky")), ("alpha", torch.ones(128, 16), dict(distance="offset_l2")),
+    ("log_n", torch.tensor(2.0).log(), dict(distance="manhattan", learn_n=True, n=2)),
+    ("alpha", torch.ones(128, 16), dict(distance="offset_l2", tie_weights=True))])
 def test_the_optimizer_has_every_parameter_once_and_the_heads_own_do_not_decay(name, initial, settings):
-    _, script = train(out_dir='out', max_iters=2, bias=True, weight_decay=0.3, **settings)
-    names = {id(p): n for n, p in script['raw_model'].named_parameters()}
-    decay, other = [[names[id(p)] for p in group['params']] for group in script['optimizer'].param_groups]
+    _, script = train(out_dir="out", max_iters=2, bias=True, weight_decay=0.3, **settings)
+    names = {id(p): n for n, p in script["raw_model"].named_parameters()}
+    decay, other = [[names[id(p)] for p in group["params"]] for group in script["optimizer"].param_groups]
     assert sorted(decay + other) == sorted(names.values())
-    assert [group['weight_decay'] for group in script['optimizer'].param_groups] == [0.3, 0.0]
-    assert f'head.{name}' in other and all(n.endswith('bias') or '.ln_' in n or n.startswith('head.') for n in other)
-    assert ('transformer.wte.weight' if settings.get('tie_weights') else 'head.weight') in decay
-    assert not torch.equal(load('out')['model'][f'head.{name}'], initial) # learned, not only there
-    assert len(load('out')['optimizer']['state']) == len(names)
+    assert [group["weight_decay"] for group in script["optimizer"].param_groups] == [0.3, 0.0]
+    assert f"head.{name}" in other and all(n.endswith("bias") or ".ln_" in n or n.startswith("head.") for n in other)
+    assert ("transformer.wte.weight" if settings.get("tie_weights") else "head.weight") in decay
+    assert not torch.equal(load("out")["model"][f"head.{name}"], initial) # learned, not only there
+    assert len(load("out")["optimizer"]["state"]) == len(names)
+
 
 def test_schedule(runs):
-    lr = [row['lr'] for row in metrics(runs[0] / 'whole', 'train')]
+    lr = [row["lr"] for row in metrics(runs[0] / "whole", "train")]
     assert lr[:5] == pytest.approx([1e-2 * i / 6 for i in range(1, 6)]) # a straight line, and no first step at 0
     assert lr[5] == pytest.approx(1e-2) and all(a > b for a, b in zip(lr[5:], lr[6:]))
-    train(out_dir='out', max_iters=14, lr_decay_iters=12, warmup_iters=2, eval_interval=20)
-    lr = [row['lr'] for row in metrics('out', 'train')]
+    train(out_dir="out", max_iters=14, lr_decay_iters=12, warmup_iters=2, eval_interval=20)
+    lr = [row["lr"] for row in metrics("out", "train")]
     assert lr[2] == pytest.approx(1e-2) and lr[7] == pytest.approx((1e-2 + 1e-3) / 2) # a cosine is half way down at half time
     assert lr[12:] == pytest.approx([1e-3, 1e-3]) # and stays at min_lr
-    train(out_dir='flat', max_iters=4, decay_lr=False, warmup_iters=1, eval_interval=20)
-    assert [row['lr'] for row in metrics('flat', 'train')] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
+    train(out_dir="flat", max_iters=4, decay_lr=False, warmup_iters=1, eval_interval=20)
+    assert [row["lr"] for row in metrics("flat", "train")] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
+
 
 def test_gradients_are_clipped_and_the_norm_is_from_before(monkeypatch):
     norms, step = [], torch.optim.AdamW.step
+
     def record(self, *args, **kwargs):
-        norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group['params']]).norm().item())
+        norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
         return step(self, *args, **kwargs)
-    monkeypatch.setattr(torch.optim.AdamW, 'step', record)
-    train(out_dir='out', max_iters=2, grad_clip=1e-2, distance='cosine')
-    assert norms == pytest.approx([1e-2] * 2, rel=1e-3) and all(row['grad_norm'] > 0.1 for row in metrics('out', 'train'))
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    train(out_dir="out", max_iters=2, grad_clip=1e-2, distance="cosine")
+    assert norms == pytest.approx([1e-2] * 2, rel=1e-3) and all(row["grad_norm"] > 0.1 for row in metrics("out", "train"))
+
 
 def test_without_a_compiler_training_goes_on(monkeypatch):
     def no_compiler(*args, **kwargs):
         raise RuntimeError("no C++ compiler was found")
-    train(out_dir='eager', max_iters=2, distance='manhattan')
-    monkeypatch.setattr(torch, 'compile', no_compiler)
-    printed, _ = train(out_dir='out', max_iters=2, distance='manhattan', compile=True)
-    assert 'torch.compile does not work here, going on without it (RuntimeError: no C++ compiler' in printed
-    assert_same(load('out')['model'], load('eager')['model'])
+    train(out_dir="eager", max_iters=2, distance="manhattan")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    printed, _ = train(out_dir="out", max_iters=2, distance="manhattan", compile=True)
+    assert "torch.compile does not work here, going on without it (RuntimeError: no C++ compiler" in printed
+    assert_same(load("out")["model"], load("eager")["model"])
 
 # -----------------------------------------------------------------------------
 # ranks
 
-def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
-    settings = dict(max_iters=6, eval_interval=3, dropout=0.1, dtype='float32')
-    # the second one has two micro-steps per rank, whose gradients are exchanged once
-    heads = dict(euclidean=dict(distance='euclidean', learn_n=True), manhattan=dict(distance='manhattan', gradient_accumulation_steps=4))
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    printed = train_processes(here, *(dict(out_dir=f'{name}2', **settings, **head) for name, head in heads.items()), launcher=launcher)
-    for (name, head), text in zip(heads.items(), printed):
-        assert '2 rank(s)' in text and text.count('done:') == 1 # rank 0 alone speaks
-        train(out_dir=f'{name}1', **settings, **head)
-        # the slope of |h - w| jumps, so that a rounding can move a coordinate's gradient by a whole step
-        assert_close_runs(f'{name}2', f'{name}1', 1e-4 if name == 'manhattan' else 1e-5)
-        assert json.load(open(f'{name}2/config.json'))['world_size'] == 2
 
-@pytest.mark.parametrize('rank', [0, 1])
+def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
+    settings = dict(max_iters=6, eval_interval=3, dropout=0.1, dtype="float32")
+    # the second one has two micro-steps per rank, whose gradients are exchanged once
+    heads = dict(euclidean=dict(distance="euclidean", learn_n=True), manhattan=dict(distance="manhattan", gradient_accumulation_steps=4))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    printed = train_processes(here, *(dict(out_dir=f"{name}2", **settings, **head) for name, head in heads.items()), launcher=launcher)
+    for (name, head), text in zip(heads.items(), printed):
+        assert "2 rank(s)" in text and text.count("done:") == 1 # rank 0 alone speaks
+        train(out_dir=f"{name}1", **settings, **head)
+        # the slope of |h - w| jumps, so that a rounding can move a coordinate's gradient by a whole step
+        assert_close_runs(f"{name}2", f"{name}1", 1e-4 if name == "manhattan" else 1e-5)
+        assert json.load(open(f"{name}2/config.json"))["world_size"] == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_micro_steps_that_do_not_divide_are_refused_by_every_rank(rank, monkeypatch):
     # before the ranks wait for each other: none of them can hang
     for key, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2).items():
         monkeypatch.setenv(key, str(value))
-    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: pytest.fail("waits for the others"))
-    message = refused(**{**SETTINGS, 'gradient_accumulation_steps': 3})
-    assert '3 counts the micro-batches of all ranks' in message and 'try 4 or 2' in message
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("waits for the others"))
+    message = refused(**{**SETTINGS, "gradient_accumulation_steps": 3})
+    assert "3 counts the micro-batches of all ranks" in message and "try 4 or 2" in message
 
 # -----------------------------------------------------------------------------
 # what cannot run
 
+
 def test_everything_that_is_wrong_is_in_one_report(here):
-    (here / 'mine.py').write_text("learning_rte = 1e-3\nbatch_size = 1.5\n")
-    (code, out, err), = processes(here, [os.path.join(ROOT, 'train.py'), 'mine.py', *flags(
-        n_heads=2, n=-1, dtype='float8', device='tpu', init_from='nonsense', distance='cosin', eval_iters=0, log_interval=0, dataset='other',
-        n_embd=30, n_head=4, country_iso_code='US', min_lr='low')])
-    assert code == 1 and 'Traceback' not in err and not os.path.exists('out')
+    (here / "mine.py").write_text("learning_rte = 1e-3\nbatch_size = 1.5\n")
+    (code, out, err), = processes(here, [os.path.join(ROOT, "train.py"), "mine.py", *flags(
+        n_heads=2, n=-1, dtype="float8", device="tpu", init_from="nonsense", distance="cosin", eval_iters=0, log_interval=0, dataset="other",
+        n_embd=30, n_head=4, country_iso_code="US", min_lr="low")])
+    assert code == 1 and "Traceback" not in err and not os.path.exists("out")
     for part in ("mine.py: unknown key 'learning_rte', did you mean 'learning_rate'?", "mine.py: batch_size wants an int, got 1.5",
                  "command line: unknown key 'n_heads', did you mean 'n_head'?", "command line: min_lr wants a float, got 'low'", "n is -1.0: it must be > 0",
                  "dtype is 'float8': use", "device is 'tpu': use", "init_from is 'nonsense': use scratch", "unknown distance 'cosin', did you mean 'cosine'?",
                  "eval_iters is 0", "log_interval is 0", "n_embd 30 must be a multiple of n_head 4", "make it with: python prepare_", "did you mean 'USA'?"):
         assert part in err, part
-    listed = int(re.search(r'(\d+) to fix', err)[1])
-    assert listed == err.count('\n  - ') == 14
+    listed = int(re.search(r"(\d+) to fix", err)[1])
+    assert listed == err.count("\n  - ") == 14
 
-@pytest.mark.parametrize('settings, message', [
-    (dict(variant='exact'), "baseline has no variants"), (dict(distance='cosine', variant='hard'), "unknown cosine variant 'hard'"),
-    (dict(distance='minkowski', distance_params='q=3'), "minkowski has no parameter 'q' (legal: p)"),
-    (dict(distance='minkowski', distance_params='p:3'), "must read name=number"), (dict(distance='minkowski', distance_params='p=0.5'), "p must be at least 1"),
-    (dict(distance='cosine', link='linear'), "unknown link 'linear'"), (dict(distance='cosine', eps=-1), "eps must be >= 0"),
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(variant="exact"), "baseline has no variants"), (dict(distance="cosine", variant="hard"), "unknown cosine variant 'hard'"),
+    (dict(distance="minkowski", distance_params="q=3"), "minkowski has no parameter 'q' (legal: p)"),
+    (dict(distance="minkowski", distance_params="p:3"), "must read name=number"), (dict(distance="minkowski", distance_params="p=0.5"), "p must be at least 1"),
+    (dict(distance="cosine", link="linear"), "unknown link 'linear'"), (dict(distance="cosine", eps=-1), "eps must be >= 0"),
     (dict(block_size=400), "lower block_size or prepare more text"), (dict(vocab_size=90), "vocab_size 90 is smaller than the 97 tokens of the data"),
-    (dict(init_from='resume', out_dir='nowhere'), "nowhere holds no ckpt.pt"), (dict(init_from='gpt2-small'), "init_from is 'gpt2-small'"),
+    (dict(init_from="resume", out_dir="nowhere"), "nowhere holds no ckpt.pt"), (dict(init_from="gpt2-small"), "init_from is 'gpt2-small'"),
     (dict(batch_size=-1), "batch_size is -1"), (dict(dropout=1.5), "dropout is 1.5"), (dict(learning_rate=-1), "learning_rate is -1"),
     (dict(grad_clip=-1), "grad_clip is -1"), (dict(beta2=1), "beta2 is 1"), (dict(seed=-1), "seed is -1"),
-    (dict(vocab_size=-1), "vocab_size is -1"), (dict(out_dir=''), "out_dir is ''")])
+    (dict(vocab_size=-1), "vocab_size is -1"), (dict(out_dir=""), "out_dir is ''")])
 def test_refused(settings, message):
     assert message in refused(**{**SETTINGS, **settings})
-    assert not os.path.exists('out')
+    assert not os.path.exists("out")
 
-@pytest.mark.parametrize('dataset, command', [
-    ('openwebtext', 'prepare_openwebtext.py (see --help for a small one; without network: python prepare_stdlib.py)'), ('stdlib', 'python prepare_stdlib.py')])
+
+@pytest.mark.parametrize("dataset, command", [
+    ("openwebtext", "prepare_openwebtext.py (see --help for a small one; without network: python prepare_stdlib.py)"), ("stdlib", "python prepare_stdlib.py")])
 def test_missing_data_names_the_command(dataset, command, monkeypatch, tmp_path_factory):
-    monkeypatch.chdir(tmp_path_factory.mktemp('empty'))
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
     message = refused(dataset=dataset)
-    assert f"data/{dataset}/train.bin is not there" in message and command in message and '1 to fix' in message
+    assert f"data/{dataset}/train.bin is not there" in message and command in message and "1 to fix" in message
+
 
 def test_a_token_that_the_vocabulary_lacks_is_refused_with_its_place(here):
-    make_dataset(here / 'own' / 'tiny')
-    ids = np.fromfile('own/tiny/train.bin', np.uint16)
+    make_dataset(here / "own" / "tiny")
+    ids = np.fromfile("own/tiny/train.bin", np.uint16)
     ids[:] = 97
-    ids.tofile('own/tiny/train.bin')
-    assert re.search(r"own/tiny/train.bin has id 97 at position \d+, vocab_size is 97", refused(**{**SETTINGS, 'data_dir': 'own'}))
+    ids.tofile("own/tiny/train.bin")
+    assert re.search(r"own/tiny/train.bin has id 97 at position \d+, vocab_size is 97", refused(**{**SETTINGS, "data_dir": "own"}))
+
 
 def test_a_run_is_not_overwritten_unless_asked():
-    train(out_dir='out', max_iters=2)
-    before = open('out/ckpt.pt', 'rb').read()
-    message = refused(**{**SETTINGS, 'out_dir': 'out'})
-    assert all(part in message for part in ('out holds a run', '--init_from=resume', '--out_dir', '--overwrite=true'))
-    assert open('out/ckpt.pt', 'rb').read() == before
-    train(out_dir='out', max_iters=1, overwrite=True, eval_interval=5)
-    assert load('out')['step'] == 1 and [row['step'] for row in metrics('out')] == [0, 1, 1]
+    train(out_dir="out", max_iters=2)
+    before = open("out/ckpt.pt", "rb").read()
+    message = refused(**{**SETTINGS, "out_dir": "out"})
+    assert all(part in message for part in ("out holds a run", "--init_from=resume", "--out_dir", "--overwrite=true"))
+    assert open("out/ckpt.pt", "rb").read() == before
+    train(out_dir="out", max_iters=1, overwrite=True, eval_interval=5)
+    assert load("out")["step"] == 1 and [row["step"] for row in metrics("out")] == [0, 1, 1]
+
 
 def test_another_model_or_other_data_are_not_resumed(here):
-    train(out_dir='out', max_iters=2, distance='cosine')
-    message = refused(init_from='resume', out_dir='out', max_iters=4, n_layer=3, distance='manhattan', n=2)
+    train(out_dir="out", max_iters=2, distance="cosine")
+    message = refused(init_from="resume", out_dir="out", max_iters=4, n_layer=3, distance="manhattan", n=2)
     for part in ("n_layer is 3 here, 2 in the checkpoint", "distance is 'manhattan' here, 'cosine' in the checkpoint", "n is 2.0 here, 0.0 in the checkpoint"):
         assert part in message
-    make_dataset(here / 'own' / 'tiny', source='x')
-    meta = data.read_meta('own/tiny/meta.pkl')
-    (here / 'own' / 'tiny' / 'meta.pkl').write_bytes(pickle.dumps({**meta, 'hash': '456def'}))
-    assert "hash 456def here, 123abc in the checkpoint" in refused(init_from='resume', out_dir='out', max_iters=4, data_dir='own')
+    make_dataset(here / "own" / "tiny", source="x")
+    meta = data.read_meta("own/tiny/meta.pkl")
+    (here / "own" / "tiny" / "meta.pkl").write_bytes(pickle.dumps({**meta, "hash": "456def"}))
+    assert "hash 456def here, 123abc in the checkpoint" in refused(init_from="resume", out_dir="out", max_iters=4, data_dir="own")
+
 
 # mahalanobis fails earlier than its loss: a matrix that is not finite has no Cholesky factor
-@pytest.mark.parametrize('settings', [
-    dict(distance='baseline'), dict(distance='cosine'), dict(distance='baseline', log_interval=2, eval_interval=4), dict(distance='mahalanobis'),
-    dict(distance='mahalanobis', variant='covariance')], ids=['baseline', 'cosine', 'seen later', 'mahalanobis', 'covariance'])
+@pytest.mark.parametrize("settings", [
+    dict(distance="baseline"), dict(distance="cosine"), dict(distance="baseline", log_interval=2, eval_interval=4), dict(distance="mahalanobis"),
+    dict(distance="mahalanobis", variant="covariance")], ids=["baseline", "cosine", "seen later", "mahalanobis", "covariance"])
 def test_a_loss_that_is_not_finite_stops_the_run(settings):
-    settings = {'max_iters': 2, 'eval_interval': 2, **settings}
-    train(out_dir='out', **settings)
-    before = open('out/ckpt.pt', 'rb').read()
-    message = refused(**dict(init_from='resume', out_dir='out', max_iters=12, learning_rate=1e30, min_lr=1e30, warmup_iters=0, grad_clip=0))
-    for part in ('step ', 'loss ', 'gradient norm ', 'not finite', 'lr 1.000e+30', 'last good checkpoint: out/ckpt.pt', '--init_from=resume', 'learning_rate'):
+    settings = {"max_iters": 2, "eval_interval": 2, **settings}
+    train(out_dir="out", **settings)
+    before = open("out/ckpt.pt", "rb").read()
+    message = refused(**dict(init_from="resume", out_dir="out", max_iters=12, learning_rate=1e30, min_lr=1e30, warmup_iters=0, grad_clip=0))
+    for part in ("step ", "loss ", "gradient norm ", "not finite", "lr 1.000e+30", "last good checkpoint: out/ckpt.pt", "--init_from=resume", "learning_rate"):
         assert part in message, message
-    assert open('out/ckpt.pt', 'rb').read() == before
-    assert all(torch.isfinite(p).all() for p in load('out')['model'].values())
-    assert all(math.isfinite(row.get('loss', row.get('val_loss'))) for row in metrics('out'))
+    assert open("out/ckpt.pt", "rb").read() == before
+    assert all(torch.isfinite(p).all() for p in load("out")["model"].values())
+    assert all(math.isfinite(row.get("loss", row.get("val_loss"))) for row in metrics("out"))
+
 
 def test_a_loss_that_is_not_finite_from_the_start():
-    message = refused(**{**SETTINGS, 'learning_rate': 1e30, 'warmup_iters': 0, 'grad_clip': 0})
-    assert 'not finite' in message and 'last good checkpoint: none yet' in message and not os.path.exists('out/gpt2/ckpt.pt')
+    message = refused(**{**SETTINGS, "learning_rate": 1e30, "warmup_iters": 0, "grad_clip": 0})
+    assert "not finite" in message and "last good checkpoint: none yet" in message and not os.path.exists("out/gpt2/ckpt.pt")
 
 # -----------------------------------------------------------------------------
 # tools around it
 
-def test_wandb_offline(here):
-    pytest.importorskip('wandb')
-    printed, = train_processes(here, dict(out_dir='out', max_iters=2, wandb_log=True, wandb_mode='offline'))
-    assert 'done:' in printed and list((here / 'wandb').glob('offline-run-*/*.wandb'))
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_wandb_offline(here):
+    pytest.importorskip("wandb")
+    printed, = train_processes(here, dict(out_dir="out", max_iters=2, wandb_log=True, wandb_mode="offline"))
+    assert "done:" in printed and list((here / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
 def test_help_is_the_defaults_with_their_comments(script, monkeypatch):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as e:
-        run_script_loud(script, '--help', monkeypatch)
+        run_script_loud(script, "--help", monkeypatch)
     assert e.value.code in (0, None)
     for name in defaults_of(script):
-        assert re.search(rf'^{name} = .*', out.getvalue(), re.MULTILINE), name
-    assert "seed = 1337" in out.getvalue() and "out_dir = " in out.getvalue() and "# the run's folder" in out.getvalue() and '$ python' in out.getvalue()
+        assert re.search(rf"^{name} = .*", out.getvalue(), re.MULTILINE), name
+    assert "seed = 1337" in out.getvalue() and "out_dir = " in out.getvalue() and "# the run's folder" in out.getvalue() and "$ python" in out.getvalue()
+
 
 def run_script_loud(script, arg, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', [os.path.join(ROOT, script), arg])
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    monkeypatch.setattr(sys, "argv", [os.path.join(ROOT, script), arg])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
 
 def defaults_of(script):
     """The namespace that a script gives to configure, and no step further."""
@@ -489,78 +538,86 @@ def defaults_of(script):
         pass
 
     def reach(namespace, *args, **kwargs):
-        raise Reached({k: v for k, v in namespace.items() if k[0] != '_' and type(v) in configurator.SCALARS})
+        raise Reached({k: v for k, v in namespace.items() if k[0] != "_" and type(v) in configurator.SCALARS})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Reached) as e:
-        patch.setattr(configurator, 'configure', reach)
-        patch.setattr(sys, 'argv', [script, 'head']) # a word that bench.py takes
-        runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        patch.setattr(configurator, "configure", reach)
+        patch.setattr(sys, "argv", [script, "head"]) # a word that bench.py takes
+        runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
     return e.value.args[0]
+
 
 def launch_lines():
     """(file, script, its arguments) of every `python x.py ...` and `torchrun ... x.py ...` in README, Makefile, configs and docstrings, x with settings."""
     def read(*path):
-        with open(os.path.join(ROOT, *path), encoding='utf-8') as f:
+        with open(os.path.join(ROOT, *path), encoding="utf-8") as f:
             return f.read()
-    scripts = [name for name in sorted(os.listdir(ROOT)) if name.endswith('.py')]
+    scripts = [name for name in sorted(os.listdir(ROOT)) if name.endswith(".py")]
     texts = {name: read(name).split('"""')[1] for name in scripts}
-    texts |= {name: read(name) for name in ('README.md', 'Makefile') if os.path.exists(os.path.join(ROOT, name))}
-    texts |= {f'config/{name}': read('config', name) for name in sorted(os.listdir(os.path.join(ROOT, 'config'))) if name.endswith('.py')}
+    texts |= {name: read(name) for name in ("README.md", "Makefile") if os.path.exists(os.path.join(ROOT, name))}
+    texts |= {f"config/{name}": read("config", name) for name in sorted(os.listdir(os.path.join(ROOT, "config"))) if name.endswith(".py")}
     for name, text in texts.items():
-        for line in text.replace('\\\n', ' ').splitlines():
-            found = re.search(r'(?:\bpython3? |/python |\btorchrun )(?:[^`]*?\s)?(\w+\.py)\b([^`;)]*)', line)
-            if found and found[1] in scripts and 'configure(globals()' in read(found[1]):
+        for line in text.replace("\\\n", " ").splitlines():
+            found = re.search(r"(?:\bpython3? |/python |\btorchrun )(?:[^`]*?\s)?(\w+\.py)\b([^`;)]*)", line)
+            if found and found[1] in scripts and "configure(globals()" in read(found[1]):
                 yield name, found[1], shlex.split(found[2], comments=True)
+
 
 def test_every_launch_line_names_files_and_settings_that_there_are(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines, defaults = list(launch_lines()), {}
-    assert len(lines) >= 15 and {name for name, *_ in lines} >= {'train.py', 'sample.py', 'data.py', 'config/gpt2.py'}
+    assert len(lines) >= 15 and {name for name, *_ in lines} >= {"train.py", "sample.py", "data.py", "config/gpt2.py"}
     for name, script, args in lines:
-        args = args[script == 'bench.py':] # its first word says what to measure
-        args = [arg for arg in args if arg[0] == '-'] if script == 'report.py' else args # and folders
+        args = args[script == "bench.py":] # its first word says what to measure
+        args = [arg for arg in args if arg[0] == "-"] if script == "report.py" else args # and folders
         if script not in defaults:
             defaults[script] = defaults_of(script)
-        if args != ['--help']:
+        if args != ["--help"]:
             problems = []
             configurator.configure(dict(defaults[script]), args, problems=problems)
             assert not problems, (name, args, problems)
 
+
 def test_the_papers_settings_take_every_head(monkeypatch):
     monkeypatch.chdir(ROOT)
-    defaults = defaults_of('train.py')
+    defaults = defaults_of("train.py")
     for distance, variants in DISTANCES.items():
         for variant, spec in variants.items():
-            params = ','.join(f'{key}={value}' for key, value in spec.params.items())
-            args = ['config/gpt2.py', *flags(distance=distance, variant=variant, distance_params=params)]
+            params = ",".join(f"{key}={value}" for key, value in spec.params.items())
+            args = ["config/gpt2.py", *flags(distance=distance, variant=variant, distance_params=params)]
             config, sources = configurator.configure(dict(defaults), args) # exits with a message if anything is unknown
             head = lm_head(GPTConfig(**{key: config[key] for key in GPTConfig.__dataclass_fields__} | dict(vocab_size=64, n_embd=8)))
-            assert (head.distance, head.variant) == (distance, variant) and config['tie_weights'] and sources['tie_weights'] == 'config/gpt2.py'
+            assert (head.distance, head.variant) == (distance, variant) and config["tie_weights"] and sources["tie_weights"] == "config/gpt2.py"
 
 # -----------------------------------------------------------------------------
 # GPT-2's weights: random ones in their place, as there is no network
 
+
 @pytest.fixture
 def pretrained(monkeypatch):
     """--init_from=gpt2 gives a model of 3 layers; returns settings that leave its shape to the weights."""
-    transformers = pytest.importorskip('transformers')
+    transformers = pytest.importorskip("transformers")
+
     def from_pretrained(name, **overrides):
         torch.manual_seed(0)
         hf = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=16, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
         return GPT.from_hf(transformers.GPT2LMHeadModel(hf), **overrides)
-    monkeypatch.setattr(model_module.GPT, 'from_pretrained', from_pretrained)
-    return {k: v for k, v in SETTINGS.items() if k not in ('n_layer', 'n_head', 'n_embd')} | dict(init_from='gpt2', eval_interval=2, lr_decay_iters=4)
+    monkeypatch.setattr(model_module.GPT, "from_pretrained", from_pretrained)
+    return {k: v for k, v in SETTINGS.items() if k not in ("n_layer", "n_head", "n_embd")} | dict(init_from="gpt2", eval_interval=2, lr_decay_iters=4)
+
 
 def test_a_run_from_gpt2_can_be_resumed(pretrained):
-    for out_dir, max_iters in (('whole', 4), ('half', 2)):
-        run_script('train.py', *flags(**{**pretrained, 'out_dir': out_dir, 'max_iters': max_iters, 'distance': 'cosine', 'tie_weights': True}))
-    run_script('train.py', '--init_from=resume', '--out_dir=half', '--max_iters=4')
-    assert_same_training('whole', 'half')
-    config = json.load(open('half/config.json'))['config']
-    assert config['n_layer'] == load('half')['model_args']['n_layer'] == 3 and config['bias'] # what is, not the default
+    for out_dir, max_iters in (("whole", 4), ("half", 2)):
+        run_script("train.py", *flags(**{**pretrained, "out_dir": out_dir, "max_iters": max_iters, "distance": "cosine", "tie_weights": True}))
+    run_script("train.py", "--init_from=resume", "--out_dir=half", "--max_iters=4")
+    assert_same_training("whole", "half")
+    config = json.load(open("half/config.json"))["config"]
+    assert config["n_layer"] == load("half")["model_args"]["n_layer"] == 3 and config["bias"] # what is, not the default
+
 
 def test_a_shape_that_gpt2_does_not_have_is_refused(pretrained):
-    assert 'fix n_layer=3 (asked: 6)' in refused(**{**pretrained, 'n_layer': 6})
+    assert "fix n_layer=3 (asked: 6)" in refused(**{**pretrained, "n_layer": 6})
+
 
 def test_gpt2_without_transformers_is_one_message(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'transformers', None)
-    assert 'pip install transformers' in refused(**{**SETTINGS, 'init_from': 'gpt2'})
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install transformers" in refused(**{**SETTINGS, "init_from": "gpt2"})

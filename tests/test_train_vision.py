@@ -30,47 +30,57 @@ from data_vision import Batches, split
 from distances import DISTANCES
 from model_vision import VisionConfig, VisionNet
 
-SETTINGS = dict(out_dir='out', track_emissions=False, plots=False, device='cpu', dtype='float32', distance='cosine')
-PROBE = {'effective_rank', 'collapse_score', 'pc2_ev', 'pca5', 'intra_variance', 'inter_variance', 'variance_ratio', 'active_ratio', 'h_grad_norm', 'h_norm', 'prototype_norm'}
-TEST = {'test_loss', 'test_accuracy', 'f1_macro', 'pc2_ev', 'pca90', 'pca90_uncapped', 'prototype_alignment', 'confusion'}
-TIMES = {'ms', 'seconds', 'seconds_per_epoch', 'energy_kwh_to_90'}
-PNG = b'\x89PNG\r\n\x1a\n'
+SETTINGS = dict(out_dir="out", track_emissions=False, plots=False, device="cpu", dtype="float32", distance="cosine")
+PROBE = {"effective_rank", "collapse_score", "pc2_ev", "pca5", "intra_variance", "inter_variance", "variance_ratio", "active_ratio", "h_grad_norm", "h_norm", "prototype_norm"}
+TEST = {"test_loss", "test_accuracy", "f1_macro", "pc2_ev", "pca90", "pca90_uncapped", "prototype_alignment", "confusion"}
+TIMES = {"ms", "seconds", "seconds_per_epoch", "energy_kwh_to_90"}
+PNG = b"\x89PNG\r\n\x1a\n"
+
 
 def train(*args, **settings):
-    return run_script('train_vision.py', *args, *flags(**{**SETTINGS, **settings}))
+    return run_script("train_vision.py", *args, *flags(**{**SETTINGS, **settings}))
+
 
 def resume(out_dir, **settings):
-    return run_script('train_vision.py', '--init_from=resume', *flags(out_dir=out_dir, **settings))
+    return run_script("train_vision.py", "--init_from=resume", *flags(out_dir=out_dir, **settings))
+
 
 def refuses(*args, **settings):
-    return refused(*args, script='train_vision.py', **settings)
+    return refused(*args, script="train_vision.py", **settings)
+
 
 def timeless(row):
-    return {k: v for k, v in row.items() if k not in TIMES and not k.endswith('_total')}
+    return {k: v for k, v in row.items() if k not in TIMES and not k.endswith("_total")}
+
 
 def metrics(out_dir, kind=None):
-    with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
-        return [timeless(row) for row in map(json.loads, f) if kind in (None, row['kind'])]
+    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
+        return [timeless(row) for row in map(json.loads, f) if kind in (None, row["kind"])]
+
 
 def summary(out_dir):
-    with open(os.path.join(out_dir, 'summary.json')) as f:
+    with open(os.path.join(out_dir, "summary.json")) as f:
         return timeless(json.load(f))
+
 
 def assert_same_run(a, b):
     """Equal to the last bit: both checkpoints, every logged number, the end result."""
-    for name in 'ckpt.pt', 'best.pt':
+    for name in "ckpt.pt", "best.pt":
         x, y = load(a, name), load(b, name)
-        for key in x.keys() - {'config'}:
-            assert_same(x[key], y[key], f'{name}: {key}')
+        for key in x.keys() - {"config"}:
+            assert_same(x[key], y[key], f"{name}: {key}")
     assert metrics(a) == metrics(b) and summary(a) == summary(b)
 
+
 def contents(folder):
-    return {name: open(os.path.join(folder, name), 'rb').read() for name in sorted(os.listdir(folder))}
+    return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))}
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
 
 class Hard(nn.Module):
     """A backbone with all that makes resuming hard, and small: statistics and noise."""
@@ -83,129 +93,143 @@ class Hard(nn.Module):
     def forward(self, x):
         return self.layers(x)
 
+
 @pytest.fixture
 def hard(monkeypatch):
-    monkeypatch.setitem(model_vision.BACKBONES, 'hard', Hard)
+    monkeypatch.setitem(model_vision.BACKBONES, "hard", Hard)
 
 # -----------------------------------------------------------------------------
 # one run, a process of its own, in another folder than the scripts
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('first')
-    settings = {**SETTINGS, 'track_emissions': True, 'carbon_intensity': 100, 'plots': True, 'log_interval': 7}
-    (code, out, err), = processes(folder, [os.path.join(ROOT, 'train_vision.py'), *flags(epochs=5, **settings)])
+    folder = tmp_path_factory.mktemp("first")
+    settings = {**SETTINGS, "track_emissions": True, "carbon_intensity": 100, "plots": True, "log_interval": 7}
+    (code, out, err), = processes(folder, [os.path.join(ROOT, "train_vision.py"), *flags(epochs=5, **settings)])
     assert code == 0 and not err, out + err
-    return folder / 'out', out
+    return folder / "out", out
+
 
 def test_a_run_learns_and_leaves_every_file(first):
     out, printed = first
-    files = {'config.json', 'metrics.jsonl', 'ckpt.pt', 'best.pt', 'probe.npz', 'summary.json', 'curves.png', 'learned.png'}
-    assert set(os.listdir(out)) - {'emissions.csv'} == files # the energy is tested below, where there is codecarbon
-    info, end = json.loads((out / 'config.json').read_text()), json.loads((out / 'summary.json').read_text())
-    assert end.keys() - {k for k in end if k.endswith('_total')} == TEST | {'epochs', 'step', 'images', 'best_epoch', 'val_accuracy', 'n', 'num_params', 'seconds_per_epoch',
-           'steps_to_90', 'energy_kwh_to_90', 'peak_memory_bytes'}
-    assert end['test_accuracy'] > 0.9 and end['f1_macro'] > 0.9 and end['prototype_alignment'] == 1 and end['val_accuracy'] > 0.9
-    assert end['epochs'] == 5 and end['step'] == 100 and end['images'] == 6400 and end['n'] == 1 and end['seconds_per_epoch'] > 0
-    confusion = np.array(end['confusion'])
-    assert confusion.shape == (10, 10) and confusion.sum() == 360 and confusion.trace() / 360 == pytest.approx(end['test_accuracy'])
-    assert info['script'] == 'train_vision.py' and info['config'].keys() == info['sources'].keys() and info['sources']['distance'] == 'command line'
-    assert info['data'] == dict(source="scikit-learn's digits", hash=load(out)['data_hash'], num_classes=10, train_images=1293, val_images=144, test_images=360)
-    assert info['num_params'] == end['num_params'] == sum(p.numel() for p in net_of(out).parameters()) and info['model_args']['image_shape'] == [1, 8, 8]
-    with np.load(out / 'probe.npz') as probe:
-        assert probe['h'].shape == (360, 256) and probe['y'].shape == (360,)
-    assert f"test accuracy {end['test_accuracy']:.2%}" in printed and 'prototypes at their own class 100%' in printed
+    files = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "probe.npz", "summary.json", "curves.png", "learned.png"}
+    assert set(os.listdir(out)) - {"emissions.csv"} == files # the energy is tested below, where there is codecarbon
+    info, end = json.loads((out / "config.json").read_text()), json.loads((out / "summary.json").read_text())
+    assert end.keys() - {k for k in end if k.endswith("_total")} == TEST | {"epochs", "step", "images", "best_epoch", "val_accuracy", "n", "num_params", "seconds_per_epoch",
+           "steps_to_90", "energy_kwh_to_90", "peak_memory_bytes"}
+    assert end["test_accuracy"] > 0.9 and end["f1_macro"] > 0.9 and end["prototype_alignment"] == 1 and end["val_accuracy"] > 0.9
+    assert end["epochs"] == 5 and end["step"] == 100 and end["images"] == 6400 and end["n"] == 1 and end["seconds_per_epoch"] > 0
+    confusion = np.array(end["confusion"])
+    assert confusion.shape == (10, 10) and confusion.sum() == 360 and confusion.trace() / 360 == pytest.approx(end["test_accuracy"])
+    assert info["script"] == "train_vision.py" and info["config"].keys() == info["sources"].keys() and info["sources"]["distance"] == "command line"
+    assert info["data"] == dict(source="scikit-learn's digits", hash=load(out)["data_hash"], num_classes=10, train_images=1293, val_images=144, test_images=360)
+    assert info["num_params"] == end["num_params"] == sum(p.numel() for p in net_of(out).parameters()) and info["model_args"]["image_shape"] == [1, 8, 8]
+    with np.load(out / "probe.npz") as probe:
+        assert probe["h"].shape == (360, 256) and probe["y"].shape == (360,)
+    assert f"test accuracy {end['test_accuracy']:.2%}" in printed and "prototypes at their own class 100%" in printed
+
 
 def test_rows_of_metrics(first):
-    losses, evals = metrics(first[0], 'train'), metrics(first[0], 'eval')
-    assert [row['step'] for row in evals] == [0, 20, 40, 60, 80, 100] and [row['epoch'] for row in evals] == list(range(6))
-    assert [row['step'] for row in losses] == sorted({*range(7, 101, 7), *range(20, 101, 20)}) # and one at each epoch's end
+    losses, evals = metrics(first[0], "train"), metrics(first[0], "eval")
+    assert [row["step"] for row in evals] == [0, 20, 40, 60, 80, 100] and [row["epoch"] for row in evals] == list(range(6))
+    assert [row["step"] for row in losses] == sorted({*range(7, 101, 7), *range(20, 101, 20)}) # and one at each epoch's end
     for row in evals:
-        assert row.keys() == {'kind', 'step', 'epoch', 'images', 'val_loss', 'val_accuracy', 'best_accuracy', 'n'} | PROBE and row['images'] == row['step'] * 64
-        assert all(isinstance(row[key], float) for key in PROBE) and 0 < row['active_ratio'] <= 1 < row['effective_rank'] < 144
+        assert row.keys() == {"kind", "step", "epoch", "images", "val_loss", "val_accuracy", "best_accuracy", "n"} | PROBE and row["images"] == row["step"] * 64
+        assert all(isinstance(row[key], float) for key in PROBE) and 0 < row["active_ratio"] <= 1 < row["effective_rank"] < 144
     for row in losses:
-        assert row.keys() == {'kind', 'step', 'epoch', 'images', 'loss', 'lr', 'grad_norm'} and row['lr'] == 1e-3 and row['epoch'] == (row['step'] - 1) // 20
-    assert evals[0]['val_loss'] == pytest.approx(math.log(10), rel=0.05) and losses[-1]['loss'] < 0.5 < 1.5 < losses[0]['loss']
-    assert summary(first[0])['steps_to_90'] == evals[ninety(evals)]['step']
+        assert row.keys() == {"kind", "step", "epoch", "images", "loss", "lr", "grad_norm"} and row["lr"] == 1e-3 and row["epoch"] == (row["step"] - 1) // 20
+    assert evals[0]["val_loss"] == pytest.approx(math.log(10), rel=0.05) and losses[-1]["loss"] < 0.5 < 1.5 < losses[0]["loss"]
+    assert summary(first[0])["steps_to_90"] == evals[ninety(evals)]["step"]
+
 
 def ninety(evals):
     """The first row by which nine tenths of the way to the best accuracy are made."""
-    errors = [1 - row['val_accuracy'] for row in evals]
+    errors = [1 - row["val_accuracy"] for row in evals]
     return next(i for i, e in enumerate(errors) if e <= errors[0] - 0.9 * (errors[0] - min(errors)) + 1e-12)
 
-def test_rows_of_emissions(first):
-    pytest.importorskip('codecarbon')
-    with open(first[0] / 'emissions.csv', newline='') as f:
-        rows = list(csv.DictReader(f))
-    assert [int(row['step']) for row in rows] == [0, 20, 40, 60, 80, 100, 100] # the last one at the end: testing and plotting take energy too
-    with open(first[0] / 'metrics.jsonl') as f:
-        evals = [row for row in map(json.loads, f) if row['kind'] == 'eval']
-    energy = [float(row['energy_kwh_total']) for row in rows]
-    assert [row['energy_kwh_total'] for row in evals] == energy[:6] == sorted(energy[:6]) and energy[0] > 0
-    assert [row['val_loss'] for row in evals] == [float(row['val_loss']) for row in rows[:6]]
-    end = json.loads((first[0] / 'summary.json').read_text())
-    assert end['energy_kwh_total'] == energy[5] and end['energy_kwh_to_90'] == evals[ninety(evals)]['energy_kwh_total']
 
-def net_of(out_dir, name='best.pt'):
+def test_rows_of_emissions(first):
+    pytest.importorskip("codecarbon")
+    with open(first[0] / "emissions.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [int(row["step"]) for row in rows] == [0, 20, 40, 60, 80, 100, 100] # the last one at the end: testing and plotting take energy too
+    with open(first[0] / "metrics.jsonl") as f:
+        evals = [row for row in map(json.loads, f) if row["kind"] == "eval"]
+    energy = [float(row["energy_kwh_total"]) for row in rows]
+    assert [row["energy_kwh_total"] for row in evals] == energy[:6] == sorted(energy[:6]) and energy[0] > 0
+    assert [row["val_loss"] for row in evals] == [float(row["val_loss"]) for row in rows[:6]]
+    end = json.loads((first[0] / "summary.json").read_text())
+    assert end["energy_kwh_total"] == energy[5] and end["energy_kwh_to_90"] == evals[ninety(evals)]["energy_kwh_total"]
+
+
+def net_of(out_dir, name="best.pt"):
     ckpt = load(out_dir, name)
-    net = VisionNet(VisionConfig(**ckpt['model_args']))
-    net.load_state_dict(ckpt['model'])
+    net = VisionNet(VisionConfig(**ckpt["model_args"]))
+    net.load_state_dict(ckpt["model"])
     return net.eval()
+
 
 @torch.no_grad()
 def by_hand(net):
     """(loss, accuracy) on the test digits"""
-    images = data_vision.load('digits')
+    images = data_vision.load("digits")
     z, _ = net((images.test_x.float() / 255 - 0.5) / 0.5)
     return F.cross_entropy(z, images.test_y).item(), (z.argmax(1) == images.test_y).double().mean().item()
+
 
 def test_the_end_result_by_hand(first):
     loss, accuracy = by_hand(net_of(first[0]))
     end = summary(first[0])
-    assert end['test_loss'] == pytest.approx(loss, rel=1e-5) and end['test_accuracy'] == accuracy
+    assert end["test_loss"] == pytest.approx(loss, rel=1e-5) and end["test_accuracy"] == accuracy
+
 
 def test_the_validation_loss_by_hand(first):
-    images = data_vision.load('digits')
+    images = data_vision.load("digits")
     train_idx, val_idx = split(images.train_y, 0.1, 1337)
     with torch.no_grad():
-        z, _ = net_of(first[0], 'ckpt.pt')((images.train_x[val_idx].float() / 255 - 0.5) / 0.5)
-    assert metrics(first[0], 'eval')[-1]['val_loss'] == pytest.approx(F.cross_entropy(z, images.train_y[val_idx]).item(), rel=1e-5)
+        z, _ = net_of(first[0], "ckpt.pt")((images.train_x[val_idx].float() / 255 - 0.5) / 0.5)
+    assert metrics(first[0], "eval")[-1]["val_loss"] == pytest.approx(F.cross_entropy(z, images.train_y[val_idx]).item(), rel=1e-5)
+
 
 def picture(path):
     """(a picture's pixels, the share of them that differ from its background)"""
-    image = pytest.importorskip('matplotlib.image').imread(path)[..., :3]
+    image = pytest.importorskip("matplotlib.image").imread(path)[..., :3]
     return image, (np.abs(image - image[0, 0]).max(-1) > 0.1).mean()
 
+
 def test_plots(first):
-    pytest.importorskip('matplotlib')
-    train(out_dir='pixels', epochs=1, model='pixels', plots=True)
-    for path in (first[0] / 'curves.png', first[0] / 'learned.png', 'pixels/curves.png', 'pixels/learned.png'):
+    pytest.importorskip("matplotlib")
+    train(out_dir="pixels", epochs=1, model="pixels", plots=True)
+    for path in (first[0] / "curves.png", first[0] / "learned.png", "pixels/curves.png", "pixels/learned.png"):
         image, ink = picture(path)
-        assert open(path, 'rb').read(8) == PNG and image.shape[0] > 200 and ink > 0.01 and len(np.unique(image.reshape(-1, 3).round(1), axis=0)) > 10, path
-    train(out_dir='plain', epochs=1)
-    assert not [name for name in os.listdir('plain') if name.endswith('.png')]
+        assert open(path, "rb").read(8) == PNG and image.shape[0] > 200 and ink > 0.01 and len(np.unique(image.reshape(-1, 3).round(1), axis=0)) > 10, path
+    train(out_dir="plain", epochs=1)
+    assert not [name for name in os.listdir("plain") if name.endswith(".png")]
 
 # -----------------------------------------------------------------------------
 # resuming
 
-@pytest.mark.parametrize('settings', [
-    dict(optimizer='sgd', learning_rate=1e-2, weight_decay=1e-3, lr_schedule='step', lr_step=2),
-    dict(distance='mahalanobis', variant='covariance'), dict(distance='hamming', variant='gumbel', learn_n=True),
-    dict(optimizer='adamw', weight_decay=0.05, distance='offset_l2', dtype='float16', lr_schedule='multistep', lr_milestones='1,4')],
-    ids=lambda settings: settings.get('variant', settings.get('optimizer')))
+
+@pytest.mark.parametrize("settings", [
+    dict(optimizer="sgd", learning_rate=1e-2, weight_decay=1e-3, lr_schedule="step", lr_step=2),
+    dict(distance="mahalanobis", variant="covariance"), dict(distance="hamming", variant="gumbel", learn_n=True),
+    dict(optimizer="adamw", weight_decay=0.05, distance="offset_l2", dtype="float16", lr_schedule="multistep", lr_milestones="1,4")],
+    ids=lambda settings: settings.get("variant", settings.get("optimizer")))
 def test_a_resumed_run_is_the_same_to_the_last_bit(settings, hard):
-    settings = dict(model='hard', augment='crop', **settings)
-    train(out_dir='whole', epochs=6, **settings)
-    train(out_dir='half', epochs=3, **settings)
-    start = load('half')
-    resume('half', epochs=6)
-    assert_same_run('whole', 'half')
-    end = load('half')
-    changed = {name for name, p in start['model'].items() if not torch.equal(p, end['model'][name])}
-    assert {'backbone.layers.2.running_mean', 'backbone.layers.1.weight'} <= changed
-    assert ('head.covariance' in changed) == (settings.get('variant') == 'covariance')
-    info = json.load(open('half/config.json'))
-    assert info['config']['epochs'] == 6 and info['config']['init_from'] == 'scratch' and info['config']['augment'] == 'crop'
+    settings = dict(model="hard", augment="crop", **settings)
+    train(out_dir="whole", epochs=6, **settings)
+    train(out_dir="half", epochs=3, **settings)
+    start = load("half")
+    resume("half", epochs=6)
+    assert_same_run("whole", "half")
+    end = load("half")
+    changed = {name for name, p in start["model"].items() if not torch.equal(p, end["model"][name])}
+    assert {"backbone.layers.2.running_mean", "backbone.layers.1.weight"} <= changed
+    assert ("head.covariance" in changed) == (settings.get("variant") == "covariance")
+    info = json.load(open("half/config.json"))
+    assert info["config"]["epochs"] == 6 and info["config"]["init_from"] == "scratch" and info["config"]["augment"] == "crop"
+
 
 KILL = """
 import os, runpy, signal, sys
@@ -221,36 +245,39 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
-def test_a_killed_run_goes_on(here):
-    settings = dict(epochs=4, log_interval=1, augment='crop', learn_n=True)
-    (code, out, err), = processes(here, ['-c', KILL, os.path.join(ROOT, 'train_vision.py'), *flags(**{**SETTINGS, **settings, 'out_dir': 'killed'})])
-    assert code == -signal.SIGKILL and load('killed')['step'] == 40 and not os.path.exists('killed/summary.json'), out + err
-    assert metrics('killed')[-1]['step'] == 50 # lines that the checkpoint does not know of
-    resume('killed')
-    train(out_dir='whole', **settings)
-    assert_same_run('whole', 'killed')
 
-@pytest.mark.parametrize('after', ['ckpt.pt', 'best.pt', 'summary.json'])
+def test_a_killed_run_goes_on(here):
+    settings = dict(epochs=4, log_interval=1, augment="crop", learn_n=True)
+    (code, out, err), = processes(here, ["-c", KILL, os.path.join(ROOT, "train_vision.py"), *flags(**{**SETTINGS, **settings, "out_dir": "killed"})])
+    assert code == -signal.SIGKILL and load("killed")["step"] == 40 and not os.path.exists("killed/summary.json"), out + err
+    assert metrics("killed")[-1]["step"] == 50 # lines that the checkpoint does not know of
+    resume("killed")
+    train(out_dir="whole", **settings)
+    assert_same_run("whole", "killed")
+
+
+@pytest.mark.parametrize("after", ["ckpt.pt", "best.pt", "summary.json"])
 def test_a_run_that_ends_between_two_files_goes_on(after, monkeypatch):
     class Crash(Exception):
         pass
 
     def crashing(write, path, content):
         write(path, content)
-        if os.path.basename(path) == after and (after == 'summary.json' or content['step'] == 40):
+        if os.path.basename(path) == after and (after == "summary.json" or content["step"] == 40):
             raise Crash
-    train(out_dir='whole', epochs=3)
-    assert summary('whole')['best_epoch'] == 3 and metrics('whole', 'eval')[2]['best_accuracy'] > metrics('whole', 'eval')[1]['best_accuracy'] # epoch 2 is an improvement
+    train(out_dir="whole", epochs=3)
+    assert summary("whole")["best_epoch"] == 3 and metrics("whole", "eval")[2]["best_accuracy"] > metrics("whole", "eval")[1]["best_accuracy"] # epoch 2 is an improvement
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        for name in 'save', 'write':
+        for name in "save", "write":
             patch.setattr(run, name, partial(crashing, getattr(run, name)))
-        train(out_dir='out', epochs=2) # so that best.pt is the one of the epoch at which it crashes
-    resume('out')
-    best, expected = load('out', 'best.pt'), load('out')
-    assert best['best_epoch'] == 2
-    assert_same(best['model'], expected['model'])
-    resume('out', epochs=3)
-    assert_same_run('whole', 'out')
+        train(out_dir="out", epochs=2) # so that best.pt is the one of the epoch at which it crashes
+    resume("out")
+    best, expected = load("out", "best.pt"), load("out")
+    assert best["best_epoch"] == 2
+    assert_same(best["model"], expected["model"])
+    resume("out", epochs=3)
+    assert_same_run("whole", "out")
+
 
 def test_a_finished_run_that_is_prolonged_has_not_ended_until_it_has(monkeypatch):
     train(epochs=1)
@@ -259,251 +286,275 @@ def test_a_finished_run_that_is_prolonged_has_not_ended_until_it_has(monkeypatch
             if step == 50:
                 raise KeyboardInterrupt
             return batch(self, step, *ranks)
-        patch.setattr(Batches, 'train', interrupted)
-        resume('out', epochs=3)
-    assert not os.path.exists('out/summary.json') # study.py and report.py would take it for the end result
-    resume('out')
-    train(out_dir='whole', epochs=3)
-    assert_same_run('whole', 'out')
+        patch.setattr(Batches, "train", interrupted)
+        resume("out", epochs=3)
+    assert not os.path.exists("out/summary.json") # study.py and report.py would take it for the end result
+    resume("out")
+    train(out_dir="whole", epochs=3)
+    assert_same_run("whole", "out")
+
 
 # the second ends by patience; the third between two evaluations
-@pytest.mark.parametrize('settings', [dict(epochs=2), dict(epochs=6, learning_rate=0, patience=2), dict(epochs=6, learning_rate=0, patience=3, eval_interval=2)])
+@pytest.mark.parametrize("settings", [dict(epochs=2), dict(epochs=6, learning_rate=0, patience=2), dict(epochs=6, learning_rate=0, patience=3, eval_interval=2)])
 def test_resuming_a_finished_run_changes_nothing(settings):
     train(**settings)
-    before = contents('out')
-    assert load('out')['step'] == summary('out')['step'] # what has been tested has been evaluated
-    printed, _ = resume('out')
-    assert 'nothing to do' in printed
-    for name in before.keys() - {'config.json'}: # which says what was asked last
-        assert contents('out')[name] == before[name], name
+    before = contents("out")
+    assert load("out")["step"] == summary("out")["step"] # what has been tested has been evaluated
+    printed, _ = resume("out")
+    assert "nothing to do" in printed
+    for name in before.keys() - {"config.json"}: # which says what was asked last
+        assert contents("out")[name] == before[name], name
+
 
 def test_how_often_one_evaluates_and_logs_does_not_change_training(hard):
-    train(out_dir='often', epochs=4, model='hard', log_interval=1)
-    train(out_dir='seldom', epochs=4, model='hard', eval_interval=3)
-    assert_same(load('often')['model'], load('seldom')['model'])
-    assert [row['epoch'] for row in metrics('seldom', 'eval')] == [0, 3, 4]
+    train(out_dir="often", epochs=4, model="hard", log_interval=1)
+    train(out_dir="seldom", epochs=4, model="hard", eval_interval=3)
+    assert_same(load("often")["model"], load("seldom")["model"])
+    assert [row["epoch"] for row in metrics("seldom", "eval")] == [0, 3, 4]
 
 # -----------------------------------------------------------------------------
 # validation, test, early stopping
 
+
 def test_early_stopping():
     train(epochs=6, learning_rate=0, patience=2)
-    assert summary('out')['epochs'] == 2 and summary('out')['best_epoch'] == 0 and [row['epoch'] for row in metrics('out', 'eval')] == [0, 1, 2]
-    train(out_dir='never', epochs=3, learning_rate=0, patience=0)
-    assert summary('never')['epochs'] == 3
+    assert summary("out")["epochs"] == 2 and summary("out")["best_epoch"] == 0 and [row["epoch"] for row in metrics("out", "eval")] == [0, 1, 2]
+    train(out_dir="never", epochs=3, learning_rate=0, patience=0)
+    assert summary("never")["epochs"] == 3
     # an improvement that is too small is none: accuracy moves by less than 100 points
-    train(out_dir='small', epochs=4, patience=2, min_improvement=99.9)
-    assert summary('small')['epochs'] == 2 and summary('small')['best_epoch'] == 0 and metrics('small', 'eval')[2]['val_accuracy'] > 0.5
+    train(out_dir="small", epochs=4, patience=2, min_improvement=99.9)
+    assert summary("small")["epochs"] == 2 and summary("small")["best_epoch"] == 0 and metrics("small", "eval")[2]["val_accuracy"] > 0.5
+
 
 def test_the_best_weights_are_tested_not_the_last():
-    train(epochs=4, distance='baseline', lr_schedule='multistep', lr_milestones='2', lr_gamma=3000) # from epoch 2 on it destroys what it has learned
-    accuracy = [row['val_accuracy'] for row in metrics('out', 'eval')]
-    end, best, last = summary('out'), load('out', 'best.pt'), load('out')
-    assert end['best_epoch'] == best['best_epoch'] == 2 == accuracy.index(max(accuracy)) and accuracy[4] < accuracy[2] - 0.1 and end['epochs'] == 4
-    assert best['step'] == 40 and last['step'] == 80 and not torch.equal(best['model']['head.weight'], last['model']['head.weight'])
-    assert by_hand(net_of('out')) == (pytest.approx(end['test_loss'], rel=1e-4), end['test_accuracy'])
-    assert by_hand(net_of('out', 'ckpt.pt'))[1] < end['test_accuracy'] and end['val_accuracy'] == accuracy[2]
+    train(epochs=4, distance="baseline", lr_schedule="multistep", lr_milestones="2", lr_gamma=3000) # from epoch 2 on it destroys what it has learned
+    accuracy = [row["val_accuracy"] for row in metrics("out", "eval")]
+    end, best, last = summary("out"), load("out", "best.pt"), load("out")
+    assert end["best_epoch"] == best["best_epoch"] == 2 == accuracy.index(max(accuracy)) and accuracy[4] < accuracy[2] - 0.1 and end["epochs"] == 4
+    assert best["step"] == 40 and last["step"] == 80 and not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
+    assert by_hand(net_of("out")) == (pytest.approx(end["test_loss"], rel=1e-4), end["test_accuracy"])
+    assert by_hand(net_of("out", "ckpt.pt"))[1] < end["test_accuracy"] and end["val_accuracy"] == accuracy[2]
+
 
 def test_the_test_images_are_touched_once_and_only_at_the_end(monkeypatch):
     seen, fixed, batch = [], Batches.fixed, Batches.train
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, 'fixed', lambda self, first, count: seen.append((len(self.x), first, count)) or fixed(self, first, count))
-        patch.setattr(Batches, 'train', lambda self, *args: seen.append((len(self.x), 'train', args[0])) or batch(self, *args))
+        patch.setattr(Batches, "fixed", lambda self, first, count: seen.append((len(self.x), first, count)) or fixed(self, first, count))
+        patch.setattr(Batches, "train", lambda self, *args: seen.append((len(self.x), "train", args[0])) or batch(self, *args))
         train(epochs=2)
     start = seen.index((360, 0, 64))
     assert seen[start:] == [(360, i, min(64, 360 - i)) for i in range(0, 360, 64)] and all(n in (1293, 144) for n, *_ in seen[:start])
-    assert [what for what in seen if what[0] == 1293] == [(1293, 'train', step) for step in range(40)]
+    assert [what for what in seen if what[0] == 1293] == [(1293, "train", step) for step in range(40)]
 
     def garbage(*args):
         images = real(*args)
         return dataclasses.replace(images, test_x=255 - images.test_x.flip(2), test_y=images.test_y.flip(0))
     real = data_vision.load
-    monkeypatch.setattr(data_vision, 'load', garbage)
-    train(out_dir='garbage', epochs=2)
-    for name in 'ckpt.pt', 'best.pt':
-        assert_same(load('out', name)['model'], load('garbage', name)['model'])
-    a, b = summary('out'), summary('garbage')
-    assert metrics('out') == metrics('garbage') and {key for key in a if a[key] != b[key]} <= TEST and b['test_accuracy'] < 0.3 < a['test_accuracy']
+    monkeypatch.setattr(data_vision, "load", garbage)
+    train(out_dir="garbage", epochs=2)
+    for name in "ckpt.pt", "best.pt":
+        assert_same(load("out", name)["model"], load("garbage", name)["model"])
+    a, b = summary("out"), summary("garbage")
+    assert metrics("out") == metrics("garbage") and {key for key in a if a[key] != b[key]} <= TEST and b["test_accuracy"] < 0.3 < a["test_accuracy"]
+
 
 def test_every_head_meets_the_same_backbone_split_order_and_augmentation(monkeypatch):
     seen, batch = {}, Batches.train
-    for distance, variant in ('baseline', ''), ('cosine', ''), ('hamming', 'gumbel'), ('offset_l2', ''), ('mahalanobis', 'covariance'):
+    for distance, variant in ("baseline", ""), ("cosine", ""), ("hamming", "gumbel"), ("offset_l2", ""), ("mahalanobis", "covariance"):
         with monkeypatch.context() as patch:
             batches = []
-            patch.setattr(Batches, 'train', lambda *args, batches=batches: batches.append(batch(*args)) or batches[-1])
-            _, script = train(out_dir=distance, distance=distance, variant=variant, epochs=1, learning_rate=0, augment='crop', batch_size=256)
-        backbone = {name: p for name, p in load(distance)['model'].items() if name.startswith('backbone.')}
-        seen[distance] = dict(backbone=backbone, batches=batches, val_x=script['val_data'].x, val_y=script['val_data'].y)
+            patch.setattr(Batches, "train", lambda *args, batches=batches: batches.append(batch(*args)) or batches[-1])
+            _, script = train(out_dir=distance, distance=distance, variant=variant, epochs=1, learning_rate=0, augment="crop", batch_size=256)
+        backbone = {name: p for name, p in load(distance)["model"].items() if name.startswith("backbone.")}
+        seen[distance] = dict(backbone=backbone, batches=batches, val_x=script["val_data"].x, val_y=script["val_data"].y)
         assert len(backbone) == 4 and len(batches) == 5
-        assert_same(seen[distance], seen['baseline'])
+        assert_same(seen[distance], seen["baseline"])
     x = [x for x, _ in batches]
     assert not torch.equal(x[0], x[1])
     _, script = train(epochs=0, seed=1, batch_size=256)
-    assert not torch.equal(script['train_data'].train(0)[0], x[0]) and not torch.equal(load('out')['model']['backbone.fc1.weight'], backbone['backbone.fc1.weight'])
+    assert not torch.equal(script["train_data"].train(0)[0], x[0]) and not torch.equal(load("out")["model"]["backbone.fc1.weight"], backbone["backbone.fc1.weight"])
+
 
 def test_without_epochs_it_is_an_evaluation():
     train(epochs=0)
-    assert [row['step'] for row in metrics('out')] == [0] and summary('out')['epochs'] == 0 and summary('out')['test_accuracy'] < 0.5
+    assert [row["step"] for row in metrics("out")] == [0] and summary("out")["epochs"] == 0 and summary("out")["test_accuracy"] < 0.5
+
 
 def test_a_batch_has_no_more_images_than_there_are():
     train(epochs=2, batch_size=2048)
-    assert load('out')['step'] == 2 and summary('out')['images'] == metrics('out')[-1]['images'] == 2 * 1293
+    assert load("out")["step"] == 2 and summary("out")["images"] == metrics("out")[-1]["images"] == 2 * 1293
 
 # -----------------------------------------------------------------------------
 # schedule, optimizer, precision
 
-@pytest.mark.parametrize('settings, scheduler', [
-    (dict(lr_schedule='none'), lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
-    (dict(lr_schedule='step', lr_step=3, lr_gamma=0.5), lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5)),
-    (dict(lr_schedule='multistep', lr_milestones='2,5,9', lr_gamma=0.2), lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 5, 9], 0.2)),
-    (dict(lr_schedule='cosine', min_lr=1e-3), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12, 1e-3))], ids=['none', 'step', 'multistep', 'cosine'])
+
+@pytest.mark.parametrize("settings, scheduler", [
+    (dict(lr_schedule="none"), lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
+    (dict(lr_schedule="step", lr_step=3, lr_gamma=0.5), lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5)),
+    (dict(lr_schedule="multistep", lr_milestones="2,5,9", lr_gamma=0.2), lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 5, 9], 0.2)),
+    (dict(lr_schedule="cosine", min_lr=1e-3), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12, 1e-3))], ids=["none", "step", "multistep", "cosine"])
 def test_schedules_are_torchs(settings, scheduler):
-    train(epochs=12, model='pixels', learning_rate=0.1, patience=0, batch_size=2048, **settings)
+    train(epochs=12, model="pixels", learning_rate=0.1, patience=0, batch_size=2048, **settings)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     schedule, expected = scheduler(optimizer), []
     for _ in range(12):
-        expected.append(optimizer.param_groups[0]['lr'])
+        expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert [row['lr'] for row in metrics('out', 'train')] == pytest.approx(expected, rel=1e-12)
+    assert [row["lr"] for row in metrics("out", "train")] == pytest.approx(expected, rel=1e-12)
 
-@pytest.mark.parametrize('name, kind', [('adam', torch.optim.Adam), ('adamw', torch.optim.AdamW), ('sgd', torch.optim.SGD)])
+
+@pytest.mark.parametrize("name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
 def test_the_optimizer_decays_matrices_and_kernels_only(name, kind, hard):
-    _, script = train(epochs=1, batch_size=512, model='hard', distance='offset_l2', learn_n=True, optimizer=name, weight_decay=0.3, momentum=0.8, beta1=0.7, beta2=0.8)
-    optimizer, names = script['optimizer'], {id(p): name for name, p in script['raw_model'].named_parameters()}
-    decay, other = [{names[id(p)] for p in group['params']} for group in optimizer.param_groups]
-    assert type(optimizer) is kind and decay == {'backbone.layers.1.weight', 'head.weight'} and decay | other == set(names.values()) and not decay & other
-    assert [group['weight_decay'] for group in optimizer.param_groups] == [0.3, 0]
+    _, script = train(epochs=1, batch_size=512, model="hard", distance="offset_l2", learn_n=True, optimizer=name, weight_decay=0.3, momentum=0.8, beta1=0.7, beta2=0.8)
+    optimizer, names = script["optimizer"], {id(p): name for name, p in script["raw_model"].named_parameters()}
+    decay, other = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    assert type(optimizer) is kind and decay == {"backbone.layers.1.weight", "head.weight"} and decay | other == set(names.values()) and not decay & other
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0]
     for group in optimizer.param_groups:
-        assert group['momentum'] == 0.8 if name == 'sgd' else group['betas'] == (0.7, 0.8)
+        assert group["momentum"] == 0.8 if name == "sgd" else group["betas"] == (0.7, 0.8)
+
 
 def test_gradients_are_clipped_and_the_norm_is_from_before():
-    train(epochs=1, optimizer='sgd', momentum=0, learning_rate=1, grad_clip=1e-3, batch_size=1293)
-    train(out_dir='start', epochs=0)
-    a, b = load('start')['model'], load('out')['model']
-    assert sum((a[name] - b[name]).square().sum() for name in a).sqrt().item() == pytest.approx(1e-3, rel=1e-3) and metrics('out', 'train')[0]['grad_norm'] > 0.01
+    train(epochs=1, optimizer="sgd", momentum=0, learning_rate=1, grad_clip=1e-3, batch_size=1293)
+    train(out_dir="start", epochs=0)
+    a, b = load("start")["model"], load("out")["model"]
+    assert sum((a[name] - b[name]).square().sum() for name in a).sqrt().item() == pytest.approx(1e-3, rel=1e-3) and metrics("out", "train")[0]["grad_norm"] > 0.01
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision(dtype):
     train(out_dir=dtype, epochs=2, dtype=dtype)
     train(epochs=2)
-    low, full = metrics(dtype, 'eval')[-1], metrics('out', 'eval')[-1]
-    assert low['val_loss'] == pytest.approx(full['val_loss'], rel=0.02) and low['val_loss'] != full['val_loss'] and low['val_accuracy'] > 0.8
-    assert all(p.dtype != getattr(torch, dtype) for p in load(dtype)['model'].values())
+    low, full = metrics(dtype, "eval")[-1], metrics("out", "eval")[-1]
+    assert low["val_loss"] == pytest.approx(full["val_loss"], rel=0.02) and low["val_loss"] != full["val_loss"] and low["val_accuracy"] > 0.8
+    assert all(p.dtype != getattr(torch, dtype) for p in load(dtype)["model"].values())
+
 
 def test_compiled():
     printed, script = train(epochs=1, compile=True, batch_size=144) # the validation images' number: another size would be compiled for itself
-    if 'does not work here' in printed:
+    if "does not work here" in printed:
         pytest.skip("no compiler")
-    train(out_dir='eager', epochs=1, batch_size=144)
-    assert [row.get('loss', row.get('val_loss')) for row in metrics('out')] == pytest.approx([row.get('loss', row.get('val_loss')) for row in metrics('eager')], rel=1e-4)
-    assert load('out')['model'].keys() == load('eager')['model'].keys() # names of the model, not of its compiled wrapper
+    train(out_dir="eager", epochs=1, batch_size=144)
+    assert [row.get("loss", row.get("val_loss")) for row in metrics("out")] == pytest.approx([row.get("loss", row.get("val_loss")) for row in metrics("eager")], rel=1e-4)
+    assert load("out")["model"].keys() == load("eager")["model"].keys() # names of the model, not of its compiled wrapper
+
 
 def test_without_a_compiler_training_goes_on(monkeypatch, hard):
     def no_compiler(*args, **kwargs):
         raise RuntimeError("no C++ compiler was found")
-    train(out_dir='eager', epochs=1, model='hard', batch_size=512)
-    monkeypatch.setattr(torch, 'compile', no_compiler)
-    printed, _ = train(epochs=1, model='hard', batch_size=512, compile=True)
-    assert 'torch.compile does not work here, going on without it (RuntimeError: no C++ compiler' in printed
-    assert_same_run('out', 'eager')
+    train(out_dir="eager", epochs=1, model="hard", batch_size=512)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    printed, _ = train(epochs=1, model="hard", batch_size=512, compile=True)
+    assert "torch.compile does not work here, going on without it (RuntimeError: no C++ compiler" in printed
+    assert_same_run("out", "eager")
 
 # -----------------------------------------------------------------------------
 # every head, every backbone, every config
 
-HEADS = [('baseline', '', 'mlp'), *((distance, variant, 'mlp') for distance, variants in DISTANCES.items() for variant in variants), ('cosine', '', 'pixels')]
 
-@pytest.mark.parametrize('distance, variant, model', HEADS)
+HEADS = [("baseline", "", "mlp"), *((distance, variant, "mlp") for distance, variants in DISTANCES.items() for variant in variants), ("cosine", "", "pixels")]
+
+
+@pytest.mark.parametrize("distance, variant, model", HEADS)
 def test_every_head_trains(distance, variant, model):
     train(epochs=1, distance=distance, variant=variant, model=model, batch_size=128, log_interval=5)
-    rows = metrics('out')
-    assert all(math.isfinite(row.get('loss', row.get('val_loss'))) for row in rows) and math.isfinite(summary('out')['test_loss'])
-    assert all(row[key] is not None for row in rows if row['kind'] == 'eval' for key in PROBE - {'variance_ratio'})
-    start = VisionNet(VisionConfig(**load('out')['model_args'])).state_dict()
-    assert start.keys() == load('out')['model'].keys()
+    rows = metrics("out")
+    assert all(math.isfinite(row.get("loss", row.get("val_loss"))) for row in rows) and math.isfinite(summary("out")["test_loss"])
+    assert all(row[key] is not None for row in rows if row["kind"] == "eval" for key in PROBE - {"variance_ratio"})
+    start = VisionNet(VisionConfig(**load("out")["model_args"])).state_dict()
+    assert start.keys() == load("out")["model"].keys()
+
 
 def write_cifar(root, num_classes, n=None):
     x, y, test_x, test_y = cifar_arrays(num_classes, n)
-    write(root / f'cifar{num_classes}' / ('data_batch_1.bin' if num_classes == 10 else 'train.bin'), records(x, y, num_classes))
-    write(root / f'cifar{num_classes}' / ('test_batch.bin' if num_classes == 10 else 'test.bin'), records(test_x, test_y, num_classes))
+    write(root / f"cifar{num_classes}" / ("data_batch_1.bin" if num_classes == 10 else "train.bin"), records(x, y, num_classes))
+    write(root / f"cifar{num_classes}" / ("test_batch.bin" if num_classes == 10 else "test.bin"), records(test_x, test_y, num_classes))
+
 
 # the paper's files with one step, at 32 pixels
-@pytest.mark.parametrize('name, dataset, features, shape', [
-    ('mlp', 'cifar100', 256, (3, 32, 32)), ('cnn', 'mnist', 128, (1, 28, 28)), ('resnet50', 'cifar10', 2048, (3, 32, 32)), ('vgg16', 'mnist', 128, (1, 32, 32)),
-    ('vit_tiny', 'cifar10', 192, (3, 32, 32)), ('pvtv2_b0', 'mnist', 256, (3, 32, 32))])
+@pytest.mark.parametrize("name, dataset, features, shape", [
+    ("mlp", "cifar100", 256, (3, 32, 32)), ("cnn", "mnist", 128, (1, 28, 28)), ("resnet50", "cifar10", 2048, (3, 32, 32)), ("vgg16", "mnist", 128, (1, 32, 32)),
+    ("vit_tiny", "cifar10", 192, (3, 32, 32)), ("pvtv2_b0", "mnist", 256, (3, 32, 32))])
 def test_every_backbone_takes_a_step_on_files(name, dataset, features, shape, here):
-    write_mnist(here / 'data', n=20, m=4) if dataset == 'mnist' else write_cifar(here / 'data', int(dataset[5:]))
-    train(os.path.join(ROOT, 'config', f'{name}.py'), dataset=dataset, epochs=1, val_fraction=0.5, batch_size=100 if dataset == 'cifar100' else 10, compile=False,
-          image_size=32 if name in ('vit_tiny', 'vgg16', 'pvtv2_b0') else 0)
-    ckpt, info = load('out'), json.load(open('out/config.json'))
-    assert ckpt['step'] == 1 and ckpt['model_args']['image_shape'] == shape and ckpt['model_args']['model'] == name
-    assert ckpt['model']['head.weight'].shape == (info['data']['num_classes'], features) and math.isfinite(summary('out')['test_loss'])
-    assert all(torch.isfinite(p).all() for p in ckpt['model'].values()) and info['sources']['learning_rate'].endswith('.py')
+    write_mnist(here / "data", n=20, m=4) if dataset == "mnist" else write_cifar(here / "data", int(dataset[5:]))
+    train(os.path.join(ROOT, "config", f"{name}.py"), dataset=dataset, epochs=1, val_fraction=0.5, batch_size=100 if dataset == "cifar100" else 10, compile=False,
+          image_size=32 if name in ("vit_tiny", "vgg16", "pvtv2_b0") else 0)
+    ckpt, info = load("out"), json.load(open("out/config.json"))
+    assert ckpt["step"] == 1 and ckpt["model_args"]["image_shape"] == shape and ckpt["model_args"]["model"] == name
+    assert ckpt["model"]["head.weight"].shape == (info["data"]["num_classes"], features) and math.isfinite(summary("out")["test_loss"])
+    assert all(torch.isfinite(p).all() for p in ckpt["model"].values()) and info["sources"]["learning_rate"].endswith(".py")
+
 
 # Tables 4 to 7: MNIST, CIFAR-10, CIFAR-100, or one for all
-SCHEDULES = {'none': dict(lr_schedule='none'), 'step 50': dict(lr_schedule='step', lr_step=50, lr_gamma=0.5), 'step 30': dict(lr_schedule='step', lr_step=30, lr_gamma=0.1),
-             'resnet': dict(lr_schedule='multistep', lr_milestones='60,100,140', lr_gamma=0.2), 'vgg': dict(lr_schedule='multistep', lr_milestones='75,125', lr_gamma=0.1),
-             'cosine': dict(lr_schedule='cosine')}
+SCHEDULES = {"none": dict(lr_schedule="none"), "step 50": dict(lr_schedule="step", lr_step=50, lr_gamma=0.5), "step 30": dict(lr_schedule="step", lr_step=30, lr_gamma=0.1),
+             "resnet": dict(lr_schedule="multistep", lr_milestones="60,100,140", lr_gamma=0.2), "vgg": dict(lr_schedule="multistep", lr_milestones="75,125", lr_gamma=0.1),
+             "cosine": dict(lr_schedule="cosine")}
 PAPER = {
-    'mlp': dict(learning_rate=3e-4, epochs=(40, 40, 150), optimizer='adam', weight_decay=0, batch_size=(2048, 1024, 1024), schedule=('none', 'none', 'step 50')),
-    'cnn': dict(learning_rate=3e-4, epochs=(40, 40, 150), optimizer='adam', weight_decay=0, batch_size=(8192, 4096, 512), schedule=('none', 'none', 'step 50')),
-    'resnet50': dict(learning_rate=0.1, epochs=(100, 100, 200), optimizer='sgd', momentum=0.9, weight_decay=1e-4, batch_size=(512, 512, 256),
-                     schedule=('step 30', 'step 30', 'resnet')),
-    'vgg16': dict(batch_size=(4096, 2048, 512), schedule=('step 30', 'step 30', 'vgg')),
-    'vit_tiny': dict(batch_size=(256, 128, 128), schedule=('none', 'none', 'cosine'), image_size=224),
-    'pvtv2_b0': dict(learning_rate=(1e-4, 1e-4, 5e-5), epochs=(80, 80, 150), optimizer='adamw', weight_decay=0.05, batch_size=256, schedule=('none', 'none', 'cosine')),
+    "mlp": dict(learning_rate=3e-4, epochs=(40, 40, 150), optimizer="adam", weight_decay=0, batch_size=(2048, 1024, 1024), schedule=("none", "none", "step 50")),
+    "cnn": dict(learning_rate=3e-4, epochs=(40, 40, 150), optimizer="adam", weight_decay=0, batch_size=(8192, 4096, 512), schedule=("none", "none", "step 50")),
+    "resnet50": dict(learning_rate=0.1, epochs=(100, 100, 200), optimizer="sgd", momentum=0.9, weight_decay=1e-4, batch_size=(512, 512, 256),
+                     schedule=("step 30", "step 30", "resnet")),
+    "vgg16": dict(batch_size=(4096, 2048, 512), schedule=("step 30", "step 30", "vgg")),
+    "vit_tiny": dict(batch_size=(256, 128, 128), schedule=("none", "none", "cosine"), image_size=224),
+    "pvtv2_b0": dict(learning_rate=(1e-4, 1e-4, 5e-5), epochs=(80, 80, 150), optimizer="adamw", weight_decay=0.05, batch_size=256, schedule=("none", "none", "cosine")),
 }
 
-@pytest.mark.parametrize('name', PAPER)
+
+@pytest.mark.parametrize("name", PAPER)
 def test_configs_are_the_papers(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    defaults = defaults_of('train_vision.py')
-    for i, dataset in enumerate(('mnist', 'cifar10', 'cifar100')):
-        config, sources = configurator.configure(dict(defaults), [f'config/{name}.py', f'--dataset={dataset}']) # exits with a message if anything is unknown
+    defaults = defaults_of("train_vision.py")
+    for i, dataset in enumerate(("mnist", "cifar10", "cifar100")):
+        config, sources = configurator.configure(dict(defaults), [f"config/{name}.py", f"--dataset={dataset}"]) # exits with a message if anything is unknown
         table = {key: value[i] if isinstance(value, tuple) else value for key, value in PAPER[name].items()}
-        table |= SCHEDULES[table.pop('schedule')] | dict(patience=(15, 15, 25)[i], min_improvement=0.01, n=1, eps=1e-4, model=name, dataset=dataset)
+        table |= SCHEDULES[table.pop("schedule")] | dict(patience=(15, 15, 25)[i], min_improvement=0.01, n=1, eps=1e-4, model=name, dataset=dataset)
         assert {key: config[key] for key in table} == table, dataset
-        assert config['out_dir'] == f'out/{dataset}_{name}' and sources['batch_size'] == f'config/{name}.py' and config['epochs'] >= 40
+        assert config["out_dir"] == f"out/{dataset}_{name}" and sources["batch_size"] == f"config/{name}.py" and config["epochs"] >= 40
 
 # -----------------------------------------------------------------------------
 # ranks
 
+
 def test_two_ranks_equal_one(here):
-    settings = dict(epochs=3, augment='crop', learn_n=True, eval_interval=1, batch_size=62) # 144 images for validation: three batches, the last one short
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    (code, out, err), = processes(here, [*launcher, os.path.join(ROOT, 'train_vision.py'), *flags(**{**SETTINGS, **settings, 'out_dir': 'two'})])
-    assert code == 0 and '2 rank(s)' in out and out.count('test accuracy') == 1, out + err # rank 0 alone speaks
-    train(out_dir='one', **settings)
-    assert summary('one')['best_epoch'] == 3 # saved just before it is tested: the other rank must wait for the file
+    settings = dict(epochs=3, augment="crop", learn_n=True, eval_interval=1, batch_size=62) # 144 images for validation: three batches, the last one short
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    (code, out, err), = processes(here, [*launcher, os.path.join(ROOT, "train_vision.py"), *flags(**{**SETTINGS, **settings, "out_dir": "two"})])
+    assert code == 0 and "2 rank(s)" in out and out.count("test accuracy") == 1, out + err # rank 0 alone speaks
+    train(out_dir="one", **settings)
+    assert summary("one")["best_epoch"] == 3 # saved just before it is tested: the other rank must wait for the file
     close = lambda row: {k: pytest.approx(v, rel=1e-4, abs=1e-6) if isinstance(v, float) else v for k, v in row.items()}
-    for a, b in zip([*metrics('two'), summary('two')], [*metrics('one'), summary('one')], strict=True):
+    for a, b in zip([*metrics("two"), summary("two")], [*metrics("one"), summary("one")], strict=True):
         assert a == close(b)
-    a, b = (load(name, 'best.pt') for name in ('two', 'one'))
-    assert a['best_epoch'] == b['best_epoch'] and all(torch.allclose(a['model'][name], b['model'][name], rtol=1e-3, atol=1e-4) for name in b['model'])
-    assert json.load(open('two/config.json'))['world_size'] == 2
+    a, b = (load(name, "best.pt") for name in ("two", "one"))
+    assert a["best_epoch"] == b["best_epoch"] and all(torch.allclose(a["model"][name], b["model"][name], rtol=1e-3, atol=1e-4) for name in b["model"])
+    assert json.load(open("two/config.json"))["world_size"] == 2
+
 
 def as_rank(monkeypatch, rank):
     for key, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2).items():
         monkeypatch.setenv(key, str(value))
-    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: pytest.fail("waits for the others"))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("waits for the others"))
 
-@pytest.mark.parametrize('rank', [0, 1])
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_batch_that_does_not_divide_is_refused_by_every_rank(rank, monkeypatch):
     as_rank(monkeypatch, rank) # before the ranks wait for each other: none of them can hang
-    assert 'batch_size 65 is shared by the 2 ranks' in refuses(batch_size=65) and not os.listdir('.')
+    assert "batch_size 65 is shared by the 2 ranks" in refuses(batch_size=65) and not os.listdir(".")
     # the 1,293 training images are one batch, whose halves differ: the mean of the ranks' gradients would not be the batch's
-    assert '1293' in refuses(batch_size=2048) and not os.listdir('.')
+    assert "1293" in refuses(batch_size=2048) and not os.listdir(".")
 
 # -----------------------------------------------------------------------------
 # what cannot run
 
+
 def test_everything_that_is_wrong_is_in_one_report(here):
-    (here / 'mine.py').write_text("learning_rte = 1e-3\nbatch_size = 1.5\n")
-    (code, out, err), = processes(here, [os.path.join(ROOT, 'train_vision.py'), 'mine.py', *flags(
-        model='resnet', augment='flip', normalize='imagenet', optimizer='rmsprop', lr_schedule='linear', lr_milestones='60;100', eval_interval=0, log_interval=0, lr_step=0,
-        val_fraction=1, learning_rate=-1, epochs=-1, beta1=1, momentum=1, patience=-1, lr_gamma=0, channels=2, n=-1, seed=-1, distance='cosin', country_iso_code='US',
-        dtype='float8', device='tpu', init_from='gpt2')])
-    assert code == 1 and 'Traceback' not in err and os.listdir('.') == ['mine.py']
+    (here / "mine.py").write_text("learning_rte = 1e-3\nbatch_size = 1.5\n")
+    (code, out, err), = processes(here, [os.path.join(ROOT, "train_vision.py"), "mine.py", *flags(
+        model="resnet", augment="flip", normalize="imagenet", optimizer="rmsprop", lr_schedule="linear", lr_milestones="60;100", eval_interval=0, log_interval=0, lr_step=0,
+        val_fraction=1, learning_rate=-1, epochs=-1, beta1=1, momentum=1, patience=-1, lr_gamma=0, channels=2, n=-1, seed=-1, distance="cosin", country_iso_code="US",
+        dtype="float8", device="tpu", init_from="gpt2")])
+    assert code == 1 and "Traceback" not in err and os.listdir(".") == ["mine.py"]
     parts = ("mine.py: unknown key 'learning_rte', did you mean 'learning_rate'?", "mine.py: batch_size wants an int, got 1.5", "model is 'resnet': use pixels, mlp",
              "augment is 'flip': use none, crop", "normalize is 'imagenet': use half", "optimizer is 'rmsprop': use adam", "lr_schedule is 'linear': use none",
              "lr_milestones is '60;100': write epochs", "eval_interval is 0", "log_interval is 0", "lr_step is 0", "val_fraction is 1.0, it must be in (0, 1)",
@@ -511,78 +562,87 @@ def test_everything_that_is_wrong_is_in_one_report(here):
              "unknown distance 'cosin', did you mean 'cosine'?", "did you mean 'USA'?", "dtype is 'float8': use", "device is 'tpu': use", "init_from is 'gpt2'")
     for part in parts:
         assert part in err, part
-    assert f'{len(parts)} to fix' in err and err.count('\n  - ') == len(parts)
+    assert f"{len(parts)} to fix" in err and err.count("\n  - ") == len(parts)
 
-@pytest.mark.parametrize('settings, message', [
-    (dict(normalize='cifar10'), "normalize is 'cifar10', of 3 channels, but digits has 1: use half or digits"), (dict(dataset='digit'), "there is no dataset 'digit'"),
-    (dict(dataset='mnist'), "mnist is not there, and cannot be downloaded"), (dict(val_fraction=1e-4), "val_fraction=0.0001 leaves class"),
-    (dict(distance='minkowski', distance_params='q=3'), "minkowski has no parameter 'q' (legal: p)"), (dict(distance='cosine', variant='hard'), "unknown cosine variant 'hard'"),
-    (dict(model='vgg16'), "VGG16 takes images of at least 32x32 pixels"), (dict(model='vit_tiny'), "use image_size=16"),
-    (dict(init_from='resume', out_dir='nowhere'), "nowhere holds no ckpt.pt"), (dict(out_dir=''), "out_dir is ''")])
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(normalize="cifar10"), "normalize is 'cifar10', of 3 channels, but digits has 1: use half or digits"), (dict(dataset="digit"), "there is no dataset 'digit'"),
+    (dict(dataset="mnist"), "mnist is not there, and cannot be downloaded"), (dict(val_fraction=1e-4), "val_fraction=0.0001 leaves class"),
+    (dict(distance="minkowski", distance_params="q=3"), "minkowski has no parameter 'q' (legal: p)"), (dict(distance="cosine", variant="hard"), "unknown cosine variant 'hard'"),
+    (dict(model="vgg16"), "VGG16 takes images of at least 32x32 pixels"), (dict(model="vit_tiny"), "use image_size=16"),
+    (dict(init_from="resume", out_dir="nowhere"), "nowhere holds no ckpt.pt"), (dict(out_dir=""), "out_dir is ''")])
 def test_refused(settings, message):
     settings = {**SETTINGS, **settings}
-    assert message in refuses(**settings) and not os.listdir('.')
+    assert message in refuses(**settings) and not os.listdir(".")
+
 
 def test_a_run_is_not_overwritten_unless_asked():
     train(epochs=1)
-    before = contents('out')
+    before = contents("out")
     message = refuses(**SETTINGS)
-    assert all(part in message for part in ('out holds a run', '--init_from=resume', '--out_dir', '--overwrite=true')) and contents('out') == before
+    assert all(part in message for part in ("out holds a run", "--init_from=resume", "--out_dir", "--overwrite=true")) and contents("out") == before
     train(epochs=0, overwrite=True)
-    assert load('out')['step'] == 0 and [row['step'] for row in metrics('out')] == [0]
+    assert load("out")["step"] == 0 and [row["step"] for row in metrics("out")] == [0]
 
-@pytest.mark.parametrize('settings, message', [
-    (dict(distance='manhattan'), "distance is 'manhattan' here, 'cosine' in the checkpoint"), (dict(model='pixels', n=2), "n is 2.0 here, 1.0 in the checkpoint"),
-    (dict(batch_size=128), "batch_size is 128 here, 64 in the checkpoint"), (dict(optimizer='sgd'), "optimizer is 'sgd' here, 'adam' in the checkpoint"),
-    (dict(batch_size=63), 'batch_size is 63'), # as many steps, but other batches
-    (dict(seed=1), 'seed is 1'), (dict(val_fraction=0.101), 'val_fraction is 0.101')], ids=str) # the validation images would be among those that were trained on
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(distance="manhattan"), "distance is 'manhattan' here, 'cosine' in the checkpoint"), (dict(model="pixels", n=2), "n is 2.0 here, 1.0 in the checkpoint"),
+    (dict(batch_size=128), "batch_size is 128 here, 64 in the checkpoint"), (dict(optimizer="sgd"), "optimizer is 'sgd' here, 'adam' in the checkpoint"),
+    (dict(batch_size=63), "batch_size is 63"), # as many steps, but other batches
+    (dict(seed=1), "seed is 1"), (dict(val_fraction=0.101), "val_fraction is 0.101")], ids=str) # the validation images would be among those that were trained on
 def test_another_run_is_not_resumed(settings, message):
     train(epochs=1)
-    before = contents('out')
-    assert message in refuses(init_from='resume', out_dir='out', epochs=2, **settings) and contents('out') == before
+    before = contents("out")
+    assert message in refuses(init_from="resume", out_dir="out", epochs=2, **settings) and contents("out") == before
+
 
 def test_other_data_are_not_resumed(here, monkeypatch):
     train(epochs=1)
-    before, real = contents('out'), data_vision.load
-    monkeypatch.setattr(data_vision, 'load', lambda *args: dataclasses.replace(real(*args), hash='123abc'))
-    assert "the data are others: hash 123abc here" in refuses(init_from='resume', out_dir='out', epochs=2) and contents('out') == before
+    before, real = contents("out"), data_vision.load
+    monkeypatch.setattr(data_vision, "load", lambda *args: dataclasses.replace(real(*args), hash="123abc"))
+    assert "the data are others: hash 123abc here" in refuses(init_from="resume", out_dir="out", epochs=2) and contents("out") == before
+
 
 def test_a_language_model_is_not_resumed(here):
-    make_dataset(here / 'data' / 'tiny')
-    run_script('train.py', *flags(**{**LANGUAGE, 'out_dir': 'out', 'max_iters': 1}))
-    before = contents('out')
-    assert 'out holds a run of train.py, this is train_vision.py' in refuses(init_from='resume', out_dir='out') and contents('out') == before
+    make_dataset(here / "data" / "tiny")
+    run_script("train.py", *flags(**{**LANGUAGE, "out_dir": "out", "max_iters": 1}))
+    before = contents("out")
+    assert "out holds a run of train.py, this is train_vision.py" in refuses(init_from="resume", out_dir="out") and contents("out") == before
+
 
 # mahalanobis fails earlier than its loss: a matrix that is not finite has no Cholesky factor
-@pytest.mark.parametrize('distance', ['baseline', 'euclidean', 'mahalanobis'])
+@pytest.mark.parametrize("distance", ["baseline", "euclidean", "mahalanobis"])
 def test_a_loss_that_is_not_finite_stops_the_run(distance):
     train(epochs=1, distance=distance)
-    before = open('out/ckpt.pt', 'rb').read()
-    message = refuses(init_from='resume', out_dir='out', epochs=3, learning_rate=1e30)
-    for part in ('step ', 'loss ', 'gradient norm ', 'not finite', 'lr 1.000e+30', '|w| ', 'last good checkpoint: out/ckpt.pt', '--init_from=resume', 'lower learning_rate'):
+    before = open("out/ckpt.pt", "rb").read()
+    message = refuses(init_from="resume", out_dir="out", epochs=3, learning_rate=1e30)
+    for part in ("step ", "loss ", "gradient norm ", "not finite", "lr 1.000e+30", "|w| ", "last good checkpoint: out/ckpt.pt", "--init_from=resume", "lower learning_rate"):
         assert part in message, message
-    assert open('out/ckpt.pt', 'rb').read() == before
-    assert all(math.isfinite(row.get('loss', row.get('val_loss'))) for row in metrics('out'))
+    assert open("out/ckpt.pt", "rb").read() == before
+    assert all(math.isfinite(row.get("loss", row.get("val_loss"))) for row in metrics("out"))
+
 
 def test_help(monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
-        run_script_loud('train_vision.py', '--help', monkeypatch)
+        run_script_loud("train_vision.py", "--help", monkeypatch)
     out = capsys.readouterr().out
-    assert e.value.code == 0 and '$ python train_vision.py --distance=cosine' in out and "augment = 'none' # 'crop'" in out
+    assert e.value.code == 0 and "$ python train_vision.py --distance=cosine" in out and "augment = 'none' # 'crop'" in out
+
 
 def test_a_resumed_run_says_where_its_settings_came_from():
     train(epochs=1, n=2, learn_n=True)
-    resume('out', epochs=2)
-    info = json.load(open('out/config.json'))
-    assert info['sources']['n'] == 'command line' and info['sources']['eps'] == 'default' and info['config']['epochs'] == 2
-    assert info['n'] == 2 and '--n=2' in info['command'] and summary('out')['n'] != 2 # n as it began, and as it ended
-    before = contents('out')
-    resume('out', epochs=1) # which it has: nothing that it does not keep to is written down
-    assert contents('out') == before
+    resume("out", epochs=2)
+    info = json.load(open("out/config.json"))
+    assert info["sources"]["n"] == "command line" and info["sources"]["eps"] == "default" and info["config"]["epochs"] == 2
+    assert info["n"] == 2 and "--n=2" in info["command"] and summary("out")["n"] != 2 # n as it began, and as it ended
+    before = contents("out")
+    resume("out", epochs=1) # which it has: nothing that it does not keep to is written down
+    assert contents("out") == before
+
 
 def test_seconds_per_epoch_count_epochs():
     train(epochs=4, eval_interval=3)
-    with open('out/metrics.jsonl') as f:
-        rows = [row for row in map(json.loads, f) if row['kind'] == 'eval']
-    with open('out/summary.json') as f:
-        assert json.load(f)['seconds_per_epoch'] == pytest.approx(np.median([rows[1]['seconds'] / 3, rows[2]['seconds']]))
+    with open("out/metrics.jsonl") as f:
+        rows = [row for row in map(json.loads, f) if row["kind"] == "eval"]
+    with open("out/summary.json") as f:
+        assert json.load(f)["seconds_per_epoch"] == pytest.approx(np.median([rows[1]["seconds"] / 3, rows[2]["seconds"]]))

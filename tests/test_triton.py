@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip('triton', reason='triton is not installed')
+pytest.importorskip("triton", reason="triton is not installed")
 import distances_triton as dt  # noqa: E402
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-4
-L1, LINF, CANBERRA, FLOOR = ('l1',), ('linf',), ('canberra', EPS, 0.0), ('canberra', EPS, 0.5)
-LP = [('lp', p) for p in (1.5, 3.0, 2.5, 1.1, 4.0)]
+L1, LINF, CANBERRA, FLOOR = ("l1",), ("linf",), ("canberra", EPS, 0.0), ("canberra", EPS, 0.5)
+LP = [("lp", p) for p in (1.5, 3.0, 2.5, 1.1, 4.0)]
 ALL = [L1, LINF, *LP, CANBERRA, FLOOR]
-every = pytest.mark.parametrize('kernel', ALL, ids=lambda k: '-'.join(map(str, k)))
-pytestmark = pytest.mark.filterwarnings('ignore:divide by zero', 'ignore:overflow') # log2(0) = -inf and clamp(inf) are meant
+every = pytest.mark.parametrize("kernel", ALL, ids=lambda k: "-".join(map(str, k)))
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow") # log2(0) = -inf and clamp(inf) are meant
 
 
 def rand(*shape, seed=0, scale=1.0):
@@ -27,11 +27,11 @@ def rand(*shape, seed=0, scale=1.0):
 def formula(kernel, h, w):
     """s (N, V) by broadcasting."""
     x = (h[:, None] - w[None]).abs()
-    if kernel[0] == 'l1':
+    if kernel[0] == "l1":
         return x.sum(-1)
-    if kernel[0] == 'linf':
+    if kernel[0] == "linf":
         return x.amax(-1) # ties share its gradient
-    if kernel[0] == 'lp':
+    if kernel[0] == "lp":
         return (x ** kernel[1]).sum(-1) ** (1 / kernel[1])
     return (x / (h.abs()[:, None] + w.abs()[None] + kernel[1]).clamp(min=kernel[2])).sum(-1)
 
@@ -61,7 +61,7 @@ def close(actual, expected, rtol=5e-6):
 # values and gradients
 
 @every
-@pytest.mark.parametrize('N, V, D', [(48, 96, 72), (5, 130, 33), (130, 3, 5), (1, 1, 1)])
+@pytest.mark.parametrize("N, V, D", [(48, 96, 72), (5, 130, 33), (130, 3, 5), (1, 1, 1)])
 def test_matches_autograd(kernel, N, V, D):
     h, w, g = rand(N, D), rand(V, D, seed=1), rand(N, V, seed=2)
     for actual, expected in zip(run(kernel, h, w, g), oracle(kernel, h, w, g)):
@@ -143,7 +143,7 @@ def test_tiny_and_large(kernel):
             g[pair] = 1
             results = run(kernel, h, w, g)
             assert all(x.isfinite().all() for x in results)
-            if kernel[0] != 'canberra':
+            if kernel[0] != "canberra":
                 assert max(x.abs().max() for x in results[1:]) <= 1 + 1e-5
                 close(results[0], formula(kernel, h.double(), w.double()), 1e-5)
             if len(scales) == 1 and pair != (0, 0):
@@ -153,7 +153,7 @@ def test_tiny_and_large(kernel):
                 close(results[2][j:j + 1], dw, 1e-5)
 
 
-@pytest.mark.parametrize('kernel', [LINF, *LP], ids=str)
+@pytest.mark.parametrize("kernel", [LINF, *LP], ids=str)
 def test_close_pairs_beside_large_ones(kernel):
     """The differences are those of the given numbers: a pair of nearly equal rows is as exact as any other."""
     w = rand(5, 9)
@@ -189,36 +189,36 @@ def test_masked_target():
 
 def test_canberra_floor_and_zeros():
     h, w = torch.tensor([[0.1, 0.2, 0.0, 3.0, -2.0]]), torch.tensor([[0.2, 0.1, 0.3, 0.0, 1.0]])
-    for kernel in (CANBERRA, FLOOR, ('canberra', 0.0, 0.0)):
+    for kernel in (CANBERRA, FLOOR, ("canberra", 0.0, 0.0)):
         for actual, expected in zip(run(kernel, h, w), oracle(kernel, h, w, torch.ones(1, 1))):
             close(actual, expected)
-    s, dh, dw = run(('canberra', 0.0, 0.0), torch.zeros(1, 3), torch.zeros(1, 3))
+    s, dh, dw = run(("canberra", 0.0, 0.0), torch.zeros(1, 3), torch.zeros(1, 3))
     assert not s.any() and not dh.any() and not dw.any() # 0 / 0 is 0
 
 
 def test_supports():
     assert all(dt.supports(k) for k in ALL)
-    assert not any(dt.supports(k) for k in [('lp', 1.0), ('lp', 4.5), ('mm',)])
+    assert not any(dt.supports(k) for k in [("lp", 1.0), ("lp", 4.5), ("mm",)])
 
 
 # -----------------------------------------------------------------------------
 # the budget: what a GPU would execute, compiled here
 
 BUDGET = { # instructions per element: forward, backward
-    'l1': (2.5, 3.7), 'linf': (2.5, 3.9), 'ties': (3.4, None), 'l1.5': (3.5, 5.8), 'l3': (3.5, 3.8), 'lp': (5.5, 7.8),
-    'canberra': (6.9, 11.5), 'canberra with floor': (8.0, 14.5),
+    "l1": (2.5, 3.7), "linf": (2.5, 3.9), "ties": (3.4, None), "l1.5": (3.5, 5.8), "l3": (3.5, 3.8), "lp": (5.5, 7.8),
+    "canberra": (6.9, 11.5), "canberra with floor": (8.0, 14.5),
 }
 
 
 def test_budget():
-    env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parent.parent
-    out = subprocess.run([sys.executable, root / 'distances_triton.py'], capture_output=True, text=True, env=env)
-    if out.returncode == 1 and 'cannot be compiled' in out.stderr:
+    out = subprocess.run([sys.executable, root / "distances_triton.py"], capture_output=True, text=True, env=env)
+    if out.returncode == 1 and "cannot be compiled" in out.stderr:
         pytest.skip(out.stderr.strip().splitlines()[-1])
     assert out.returncode == 0, out.stderr
-    rows = re.findall(r'^(\S.*?) +(forward|backward) +(\S+) +(\d+) +(\d+)$', out.stdout, re.M)
-    assert {(r[0], r[1]) for r in rows} == {(k, step) for k, v in BUDGET.items() for step, x in zip(('forward', 'backward'), v) if x}
+    rows = re.findall(r"^(\S.*?) +(forward|backward) +(\S+) +(\d+) +(\d+)$", out.stdout, re.M)
+    assert {(r[0], r[1]) for r in rows} == {(k, step) for k, v in BUDGET.items() for step, x in zip(("forward", "backward"), v) if x}
     for name, step, instructions, registers, spills in rows:
-        assert 2 < float(instructions) <= BUDGET[name][step == 'backward'], (name, step, instructions)
+        assert 2 < float(instructions) <= BUDGET[name][step == "backward"], (name, step, instructions)
         assert int(registers) <= 255 and int(spills) == 0, (name, step, registers, spills)
