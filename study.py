@@ -210,7 +210,7 @@ def main():
         return
     if context.get_start_method() == "fork": # what every run imports is imported once
         import codecarbon.input  # noqa: F401
-        import sklearn.datasets
+        import sklearn.datasets  # noqa: F401
         import sklearn.metrics  # noqa: F401
         import torch._dynamo  # noqa: F401
     signal.signal(signal.SIGTERM, signal.default_int_handler) # the run must not outlive the study
