@@ -32,8 +32,8 @@ from tqdm import tqdm
 from configurator import configure, fail
 from data import Blocks, load_meta
 from data_vision import AUGMENTATIONS, STATS, Batches
-from distances import DISTANCES, DistanceHead, parse_head, parse_params
-from model import GPT, GPTConfig
+from distances import DISTANCES, DistanceHead, parse_head
+from model import GPT, GPTConfig, default_scales
 from model_vision import VisionConfig, VisionNet
 from run import device_name, parameter_groups
 
@@ -71,7 +71,6 @@ data_dir = "data"
 dataset = "" # a folder in data_dir; '': random tokens, in a temporary one
 peak_tflops = 0.0 # of the device at this dtype, for the MFU: 989 for bfloat16 on H100 and H200; 0: no MFU
 # -----------------------------------------------------------------------------
-settings = lambda argv: configure(globals(), argv)
 
 PRODUCTS, L1, SLOW = ("euclidean", "cosine", "mahalanobis", "offset_l2"), ("manhattan", "hamming", "bray_curtis:abs"), ("chebyshev", "canberra", "chebyshev:smooth")
 FEW = "baseline", "euclidean", "cosine", "manhattan", "minkowski:p=3", "canberra"
@@ -151,11 +150,10 @@ def ready(head):
 def make_case(text, N, V, D):
     """head, h (N, D), y (N,)"""
     torch.manual_seed(seed)
-    distance, variant, params = parse_head(text)
-    variant = DistanceHead(1, 1, distance, variant or None, **parse_params(params)).variant # the default one by its name
-    spec = SimpleNamespace(n_scale=1.0, unit_norm=False) if distance == "baseline" else DISTANCES[distance][variant]
-    head = DistanceHead(D, V, distance, variant, n=n or spec.n_scale * D ** 0.5, **parse_params(params)).to(device)
-    h = torch.randn(N, D, device=device) * (D ** -0.5 if spec.unit_norm else 1.0)
+    arguments = parse_head(text)
+    default_n, feature_scale = default_scales(arguments["distance"], arguments["variant"], D)
+    head = DistanceHead(D, V, **arguments, n=n or default_n).to(device)
+    h = torch.randn(N, D, device=device) * feature_scale
     return ready(head), h.requires_grad_(), torch.randint(V, (N,), device=device)
 
 
@@ -376,9 +374,7 @@ def plot_growth(rows, base):
 
 def make_model(text):
     torch.manual_seed(seed)
-    distance, variant, params = parse_head(text)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=False, tie_weights=tie_weights, distance=distance, variant=variant,
-                          distance_params=params, n=n)).to(device)
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=False, tie_weights=tie_weights, distance=text, n=n)).to(device)
     ready(model.head)
     return model
 
@@ -668,7 +664,7 @@ def main(argv):
     words = dict(head=bench_head, model=bench_model, step=bench_step, data=bench_data, vision=bench_vision)
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0] not in words):
         raise SystemExit(f"say what to measure, one of {', '.join(words)} (python bench.py head), got {argv[0] if argv else 'nothing'}")
-    settings(argv[argv[0] in words:])
+    configure(globals(), argv[argv[0] in words:])
     word = "growth" if growth and argv[0] == "head" else argv[0]
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     fail([message for bad, message in (

@@ -121,9 +121,10 @@ def number(text):
 
 
 def print_help(namespace, defaults):
-    """Print a script's docstring and its defaults as written: from the first one (and its comment) to the call of configure."""
+    """Print a script's docstring and its defaults as written: from the first one, with the comment above it, to the rule or the call of
+    configure that ends them."""
     with open(namespace["__file__"], encoding="utf-8") as f:
         source = f.read()
-    first = re.search(rf"(^#.*\n)*^({'|'.join(defaults)})\s*[:=]", source, re.MULTILINE).start()
-    last = re.search(r"^.*configure\(globals\(\)", source[first:], re.MULTILINE).start()
-    print(f"{(namespace['__doc__'] or '').strip()}\n\n{source[first:first + last].rstrip()}")
+    first = re.search(rf"(^#.*\n)*^({'|'.join(defaults)})\s*[:=]", source, re.MULTILINE)
+    end = re.compile(r"^# -----|^.*configure\(globals\(\)", re.MULTILINE).search(source, first.end())
+    print(f"{(namespace['__doc__'] or '').strip()}\n\n{source[first.start():end.start()].rstrip()}")

@@ -32,7 +32,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import FunctionType, SimpleNamespace
 
@@ -541,10 +541,6 @@ class Distance:
     params: dict = field(default_factory=dict)  # plain numbers and their defaults
     tensors: dict = field(default_factory=dict) # learned tensors: name -> (V, D) -> initial value
     buffers: dict = field(default_factory=dict) # estimated, not learned
-    # defaults of language models, beside the formula and no part of it, from the table in the README: n = n_scale * sqrt(n_embd),
-    # where z starts with a spread of about half a nat, and features of unit norm, the scale at which prototypes start (else of unit variance)
-    n_scale: float = 1.0
-    unit_norm: bool = True
     squared: bool = False               # finish gives d^2, and the link takes the root: of a logarithm that is a factor 1/2
     formula: str = ""
 
@@ -565,10 +561,10 @@ DISTANCES = {
     },
     "chebyshev": {
         "standard": Distance(linf, formula="max |h-w| + eps"),
-        "smooth": Distance(smooth_linf, lambda s, a, b, o: s, params=dict(alpha=10.0), n_scale=8.0,
+        "smooth": Distance(smooth_linf, lambda s, a, b, o: s, params=dict(alpha=10.0),
                            formula="logsumexp(alpha |h-w|) / alpha"),
         # two matrix products; above the smooth one by at most log(2) / alpha, where h = w
-        "cosh": Distance(lambda o: Dot(), lambda s, a, b, o: s.log() / o.alpha, _exponentials, params=dict(alpha=10.0), n_scale=8.0,
+        "cosh": Distance(lambda o: Dot(), lambda s, a, b, o: s.log() / o.alpha, _exponentials, params=dict(alpha=10.0),
                          formula="log(sum 2 cosh(alpha (h-w))) / alpha"),
     },
     "minkowski": {
@@ -583,9 +579,9 @@ DISTANCES = {
     },
     "hamming": {
         "soft": Distance(l1, _mean, _bits_soft, params=dict(T=1.0), formula="mean |s(h/T) - s(w/T)| + eps, s the sigmoid"),
-        "gumbel": Distance(l1, _mean, _bits_gumbel, params=dict(T=0.5), unit_norm=False, # the noise has std 1.8
+        "gumbel": Distance(l1, _mean, _bits_gumbel, params=dict(T=0.5),
                            formula="the same on binary-concrete samples while training"),
-        "hard": Distance(lambda o: HardBits(), _mean, _bits_hard, params=dict(threshold=0.0), n_scale=0.3,
+        "hard": Distance(lambda o: HardBits(), _mean, _bits_hard, params=dict(threshold=0.0),
                          formula="mean (h>t != w>t) + eps, straight-through"),
     },
     "canberra": {
@@ -595,11 +591,11 @@ DISTANCES = {
                              formula="the terms weighted by (|h|+|w|+eps)^weight_power, weights of sum 1"),
     },
     "bray_curtis": {
-        "standard": Distance(l1, lambda s, a, b, o: s / ((a + b).abs() + o.eps) + o.eps, side=_sum_d, n_scale=0.2,
+        "standard": Distance(l1, lambda s, a, b, o: s / ((a + b).abs() + o.eps) + o.eps, side=_sum_d,
                              formula="sum |h-w| / (|sum (h+w)| + eps) + eps"),
         "abs": Distance(l1, lambda s, a, b, o: s / (a + b + o.eps) + o.eps, side=lambda x: _sum_d(x.abs()),
                         formula="sum |h-w| / (sum (|h|+|w|) + eps) + eps"),
-        "normalized": Distance(l1, lambda s, a, b, o: s / (a + b + o.eps) + o.eps, _shares, side=_sum_d, n_scale=0.5,
+        "normalized": Distance(l1, lambda s, a, b, o: s / (a + b + o.eps) + o.eps, _shares, side=_sum_d,
                                formula="abs, after |h|+eps and |w|+eps are scaled to sum 1"),
     },
     "mahalanobis": {
@@ -619,7 +615,7 @@ DISTANCES = {
     },
 }
 # the linear head in the same clothes: z = h.w
-_BASELINE = Distance(lambda o: Dot(), lambda s, a, b, o: -s, unit_norm=False, formula="z = W h, the linear head (cross-entropy)")
+_BASELINE = Distance(lambda o: Dot(), lambda s, a, b, o: -s, formula="z = W h, the linear head (cross-entropy)")
 LINKS = ("harmonic", "softmin")
 
 
@@ -631,13 +627,15 @@ def _one_of(what, name, legal):
 
 
 def find(distance, variant=None):
-    """The registry's entry. variant None or "" is the default one. Raises ValueError with the legal names."""
+    """(the variant's name, the registry's entry); variant None or "" is the default one, the baseline has none. Raises ValueError with
+    the legal names."""
     if distance == "baseline":
         if variant:
             raise ValueError(f"baseline has no variants, got {variant!r}")
-        return _BASELINE
+        return None, _BASELINE
     variants = DISTANCES[_one_of("distance", distance, ["baseline", *DISTANCES])]
-    return variants[_one_of(f"{distance} variant", variant, list(variants))] if variant else next(iter(variants.values()))
+    variant = _one_of(f"{distance} variant", variant or next(iter(variants)), list(variants))
+    return variant, variants[variant]
 
 
 def _options(spec, distance, in_features, eps, params):
@@ -814,7 +812,7 @@ def pairwise(h, weight, distance, variant=None, eps=1e-4, **params):
         raise ValueError(f"pairwise takes (N, D) and (V, D), got {tuple(h.shape)} and {tuple(weight.shape)}")
     if distance == "baseline":
         raise ValueError("baseline is a linear head, it has no distance")
-    spec = find(distance, variant)
+    _, spec = find(distance, variant)
     initial = {name: make(*weight.shape).to(weight) for name, make in {**spec.tensors, **spec.buffers}.items() if name not in params}
     return _distances(spec, _options(spec, distance, h.shape[1], eps, {**initial, **params}), h, weight)
 
@@ -845,8 +843,7 @@ class DistanceHead(nn.Module):
         super().__init__()
         self.in_features, self.num_prototypes, self.num_classes = in_features, num_prototypes, num_classes or num_prototypes
         self.distance, self.link, self.eps, self.params = distance, _one_of("link", link, LINKS), eps, params
-        self.spec = find(distance, variant)
-        self.variant = variant or (next(iter(DISTANCES[distance])) if distance != "baseline" else None)
+        self.variant, self.spec = find(distance, variant)
         if not 0 < self.num_classes <= num_prototypes:
             raise ValueError(f"num_classes must lie in 1..{num_prototypes} (the prototypes), got {num_classes}")
         if not n > 0 or not math.isfinite(n):
@@ -972,52 +969,25 @@ class DistanceHead(nn.Module):
             self.covariance.lerp_((scatter / freedom).to(self.covariance.dtype), 1 - self.options.momentum)
 
 
-def parse_params(text):
-    """"p=3,alpha=5" -> {"p": 3.0, "alpha": 5.0}"""
-    try:
-        return {k.strip(): float(v) for k, v in (item.split("=") for item in text.split(",") if item.strip())}
-    except ValueError:
-        raise ValueError(f"distance_params must read name=number, comma separated, such as p=3, got {text!r}") from None
-
-
-def parse_head(text):
-    """"minkowski:p=3", written distance[:variant][:name=value ...] -> ("minkowski", "", "p=3")"""
-    distance, *rest = text.strip().split(":")
-    variants = [part for part in rest if "=" not in part] or [""]
+def parse_head(text, variant="", params=""):
+    """DistanceHead's arguments: parse_head("minkowski:p=3"), written distance[:variant][:name=number,...], and the three settings
+    parse_head("minkowski", "", "p=3") both give {"distance": "minkowski", "variant": None, "p": 3.0}. Raises ValueError for what does
+    not read so."""
+    distance, *parts = text.strip().split(":")
+    variants = [name for name in (*parts, variant) if name and "=" not in name]
     if len(variants) > 1:
         raise ValueError(f"a head is written distance[:variant][:name=value], got {text!r}")
-    return distance, variants[0], ",".join(part for part in rest if "=" in part)
-
-
-def padded(vocab_size, multiple=64):
-    """Rows of an embedding or head for vocab_size tokens: matrix products like round sizes. The rows in excess are masked out of p."""
-    return -(-vocab_size // multiple) * multiple
-
-
-def pretrained_config(config, overrides, fixed):
-    """The config of pretrained weights with overrides, none of which may change a field of `fixed` or reach beyond the positions.
-    Raises ValueError for one that does, or that is no field."""
-    unknown = set(overrides) - {f.name for f in fields(config)}
-    if unknown:
-        raise ValueError(f"{type(config).__name__} has no {', '.join(sorted(unknown))}")
-    changed = [k for k in fixed if overrides.get(k, getattr(config, k)) != getattr(config, k)]
-    if changed:
-        raise ValueError("the pretrained weights fix " + ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in changed))
-    if overrides.get("block_size", 0) > config.block_size:
-        raise ValueError(f"block_size {overrides['block_size']} is beyond the {config.block_size} positions of the pretrained weights")
-    return replace(config, **overrides)
-
-
-def lm_head(config, rows=0):
-    """The head of a language model's config (vocab_size, n_embd, distance, variant, distance_params, link, n, learn_n, eps,
-    feature_scale), with the distance's own defaults of n and feature scale where the config leaves 0. The model
-    multiplies its last hidden states, of unit variance, by head.feature_scale. rows: of the weight, where it has more than the tokens."""
-    spec, D = find(config.distance, config.variant), config.n_embd
-    head = DistanceHead(D, padded(rows or config.vocab_size), config.distance, config.variant or None, config.link,
-                        config.n or spec.n_scale * math.sqrt(D), config.learn_n, config.eps, config.vocab_size,
-                        **parse_params(config.distance_params))
-    head.feature_scale = config.feature_scale or (D ** -0.5 if spec.unit_norm else 1.0)
-    return head
+    arguments = {"distance": distance, "variant": variants[0] if variants else None}
+    params = ",".join([*(part for part in parts if "=" in part), params])
+    for item in params.split(","):
+        name, _, number = item.partition("=")
+        if not item.strip():
+            continue
+        try:
+            arguments[name.strip()] = float(number)
+        except ValueError:
+            raise ValueError(f"distance_params must read name=number, comma separated, such as p=3, got {params!r}") from None
+    return arguments
 
 
 class HarmonicLoss(nn.Module):

@@ -11,7 +11,7 @@ import os
 import torch
 
 from configurator import configure, fail
-from sample import load_run
+from families import load_run
 
 # -----------------------------------------------------------------------------
 # defaults

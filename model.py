@@ -1,5 +1,6 @@
 """
-GPT, with any distance head as its output layer: read distances.py first, it is the only other file this one needs.
+GPT, with any distance head as its output layer: read distances.py first, it is the only other file this one needs. What BERT and
+Qwen2 share with it stands here too: their head's defaults, the initial weights, and the way from published weights.
 
 1) GPT-2 by OpenAI: https://github.com/openai/gpt-2/blob/master/src/model.py
 2) nanoGPT, whose names are kept: https://github.com/karpathy/nanoGPT/blob/master/model.py
@@ -10,14 +11,95 @@ GPT, with any distance head as its output layer: read distances.py first, it is 
     _, loss = model(idx, targets)           # head.loss(h, targets): exact, never holds B*T x V
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distances import lm_head, padded, pretrained_config
+from distances import DistanceHead, find, parse_head
 
+# -----------------------------------------------------------------------------
+# what language models share
+
+# A language model starts with z spread by about half a nat. Most distances do so at n = sqrt(n_embd), on hidden states of unit norm, the
+# scale at which prototypes start. Those that need another multiple of sqrt(n_embd), or hidden states of unit variance, stand here.
+# Measured on 77,000 tokens only (config/heads.py): defaults to begin with, and no part of any formula.
+N_SCALES = {("chebyshev", "smooth"): 8.0, ("chebyshev", "cosh"): 8.0, ("hamming", "hard"): 0.3, ("bray_curtis", "standard"): 0.2,
+            ("bray_curtis", "normalized"): 0.5}
+UNIT_VARIANCE = {("baseline", None), ("hamming", "gumbel")} # the noise of the latter has a standard deviation of 1.8
+
+
+def padded(vocab_size, multiple=64):
+    """Rows of an embedding or head for vocab_size tokens: matrix products like round sizes. The rows in excess are masked out of p."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def default_scales(distance, variant, D):
+    """(n, feature_scale) with which a language model with D-dimensional hidden states begins; variant None or "" is the default one."""
+    kind = distance, find(distance, variant)[0]
+    return N_SCALES.get(kind, 1.0) * math.sqrt(D), 1.0 if kind in UNIT_VARIANCE else D ** -0.5
+
+
+def lm_head(config, rows=0):
+    """The head that a model's config describes (vocab_size, n_embd, distance, variant, distance_params, link, n, learn_n, eps,
+    feature_scale), with the default n and feature scale where the config leaves 0. The model multiplies its last hidden states, which
+    have unit variance, by head.feature_scale. rows: of the weight, where it has more than the tokens."""
+    arguments = parse_head(config.distance, config.variant, config.distance_params)
+    n, feature_scale = default_scales(arguments["distance"], arguments["variant"], config.n_embd)
+    head = DistanceHead(config.n_embd, padded(rows or config.vocab_size), **arguments, link=config.link, n=config.n or n,
+                        learn_n=config.learn_n, eps=config.eps, num_classes=config.vocab_size)
+    head.feature_scale = config.feature_scale or feature_scale
+    return head
+
+
+class LanguageModel(nn.Module):
+    """A model with features(idx) (B, T, D) and head, whose forward is the two and the loss; from_hf makes it from transformers' model."""
+    hf_class = None # the name in transformers of the model with the same weights
+
+    def init_weights(self, module):
+        """GPT-2's and BERT's initial weights, for self.apply."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, name, **overrides):
+        """Published weights by name, or a folder that holds them, read by transformers. Raises ImportError where it is missing."""
+        return cls.from_hf(transformers_class(cls.hf_class).from_pretrained(name), **overrides)
+
+    def refuse_distance_head(self):
+        if self.config.distance != "baseline":
+            raise ValueError(f"transformers has no layer for the {self.config.distance} head: only a baseline head can be exported")
+
+
+def transformers_class(name):
+    """transformers.<name>; an optional package, so that a missing one is said in a line."""
+    try:
+        import transformers
+    except ImportError as e:
+        raise ImportError("published weights are read and written with transformers: pip install transformers") from e
+    return getattr(transformers, name)
+
+
+def pretrained_config(config, overrides, fixed):
+    """The config of pretrained weights with overrides, none of which may change a field of `fixed` or reach beyond the positions.
+    Raises ValueError for one that does, or that is no field."""
+    unknown = set(overrides) - {f.name for f in fields(config)}
+    if unknown:
+        raise ValueError(f"{type(config).__name__} has no {', '.join(sorted(unknown))}")
+    changed = [k for k in fixed if overrides.get(k, getattr(config, k)) != getattr(config, k)]
+    if changed:
+        differences = ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in changed)
+        raise ValueError(f"the pretrained weights fix {differences}")
+    if overrides.get("block_size", 0) > config.block_size:
+        raise ValueError(f"block_size {overrides['block_size']} is beyond the {config.block_size} positions of the pretrained weights")
+    return replace(config, **overrides)
+
+
+# -----------------------------------------------------------------------------
+# GPT
 
 @dataclass
 class GPTConfig:
@@ -96,8 +178,9 @@ class Block(nn.Module):
         return x
 
 
-class GPT(nn.Module):
-    """features(idx) (B, T, D) and head; forward is the two and the loss. Raises ValueError for a config that does not fit together."""
+class GPT(LanguageModel):
+    """Raises ValueError for a config that does not fit together."""
+    hf_class = "GPT2LMHeadModel"
 
     def __init__(self, config):
         super().__init__()
@@ -110,7 +193,7 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=LayerNorm(config.n_embd, config.bias),
         ))
-        self.apply(self._init_weights)
+        self.apply(self.init_weights)
         for name, p in self.named_parameters(): # scaled init of the residual projections, per GPT-2 paper
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -118,14 +201,6 @@ class GPT(nn.Module):
         self.head = lm_head(config)
         if config.tie_weights:
             self.transformer.wte.weight = self.head.weight
-
-    def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
     def features(self, idx):
         """idx (B, T) token ids -> (B, T, D) hidden states, the head's feature scale applied."""
@@ -171,26 +246,14 @@ class GPT(nn.Module):
                 model.head.weight[:hf.vocab_size] = theirs["lm_head.weight"]
         return model
 
-    @classmethod
-    def from_pretrained(cls, model_type, **overrides):
-        """gpt2, gpt2-medium, gpt2-large or gpt2-xl, downloaded by transformers (optional: pip install transformers)."""
-        try:
-            from transformers import GPT2LMHeadModel
-        except ImportError as e:
-            raise ImportError(f"init_from={model_type!r} reads the weights with transformers: pip install transformers") from e
-        return cls.from_hf(GPT2LMHeadModel.from_pretrained(model_type), **overrides)
-
     def to_hf(self):
         """A transformers GPT2LMHeadModel with the same weights, those of the tokens alone. ValueError for a distance head."""
+        self.refuse_distance_head()
         c = self.config
-        if c.distance != "baseline":
-            raise ValueError(f"transformers has no layer for the {c.distance} head: only a baseline head can be exported")
-        try:
-            from transformers import GPT2Config, GPT2LMHeadModel
-        except ImportError as e:
-            raise ImportError("exporting to transformers needs it: pip install transformers") from e
-        hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=c.dropout,
-                                        embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights)).to(self.head.weight.dtype).eval()
+        hf_config = transformers_class("GPT2Config")(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=c.dropout,
+            embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights)
+        hf = transformers_class("GPT2LMHeadModel")(hf_config).to(self.head.weight.dtype).eval()
         ours = {**self.state_dict(), "lm_head.weight": self.head.weight}
         with torch.no_grad():
             for name, q in hf.state_dict().items():

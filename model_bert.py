@@ -1,5 +1,5 @@
 """
-BERT, with any distance head as its output layer: read distances.py first, it is the only other file this one needs, and model.py is its twin.
+BERT, with any distance head as its output layer: read distances.py and model.py first, the two other files that this one needs.
 
 1) BERT by Google: https://arxiv.org/abs/1810.04805, https://github.com/google-research/bert/blob/master/modeling.py
 2) transformers, whose BertForMaskedLM has the same weights: https://github.com/huggingface/transformers/blob/main/src/transformers/models/bert
@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distances import lm_head, padded, pretrained_config
+from model import LanguageModel, lm_head, padded, pretrained_config, transformers_class
 
 
 @dataclass
@@ -143,9 +143,10 @@ def hf_names(name):
     return [name.format(part) for part in ("query", "key", "value")] if "{}" in name else [name]
 
 
-class BERT(nn.Module):
-    """features(idx) (B, T, D) and head; forward is the two and the loss. Every token sees all others: sequences are full, there is no
-    mask for padding. mask_id and pad_id are the ids to use. Raises ValueError for a config that does not fit together."""
+class BERT(LanguageModel):
+    """Every token sees all others: sequences are full, there is no mask for padding. mask_id and pad_id are the ids to use. Raises
+    ValueError for a config that does not fit together."""
+    hf_class = "BertForMaskedLM"
 
     def __init__(self, config):
         super().__init__()
@@ -166,18 +167,11 @@ class BERT(nn.Module):
             mlm=nn.Linear(config.n_embd, config.n_embd), # the transform between encoder and head
             ln_f=LayerNorm(config.n_embd),
         ))
-        self.apply(self._init_weights)
+        self.apply(self.init_weights)
         # the head is made last, so that every head meets the same backbone for the same seed
         self.head = lm_head(config, self.num_ids)
         if config.tie_weights: # in BERT's initialisation, which at this size is the head's own: 0.02 against 1 / sqrt(3 D)
             self.head.weight = self.transformer.wte.weight
-
-    def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
     def encode(self, idx, segments=None):
         """idx (B, T) token ids, segments (B, T) of 0 and 1, by default all 0 -> (B, T, D), the last hidden states of the encoder."""
@@ -233,30 +227,21 @@ class BERT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, model_type, **overrides):
-        """bert-base-uncased, bert-large-cased and so on, or a folder, read by transformers (optional: pip install transformers)."""
-        try:
-            from transformers import AutoTokenizer, BertForMaskedLM
-        except ImportError as e:
-            raise ImportError(f"init_from={model_type!r} reads the weights with transformers: pip install transformers") from e
+    def from_pretrained(cls, name, **overrides):
         if overrides.get("mask_id", -1) == -1: # the vocabulary has it, the model's config does not say where
-            overrides["mask_id"] = AutoTokenizer.from_pretrained(model_type).mask_token_id
-        return cls.from_hf(BertForMaskedLM.from_pretrained(model_type), **overrides)
+            overrides["mask_id"] = transformers_class("AutoTokenizer").from_pretrained(name).mask_token_id
+        return super().from_pretrained(name, **overrides)
 
     def to_hf(self):
-        """A transformers BertForMaskedLM with the same weights; [MASK] and padding are the last two tokens of its vocabulary where they are
-        ids of their own. ValueError for a distance head."""
+        """A transformers BertForMaskedLM with the same weights; [MASK] and padding are the last two tokens of its vocabulary where they
+        are ids of their own. Raises ValueError for a distance head."""
+        self.refuse_distance_head()
         c = self.config
-        if c.distance != "baseline":
-            raise ValueError(f"transformers has no layer for the {c.distance} head: only a baseline head can be exported, load the others with this file")
-        try:
-            from transformers import BertConfig, BertForMaskedLM
-        except ImportError as e:
-            raise ImportError("to_hf makes a model of transformers: pip install transformers") from e
-        hf = BertForMaskedLM(BertConfig(
-            vocab_size=self.num_ids, hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, intermediate_size=4 * c.n_embd,
-            hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout, max_position_embeddings=c.block_size, pad_token_id=self.pad_id,
-            tie_word_embeddings=c.tie_weights)).to(self.head.weight.dtype).eval()
+        hf_config = transformers_class("BertConfig")(
+            vocab_size=self.num_ids, hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+            intermediate_size=4 * c.n_embd, hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout,
+            max_position_embeddings=c.block_size, pad_token_id=self.pad_id, tie_word_embeddings=c.tie_weights)
+        hf = transformers_class("BertForMaskedLM")(hf_config).to(self.head.weight.dtype).eval()
         theirs = hf.state_dict()
         for name, p in self.state_dict().items():
             if name.startswith("transformer.ln_f."):

@@ -1,5 +1,5 @@
 """
-Qwen2, with any distance head as its output layer: read distances.py and model.py first, of which it needs distances.py only.
+Qwen2, with any distance head as its output layer: read distances.py and model.py first, the two other files that this one needs.
 
 1) Qwen2 Technical Report: https://arxiv.org/abs/2407.10671
 2) transformers, whose scores it has: https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/modeling_qwen2.py
@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distances import lm_head, padded, pretrained_config
+from model import LanguageModel, lm_head, padded, pretrained_config, transformers_class
 
 
 @dataclass
@@ -114,8 +114,9 @@ class Block(nn.Module):
         return x
 
 
-class Qwen2(nn.Module):
-    """features(idx) (B, T, D) and head; forward is the two and the loss. Raises ValueError for a config that does not fit together."""
+class Qwen2(LanguageModel):
+    """Raises ValueError for a config that does not fit together."""
+    hf_class = "AutoModelForCausalLM"
 
     def __init__(self, config):
         super().__init__()
@@ -132,19 +133,11 @@ class Qwen2(nn.Module):
             ln_f=nn.RMSNorm(config.n_embd, config.norm_eps),
         ))
         self.register_buffer("rope", rotary(config.block_size, config.n_embd // config.n_head, config.rope_theta), persistent=False)
-        self.apply(self._init_weights)
+        self.apply(self.init_weights)
         # the head is made last, so that every head meets the same backbone for the same seed
         self.head = lm_head(config)
         if config.tie_weights:
             self.transformer.wte.weight = self.head.weight
-
-    def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
     def features(self, idx):
         """idx (B, T) token ids -> (B, T, D) hidden states, the head's feature scale applied."""
@@ -190,25 +183,15 @@ class Qwen2(nn.Module):
                     p[:len(q)] = q # the rest is padding of the vocabulary
         return model
 
-    @classmethod
-    def from_pretrained(cls, name, **overrides):
-        """Qwen/Qwen2-0.5B, Qwen/Qwen2-1.5B, ... or a folder that holds one, read by transformers (optional: pip install transformers)."""
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError as e:
-            raise ImportError(f"init_from={name!r} reads the weights with transformers: pip install transformers") from e
-        return cls.from_hf(AutoModelForCausalLM.from_pretrained(name), **overrides)
-
     def to_hf(self):
-        """The inverse of from_hf: a transformers Qwen2ForCausalLM of the same scores, a copy. Raises ValueError for a distance head."""
+        """The inverse of from_hf: a transformers Qwen2ForCausalLM with the same scores, a copy. Raises ValueError for a distance head."""
+        self.refuse_distance_head()
         c = self.config
-        if c.distance != "baseline":
-            raise ValueError(f"transformers has no layer for the {c.distance} head: only a model with the baseline head can be exported")
-        from transformers import Qwen2Config as HFConfig
-        from transformers import Qwen2ForCausalLM
-        hf = Qwen2ForCausalLM(HFConfig(max_position_embeddings=c.block_size, vocab_size=c.vocab_size, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-                                       num_key_value_heads=c.n_kv_head, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, rope_theta=c.rope_theta,
-                                       rms_norm_eps=c.norm_eps, attention_dropout=c.dropout, tie_word_embeddings=c.tie_weights)).to(self.head.weight)
+        hf_config = transformers_class("Qwen2Config")(
+            max_position_embeddings=c.block_size, vocab_size=c.vocab_size, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, rope_theta=c.rope_theta,
+            rms_norm_eps=c.norm_eps, attention_dropout=c.dropout, tie_word_embeddings=c.tie_weights)
+        hf = transformers_class("Qwen2ForCausalLM")(hf_config).to(self.head.weight)
         theirs = hf.state_dict()
         with torch.no_grad():
             for name, p in self.state_dict().items():

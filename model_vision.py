@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distances import DistanceHead, parse_params
+from distances import DistanceHead, parse_head
 
 
 def at_least(pixels, name, image_shape):
@@ -357,8 +357,9 @@ class VisionNet(nn.Module):
         self.config = config
         self.backbone = BACKBONES[config.model](config.image_shape)
         # the head is made last, so that every head meets the same backbone for the same seed
-        self.head = DistanceHead(self.backbone.num_features, config.num_classes, config.distance, config.variant or None, config.link,
-                                 config.n, config.learn_n, config.eps, **parse_params(config.distance_params))
+        arguments = parse_head(config.distance, config.variant, config.distance_params)
+        self.head = DistanceHead(self.backbone.num_features, config.num_classes, **arguments, link=config.link, n=config.n,
+                                 learn_n=config.learn_n, eps=config.eps)
         self.head.feature_scale = config.feature_scale
 
     def features(self, x):

@@ -33,8 +33,9 @@ import metrics
 import run
 from configurator import configure, fail
 from data import load_encoding, load_meta
-from distances import DISTANCES, parse_params
-from sample import load_run, nearest_prototypes
+from distances import DISTANCES, parse_head
+from families import load_run
+from sample import nearest_prototypes
 
 plt.switch_backend("agg") # files only
 
@@ -47,7 +48,6 @@ num_nearest = 6
 significance = 0.05 # of the corrected p, for a best value to be marked
 dpi = 130 # of the figures
 # -----------------------------------------------------------------------------
-settings = lambda argv: configure(globals(), argv)
 
 
 def doc(function):
@@ -130,7 +130,8 @@ def head_of(info):
         return Head("baseline", "", "", "", "fixed", 0.0, 0.0, c["feature_scale"])
     setting = "learned" if c["learn_n"] else "given" if info["sources"]["n"] == "command line" and c["n"] else "fixed"
     variant = c["variant"] or next(iter(DISTANCES.get(c["distance"], [""])))
-    params = ", ".join(f"{k}={v:g}" for k, v in sorted(parse_params(c["distance_params"]).items()))
+    params = parse_head(c["distance"], params=c["distance_params"])
+    params = ", ".join(f"{k}={v:g}" for k, v in sorted(params.items()) if k not in ("distance", "variant"))
     return Head(c["distance"], variant, params, c["link"], setting, c["n"], c["eps"], c["feature_scale"])
 
 
@@ -879,7 +880,7 @@ def provenance(page, parts):
 
 
 def main(argv):
-    settings([arg for arg in argv if arg.startswith("-")])
+    configure(globals(), [arg for arg in argv if arg.startswith("-")])
     folders = [arg for arg in argv if not arg.startswith("-")]
     fail([message for bad, message in (
         (not folders, "no folder given: python report.py out/study_digits"),

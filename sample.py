@@ -16,12 +16,9 @@ import torch
 
 from configurator import configure, fail
 from data import load_encoding, load_meta
-from model import GPT, GPTConfig
-from model_bert import BERT, BERTConfig
-from model_qwen2 import Qwen2, Qwen2Config
-
-# model, its config, the names of pretrained weights
-FAMILIES = {"gpt": (GPT, GPTConfig, ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")), "bert": (BERT, BERTConfig, ("bert*",)), "qwen2": (Qwen2, Qwen2Config, ("Qwen/Qwen2*",))}
+from families import FAMILIES, load_run
+from model import GPT
+from model_bert import BERT
 
 # -----------------------------------------------------------------------------
 # defaults
@@ -65,18 +62,6 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eo
     return idx
 
 
-def load_run(out_dir, checkpoint, device):
-    """(model in eval mode, config of the run, step). Raises SystemExit where there is no such checkpoint."""
-    path = os.path.join(out_dir, checkpoint)
-    if not os.path.exists(path):
-        raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), or name another --out_dir or --checkpoint")
-    ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    Model, Config, _ = FAMILIES[ckpt["config"].get("model", "gpt")]
-    model = Model(Config(**ckpt["model_args"]))
-    model.load_state_dict(ckpt["model"])
-    return model.eval().to(device), ckpt["config"], ckpt["step"]
-
-
 @torch.no_grad()
 def fill_masks(model, encoding, text, k):
     """Lines of text: for each [MASK] of the text, read from both sides, the k most probable tokens. ValueError where there is none, or no room."""
@@ -117,7 +102,7 @@ def nearest_prototypes(model, encoding, words, k):
 if __name__ == "__main__":
     configure(globals())
     fail([message for bad, message in (
-        (init_from not in ("run", *FAMILIES["gpt"][2]), f"init_from is {init_from!r}: use run, {', '.join(FAMILIES['gpt'][2])}"),
+        (init_from not in ("run", *FAMILIES["gpt"].pretrained), f"init_from is {init_from!r}: use run, {', '.join(FAMILIES['gpt'].pretrained)}"),
         (num_samples < 0, f"num_samples is {num_samples}, it must be >= 0"),
         (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}, it must be >= 0"),
         (num_nearest < 1, f"num_nearest is {num_nearest}, it must be at least 1"),

@@ -44,7 +44,7 @@ shard = "1/1" # i/k: only every k-th run, from the i-th on
 retry = False # run again what broke
 dry_run = False # only print the list
 # -----------------------------------------------------------------------------
-ROOT = os.path.dirname(os.path.abspath(__file__))
+_ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
 def all_heads():
@@ -72,12 +72,14 @@ def exponent(word):
 
 def grid():
     """[(the run's name, its flags)], seed by seed, so that a study that is stopped half-way has all heads; ValueError for what cannot be read."""
-    from distances import DistanceHead, parse_head, parse_params
+    from distances import DistanceHead, parse_head
     runs, exponents = {}, parsed("ns", ns, exponent, "numbers > 0, 'default' or 'learn'")
     names = all_heads() if heads == "all" else words(heads)
     for seed, model, head, link, n in product(parsed("seeds", seeds, int, "integers"), words(models) or [""], names, words(links), exponents):
-        distance, variant, params = parse_head(head)
-        made = DistanceHead(8, 8, distance, variant, link, **parse_params(params)) # what a run would refuse is refused here
+        arguments = parse_head(head)
+        made = DistanceHead(8, 8, **arguments, link=link) # what a run would refuse is refused here
+        distance, variant = arguments.pop("distance"), arguments.pop("variant")
+        params = ",".join(f"{key}={value:g}" for key, value in arguments.items())
         if distance == "baseline":
             link, n = "harmonic", "default" # which it does not have
         flags = [f"--distance={distance}", f"--link={link}", f"--seed={seed}"]
@@ -152,7 +154,7 @@ def run_one(folder, flags):
     sys.stdout.flush() # or the child would have it too
     with open(os.path.join(folder, "arguments.json"), "w") as f:
         json.dump(wanted(flags), f)
-    process = context.Process(target=child, args=(os.path.join(ROOT, script), arguments(folder, flags), folder))
+    process = context.Process(target=child, args=(os.path.join(_ROOT, script), arguments(folder, flags), folder))
     process.start()
     try:
         process.join()

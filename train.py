@@ -32,11 +32,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import run
 from configurator import fail
 from data import Blocks, load_meta
-from distances import DistanceHead, Tiles, parse_params
+from distances import DistanceHead, Tiles, parse_head
 from emissions import Emissions
+from families import FAMILIES
 from model_bert import mask_tokens
 from model_qwen2 import SCALES
-from sample import FAMILIES
 
 # -----------------------------------------------------------------------------
 # defaults: GPT-2 124M with the linear head on OpenWebText; every line can be set in a config file or as --key=value
@@ -154,7 +154,7 @@ pretrained = init_from not in ("scratch", "resume")
 if pretrained and not any(fnmatch(init_from, name) for name in names):
     problems.append(f"init_from is {init_from!r}: use scratch, resume or, with model={family}, {', '.join(names)}")
 try:
-    DistanceHead(8, 8, distance, variant, link, n or 1.0, learn_n, eps, **parse_params(distance_params))
+    DistanceHead(8, 8, **parse_head(distance, variant, distance_params), link=link, n=n or 1.0, learn_n=learn_n, eps=eps)
 except ValueError as e:
     problems.append(str(e))
 try:

@@ -31,7 +31,7 @@ import metrics
 import run
 from configurator import fail
 from data_vision import AUGMENTATIONS, STATS, Batches, load, split
-from distances import DistanceHead, parse_params
+from distances import DistanceHead, parse_head
 from emissions import Emissions
 from model_vision import BACKBONES, VisionConfig, VisionNet
 
@@ -135,7 +135,7 @@ try:
 except ValueError:
     problems.append(f"lr_milestones is {lr_milestones!r}: write epochs, comma separated, such as 60,100,140")
 try:
-    DistanceHead(8, 8, distance, variant, link, n if n > 0 else 1.0, learn_n, eps, **parse_params(distance_params))
+    DistanceHead(8, 8, **parse_head(distance, variant, distance_params), link=link, n=n if n > 0 else 1.0, learn_n=learn_n, eps=eps)
 except ValueError as e:
     problems.append(str(e))
 if not problems:

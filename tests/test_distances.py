@@ -10,8 +10,8 @@ from scipy.spatial.distance import cdist
 
 import distances
 from bench import peak_bytes
-from distances import DISTANCES, LINKS, Distance, DistanceHead, HarmonicLoss, Tiles, lm_head, pairwise, parse_params, within_class_scatter
-from model import GPTConfig
+from distances import DISTANCES, LINKS, Distance, DistanceHead, HarmonicLoss, Tiles, pairwise, parse_head, within_class_scatter
+from model import GPTConfig, lm_head
 
 ALL = [(d, v) for d, variants in DISTANCES.items() for v in variants]
 every = pytest.mark.parametrize("distance, variant", ALL)
@@ -373,10 +373,15 @@ def test_every_variant_and_parameter_changes_the_numbers(distance, variant):
     assert not torch.allclose(base, config_scores(distance="baseline", train=True))
 
 
-def test_parse_params():
-    assert parse_params("p=3, alpha=0.5") == dict(p=3.0, alpha=0.5) and parse_params("") == {}
-    with pytest.raises(ValueError, match="p=three"):
-        parse_params("p=three")
+def test_parse_head():
+    """Both ways to write a head give what DistanceHead takes."""
+    assert parse_head("minkowski:p=3") == parse_head("minkowski", "", "p=3") == dict(distance="minkowski", variant=None, p=3.0)
+    assert parse_head("x", params="p=3, alpha=0.5") == dict(distance="x", variant=None, p=3.0, alpha=0.5)
+    assert parse_head(" chebyshev:smooth:alpha=5 ") == dict(distance="chebyshev", variant="smooth", alpha=5.0)
+    assert DistanceHead(8, 4, **parse_head("chebyshev:smooth:alpha=5")).options.alpha == 5
+    for args, message in ((("x", "", "p=three"), "p=three"), (("x", "", "p:3"), "must read name=number"), (("x:p",  "q"), "a head is written")):
+        with pytest.raises(ValueError, match=message):
+            parse_head(*args)
 
 
 def test_a_distance_of_ones_own_gets_everything():

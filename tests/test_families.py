@@ -11,26 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import (  # noqa: F401 two fixtures among them: a dataset, and an empty folder for every test
-    HARD,
-    SETTINGS,
-    assert_close_runs,
-    assert_same_training,
-    datasets,
-    here,
-    load,
-    metrics,
-    refused,
-    run_script,
-    train,
-    train_processes,
-)
+from helpers import HARD, SETTINGS, assert_close_runs, assert_same_training, load, metrics, refused, run_script, train, train_processes
 
 import data as data_module
 from distances import DistanceHead
+from families import load_run
 from model_bert import BERT, mask_tokens
-from sample import fill_masks, load_run
+from sample import fill_masks
 
+pytestmark = pytest.mark.usefixtures("here")
 FAMILY = dict(bert=dict(model="bert"), qwen2=dict(model="qwen2", n_kv_head=1, intermediate_size=48))
 both = pytest.mark.parametrize("family", FAMILY)
 
@@ -49,7 +38,7 @@ def test_it_learns_and_resumes_to_the_last_bit(family):
     assert json.load(open("whole/config.json"))["config"]["model"] == family
 
 
-def test_two_ranks_equal_one_with_twice_the_micro_steps(here): # noqa: F811
+def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
     settings = dict(max_iters=4, eval_interval=2, dropout=0.1, distance="euclidean")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     train_processes(here, *(dict(out_dir=f"{name}2", **settings, **own) for name, own in FAMILY.items()), launcher=launcher)

@@ -253,4 +253,4 @@ def test_help_lists_the_settings(capsys):
     with pytest.raises(SystemExit) as e:
         report.main(["--help"])
     printed = capsys.readouterr().out
-    assert e.value.code == 0 and "python report.py" in printed and "out_dir = 'report'" in printed and "tokens = " in printed
+    assert e.value.code == 0 and "python report.py" in printed and 'out_dir = "report"' in printed and "tokens = " in printed

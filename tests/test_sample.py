@@ -8,11 +8,12 @@ import re
 
 import pytest
 import torch
-from test_train import CHARS, make_dataset, refused, run_script, train
+from helpers import CHARS, make_dataset, refused, run_script, train
 
 from distances import DISTANCES
+from families import load_run
 from model import GPT, GPTConfig
-from sample import generate, load_run, nearest_prototypes
+from sample import generate, nearest_prototypes
 
 
 @pytest.fixture(scope="module")

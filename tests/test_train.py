@@ -6,113 +6,46 @@ process itself is the point (another working directory, resuming, ranks, exit co
 
 $ pytest tests/test_train.py
 """
-import contextlib
 import csv
-import io
 import json
 import math
 import os
 import pickle
 import re
-import runpy
 import shlex
-import subprocess
 import sys
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1") # before transformers is imported
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import (
+    HARD,
+    ROOT,
+    SETTINGS,
+    assert_close_runs,
+    assert_same,
+    assert_same_training,
+    defaults_of,
+    flags,
+    load,
+    make_dataset,
+    metrics,
+    processes,
+    refused,
+    run_script,
+    run_script_loud,
+    train,
+    train_processes,
+)
 
 import configurator
 import data
 import model as model_module
-from distances import DISTANCES, lm_head
-from model import GPT, GPTConfig
+from distances import DISTANCES
+from model import GPT, GPTConfig, default_scales, lm_head
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CHARS = [chr(c) for c in range(32, 127)] + ["\n", "\t"] # 97, so that 31 of 128 rows are padding
-SETTINGS = dict(dataset="tiny", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, compile=False, device="cpu",
-                learning_rate=1e-2, min_lr=1e-3, warmup_iters=5, max_iters=20, lr_decay_iters=20, log_interval=1, eval_interval=10, eval_iters=-1,
-                track_emissions=False, dtype="float32")
-HARD = dict(dropout=0.1, distance="euclidean", learn_n=True) # what makes resuming or splitting a run hard: noise, and a head that learns
-
-
-def make_dataset(folder, train_tokens=6000, val_tokens=16 * 21 + 5, dtype="uint16", **meta):
-    """nanoGPT's char-level format: the alphabet over and over, a tenth of it noise. 21 validation blocks, which 4 does not divide."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, size in (("train", train_tokens), ("val", val_tokens)):
-        ids = np.where(rng.random(size) < 0.1, rng.integers(0, 97, size), np.arange(size) % 97)
-        ids.astype(dtype).tofile(folder / f"{split}.bin")
-    meta = dict(vocab_size=97, stoi={c: i for i, c in enumerate(CHARS)}, itos=dict(enumerate(CHARS)), hash="123abc",
-                val_tokens=val_tokens, val_bytes=val_tokens) | meta
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-
-
-def flags(**settings):
-    return [f"--{key}={value}" for key, value in settings.items()]
-
-
-def run_script(name, *args):
-    """python name *args, but in this process: (what it printed, its globals). SystemExit comes through."""
-    argv, precision, out = sys.argv, torch.get_float32_matmul_precision(), io.StringIO()
-    sys.argv = [os.path.join(ROOT, name), *args]
-    try:
-        with contextlib.redirect_stdout(out):
-            found = runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        sys.argv = argv
-        if "matplotlib.pyplot" in sys.modules:
-            sys.modules["matplotlib.pyplot"].close("all")
-        torch.set_float32_matmul_precision(precision)
-    return out.getvalue(), found
-
-
-def train(*args, **settings):
-    return run_script("train.py", *args, *flags(**{**SETTINGS, **settings}))
-
-
-def refused(*args, script="train.py", **settings):
-    """The one message with which the script ends: python prints a string to stderr and exits with 1, there is no traceback."""
-    with pytest.raises(SystemExit) as e:
-        run_script(script, *args, *flags(**settings))
-    assert isinstance(e.value.code, str), e.value.code
-    return e.value.code
-
-
-def processes(cwd, *commands):
-    """Run them side by side: [(exit code, stdout, stderr)]. None may hang."""
-    env = {**os.environ, "WANDB_DIR": str(cwd), "PYTHONPATH": ""} # the scripts find their own imports
-    started = [subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for command in commands]
-    try:
-        results = [p.communicate(timeout=120) for p in started]
-    finally:
-        for p in started:
-            p.kill()
-    return [(p.returncode, *result) for p, result in zip(started, results)]
-
-
-def train_processes(cwd, *runs, launcher=(), codes=0):
-    results = processes(cwd, *([*launcher, os.path.join(ROOT, "train.py"), *flags(**{**SETTINGS, **settings})] for settings in runs))
-    for code, out, err in results:
-        assert code == codes, out + err
-    return [out + err for _, out, err in results]
-
-
-def metrics(out_dir, kind=None):
-    """The lines of metrics.jsonl without what differs from run to run: times and energy."""
-    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
-    return [{k: v for k, v in row.items() if k not in ("ms", "tokens_per_s", "mfu") and not k.endswith("_total")}
-            for row in rows if kind in (None, row["kind"])]
-
-
-def load(out_dir, name="ckpt.pt"):
-    return torch.load(os.path.join(out_dir, name), weights_only=True)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def model_of(ckpt):
@@ -120,40 +53,6 @@ def model_of(ckpt):
     model.load_state_dict(ckpt["model"])
     return model.eval()
 
-
-def assert_same(a, b, path=""):
-    """Equal to the last bit, through dicts and lists."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-    if isinstance(a, (dict, list, tuple)):
-        assert len(a) == len(b), path
-        for key in a if isinstance(a, dict) else range(len(a)):
-            assert_same(a[key], b[key], f"{path}/{key}")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, (path, a, b)
-
-
-def assert_same_training(a, b):
-    x, y = load(a), load(b)
-    for key in ("model", "optimizer", "scaler", "step", "best_val_loss", "best_step", "val_loss"):
-        assert_same(x[key], y[key], key)
-    assert metrics(a) == metrics(b)
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("datasets")
-    make_dataset(folder / "data" / "tiny")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def here(datasets, tmp_path, monkeypatch):
-    """Every test in an empty folder, far from the scripts, with data/tiny in it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(datasets / "data")
-    return tmp_path
 
 # -----------------------------------------------------------------------------
 # one run, in processes of its own: 20 steps, and the same stopped after 10 and resumed
@@ -196,7 +95,7 @@ def test_a_run_learns_and_says_so(runs):
     assert evals[0]["val_loss"] == pytest.approx(math.log(97), rel=0.25)
     assert evals[0]["val_loss"] > evals[1]["val_loss"] + 0.1 > evals[2]["val_loss"] + 0.2
     assert losses[0]["loss"] == pytest.approx(evals[0]["val_loss"], rel=0.1) # both are a mean over micro-batches, not a sum
-    default = DISTANCES["euclidean"]["standard"].n_scale * 16 ** 0.5
+    default = default_scales("euclidean", None, 16)[0]
     assert evals[0]["n"] == pytest.approx(default) != evals[2]["n"] # learned, from the distance's default
     assert summary["val_loss"] == summary["best_val_loss"] == evals[2]["val_loss"] and summary["step"] == summary["best_step"] == 20
     assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"])) and summary["n"] == evals[2]["n"]
@@ -311,15 +210,6 @@ def test_a_smaller_micro_batch_is_the_same_run():
     train(out_dir="two", max_iters=8, batch_size=4, gradient_accumulation_steps=2, distance="cosine")
     train(out_dir="one", max_iters=8, batch_size=8, gradient_accumulation_steps=1, distance="cosine")
     assert_close_runs("two", "one")
-
-
-def assert_close_runs(a, b, tolerance=1e-5):
-    """Equal up to the order in which fp32 sums are taken."""
-    for x, y in zip(metrics(a), metrics(b), strict=True):
-        assert x == {key: value if type(value) in (str, type(None)) else pytest.approx(value, rel=tolerance, abs=tolerance) for key, value in y.items()}
-    x, y = load(a)["model"], load(b)["model"]
-    for name in x:
-        torch.testing.assert_close(x[name], y[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_heads_share_data_order_and_backbone(monkeypatch):
@@ -516,41 +406,33 @@ def test_wandb_offline(here):
     assert "done:" in printed and list((here / "wandb").glob("offline-run-*/*.wandb"))
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_help_is_the_defaults_with_their_comments(script, monkeypatch):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as e:
+def scripts_with_settings():
+    names = [name for name in sorted(os.listdir(ROOT)) if name.endswith(".py")]
+    return [name for name in names if "configure(globals()" in read(name)]
+
+
+def read(*path):
+    with open(os.path.join(ROOT, *path), encoding="utf-8") as f:
+        return f.read()
+
+
+@pytest.mark.parametrize("script", scripts_with_settings())
+def test_help_is_the_docstring_and_the_settings_and_no_more(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as e:
         run_script_loud(script, "--help", monkeypatch)
-    assert e.value.code in (0, None)
+    docstring = read(script).split('"""')[1].strip()
+    printed = capsys.readouterr().out
+    assert e.value.code in (0, None) and printed.startswith(docstring) and "$ python" in docstring
+    settings = printed.removeprefix(docstring).strip().splitlines()
     for name in defaults_of(script):
-        assert re.search(rf"^{name} = .*", out.getvalue(), re.MULTILINE), name
-    assert "seed = 1337" in out.getvalue() and "out_dir = " in out.getvalue() and "# the run's folder" in out.getvalue() and "$ python" in out.getvalue()
-
-
-def run_script_loud(script, arg, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [os.path.join(ROOT, script), arg])
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def defaults_of(script):
-    """The namespace that a script gives to configure, and no step further."""
-    class Reached(Exception):
-        pass
-
-    def reach(namespace, *args, **kwargs):
-        raise Reached({k: v for k, v in namespace.items() if k[0] != "_" and type(v) in configurator.SCALARS})
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Reached) as e:
-        patch.setattr(configurator, "configure", reach)
-        patch.setattr(sys, "argv", [script, "head"]) # a word that bench.py takes
-        runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
-    return e.value.args[0]
+        assert any(line.startswith(f"{name} = ") for line in settings), name
+    for line in settings: # a setting with its comment, a comment, or an empty line
+        assert re.fullmatch(r"|#.*|\w+ = [^#]*?(#.*)?", line), line
+    assert settings[-1].split(" = ")[0] in defaults_of(script)
 
 
 def launch_lines():
     """(file, script, its arguments) of every `python x.py ...` and `torchrun ... x.py ...` in README, Makefile, configs and docstrings, x with settings."""
-    def read(*path):
-        with open(os.path.join(ROOT, *path), encoding="utf-8") as f:
-            return f.read()
     scripts = [name for name in sorted(os.listdir(ROOT)) if name.endswith(".py")]
     texts = {name: read(name).split('"""')[1] for name in scripts}
     texts |= {name: read(name) for name in ("README.md", "Makefile") if os.path.exists(os.path.join(ROOT, name))}

@@ -18,9 +18,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import ROOT, assert_same, defaults_of, flags, load, make_dataset, processes, refused, run_script, run_script_loud
+from helpers import SETTINGS as LANGUAGE
 from test_data_vision import cifar_arrays, records, write, write_mnist
-from test_train import ROOT, assert_same, defaults_of, flags, load, make_dataset, processes, refused, run_script, run_script_loud
-from test_train import SETTINGS as LANGUAGE
 
 import configurator
 import data_vision
@@ -626,7 +626,7 @@ def test_help(monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         run_script_loud("train_vision.py", "--help", monkeypatch)
     out = capsys.readouterr().out
-    assert e.value.code == 0 and "$ python train_vision.py --distance=cosine" in out and "augment = 'none' # 'crop'" in out
+    assert e.value.code == 0 and "$ python train_vision.py --distance=cosine" in out and "augment = \"none\" # 'crop'" in out
 
 
 def test_a_resumed_run_says_where_its_settings_came_from():

@@ -1,0 +1,28 @@
+"""The families of language models that train.py knows, and how a run's model is loaded again."""
+import os
+from collections import namedtuple
+
+import torch
+
+from model import GPT, GPTConfig
+from model_bert import BERT, BERTConfig
+from model_qwen2 import Qwen2, Qwen2Config
+
+Family = namedtuple("Family", "Model Config pretrained") # pretrained: the names of published weights, * standing for anything
+FAMILIES = {
+    "gpt": Family(GPT, GPTConfig, ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")),
+    "bert": Family(BERT, BERTConfig, ("bert*",)),
+    "qwen2": Family(Qwen2, Qwen2Config, ("Qwen/Qwen2*",)),
+}
+
+
+def load_run(out_dir, checkpoint="best.pt", device="cpu"):
+    """(model in eval mode, config of the run, step). Raises SystemExit where there is no such checkpoint."""
+    path = os.path.join(out_dir, checkpoint)
+    if not os.path.exists(path):
+        raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), or name another --out_dir or --checkpoint")
+    ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    family = FAMILIES[ckpt["config"].get("model", "gpt")]
+    model = family.Model(family.Config(**ckpt["model_args"]))
+    model.load_state_dict(ckpt["model"])
+    return model.eval().to(device), ckpt["config"], ckpt["step"]

@@ -1,0 +1,145 @@
+"""What several test files share: datasets, scripts run in this process or their own, and runs compared to the last bit."""
+import contextlib
+import io
+import json
+import os
+import pickle
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import configurator
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CHARS = [chr(c) for c in range(32, 127)] + ["\n", "\t"] # 97, so that 31 of 128 rows are padding
+SETTINGS = dict(dataset="tiny", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, compile=False, device="cpu",
+                learning_rate=1e-2, min_lr=1e-3, warmup_iters=5, max_iters=20, lr_decay_iters=20, log_interval=1, eval_interval=10, eval_iters=-1,
+                track_emissions=False, dtype="float32")
+HARD = dict(dropout=0.1, distance="euclidean", learn_n=True) # what makes resuming or splitting a run hard: noise, and a head that learns
+
+
+def make_dataset(folder, train_tokens=6000, val_tokens=16 * 21 + 5, dtype="uint16", **meta):
+    """nanoGPT's char-level format: the alphabet over and over, a tenth of it noise. 21 validation blocks, which 4 does not divide."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, size in (("train", train_tokens), ("val", val_tokens)):
+        ids = np.where(rng.random(size) < 0.1, rng.integers(0, 97, size), np.arange(size) % 97)
+        ids.astype(dtype).tofile(folder / f"{split}.bin")
+    meta = dict(vocab_size=97, stoi={c: i for i, c in enumerate(CHARS)}, itos=dict(enumerate(CHARS)), hash="123abc",
+                val_tokens=val_tokens, val_bytes=val_tokens) | meta
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def flags(**settings):
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def run_script(name, *args):
+    """python name *args, but in this process: (what it printed, its globals). SystemExit comes through."""
+    argv, precision, out = sys.argv, torch.get_float32_matmul_precision(), io.StringIO()
+    sys.argv = [os.path.join(ROOT, name), *args]
+    try:
+        with contextlib.redirect_stdout(out):
+            found = runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = argv
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close("all")
+        torch.set_float32_matmul_precision(precision)
+    return out.getvalue(), found
+
+
+def train(*args, **settings):
+    return run_script("train.py", *args, *flags(**{**SETTINGS, **settings}))
+
+
+def refused(*args, script="train.py", **settings):
+    """The one message with which the script ends: python prints a string to stderr and exits with 1, there is no traceback."""
+    with pytest.raises(SystemExit) as e:
+        run_script(script, *args, *flags(**settings))
+    assert isinstance(e.value.code, str), e.value.code
+    return e.value.code
+
+
+def processes(cwd, *commands):
+    """Run them side by side: [(exit code, stdout, stderr)]. None may hang."""
+    env = {**os.environ, "WANDB_DIR": str(cwd), "PYTHONPATH": ""} # the scripts find their own imports
+    started = [subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for command in commands]
+    try:
+        results = [p.communicate(timeout=120) for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    return [(p.returncode, *result) for p, result in zip(started, results)]
+
+
+def train_processes(cwd, *runs, launcher=(), codes=0):
+    results = processes(cwd, *([*launcher, os.path.join(ROOT, "train.py"), *flags(**{**SETTINGS, **settings})] for settings in runs))
+    for code, out, err in results:
+        assert code == codes, out + err
+    return [out + err for _, out, err in results]
+
+
+def metrics(out_dir, kind=None):
+    """The lines of metrics.jsonl without what differs from run to run: times and energy."""
+    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    return [{k: v for k, v in row.items() if k not in ("ms", "tokens_per_s", "mfu") and not k.endswith("_total")}
+            for row in rows if kind in (None, row["kind"])]
+
+
+def load(out_dir, name="ckpt.pt"):
+    return torch.load(os.path.join(out_dir, name), weights_only=True)
+
+
+def assert_same(a, b, path=""):
+    """Equal to the last bit, through dicts and lists."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+    if isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b), path
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key], f"{path}/{key}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, (path, a, b)
+
+
+def assert_same_training(a, b):
+    x, y = load(a), load(b)
+    for key in ("model", "optimizer", "scaler", "step", "best_val_loss", "best_step", "val_loss"):
+        assert_same(x[key], y[key], key)
+    assert metrics(a) == metrics(b)
+
+
+def assert_close_runs(a, b, tolerance=1e-5):
+    """Equal up to the order in which fp32 sums are taken."""
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x == {key: value if type(value) in (str, type(None)) else pytest.approx(value, rel=tolerance, abs=tolerance) for key, value in y.items()}
+    x, y = load(a)["model"], load(b)["model"]
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def run_script_loud(script, arg, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [os.path.join(ROOT, script), arg])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def defaults_of(script):
+    """The namespace that a script gives to configure, and no step further."""
+    class Reached(Exception):
+        pass
+
+    def reach(namespace, *args, **kwargs):
+        raise Reached({k: v for k, v in namespace.items() if k[0] != "_" and type(v) in configurator.SCALARS})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Reached) as e:
+        patch.setattr(configurator, "configure", reach)
+        patch.setattr(sys, "argv", [script, "head"]) # a word that bench.py takes
+        runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+    return e.value.args[0]
