@@ -23,12 +23,12 @@ def write(path, raw):
 
 
 def idx(a, magic=None):
-    """MNIST's IDX format: a magic number, the sizes, the bytes."""
+    """Pack an array in MNIST's IDX format: a magic number, the sizes, the bytes."""
     return struct.pack(f">{1 + a.ndim}I", magic or 0x800 + a.ndim, *a.shape) + a.tobytes()
 
 
 def write_mnist(root, n=30, m=20, ending="", dot=False, size=(28, 28)):
-    """The four files of MNIST, n images for training and m for testing. Returns their arrays."""
+    """Write the four files of MNIST, n images for training and m for testing. Returns their arrays."""
     arrays = []
     for names, count in (TRAIN, n), (TEST, m):
         x, y = images(count, 1, *size), labels(count)
@@ -46,7 +46,10 @@ def cifar_arrays(num_classes, n=None, m=10):
 
 
 def records(x, y, num_classes):
-    """The binary version of CIFAR. The coarse label of CIFAR-100 comes first, and is not the one that is wanted."""
+    """
+    Pack images as the binary version of CIFAR has them. The coarse label of CIFAR-100 comes first, and is not the one
+    that is wanted.
+    """
     columns = [y[:, None], x.reshape(len(x), 3072)]
     if num_classes == 100:
         columns.insert(0, np.full((len(y), 1), 99, np.uint8))

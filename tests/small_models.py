@@ -38,15 +38,15 @@ DECODER_BIAS = {"cls.predictions.bias", "cls.predictions.decoder.bias"} # BERT's
 
 
 def new_model(family, seed=0, **config):
-    """A small model with new weights; config overrides SMALL."""
+    """Make a small model with new weights. config overrides SMALL."""
     torch.manual_seed(seed)
     return FAMILIES[family].Model(FAMILIES[family].Config(**{**SMALL[family], **config}))
 
 
 def hf_model(family, tied=False, seed=0, **config):
     """
-    A small transformers model with random weights; config overrides HF_SMALL. Its own initialisation, with biases of 0,
-    norms of 1 and weights of 0.02, would hide a term that was left out. Only the bias of BERT's decoder stays 0.
+    Make a small transformers model with random weights. config overrides HF_SMALL. Its own initialisation, with biases
+    of 0, norms of 1 and weights of 0.02, would hide a term that was left out. Only the bias of BERT's decoder stays 0.
     """
     transformers = pytest.importorskip("transformers")
     model_class, config_class, shape = HF_SMALL[family]
@@ -64,8 +64,8 @@ def hf_model(family, tied=False, seed=0, **config):
 
 def in_dtype(hf, dtype):
     """
-    hf in dtype throughout. Qwen2's eager softmax and its norms compute in fp32 whatever the dtype of the weights is, so
-    float64 needs others.
+    Turn hf to dtype throughout. Qwen2's eager softmax and its norms compute in fp32 whatever the dtype of the weights
+    is, so float64 needs others.
     """
     def norm(self, x):
         return self.weight * (x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
@@ -79,7 +79,7 @@ def in_dtype(hf, dtype):
 
 
 def hf_features(hf, idx, **options):
-    """The hidden states (B, T, D) that transformers' head sees."""
+    """Return the hidden states (B, T, D) that transformers' head sees."""
     hidden = hf.base_model(idx, **options).last_hidden_state
     if hf.config.model_type == "bert":
         hidden = hf.cls.predictions.transform(hidden)
@@ -87,7 +87,7 @@ def hf_features(hf, idx, **options):
 
 
 def hf_names(family, name):
-    """The names in transformers of our parameter `name`. BERT's queries, keys and values are one matrix here."""
+    """Return transformers' names for our parameter `name`. BERT's queries, keys and values are one matrix here."""
     if family == "bert":
         return model_bert.hf_names(name)
     if family == "qwen2":
@@ -96,7 +96,7 @@ def hf_names(family, name):
 
 
 def hf_tensor(family, name, tensors):
-    """The tensor of transformers that our parameter `name` must equal, in our layout. tensors: theirs, by name."""
+    """Find, in tensors by transformers' names, what our parameter `name` must equal. It comes in our layout."""
     tensor = torch.cat([tensors[part] for part in hf_names(family, name)])
     if family == "gpt" and name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
         tensor = tensor.T # GPT-2's Conv1D has the inputs first
@@ -108,7 +108,7 @@ def tokens(*shape, seed=1, high=97):
 
 
 def masked(x, seed=0, **more):
-    """inputs, labels and positions of mask_tokens, with [MASK] as the first id beyond the 97 tokens."""
+    """Mask x as mask_tokens does. [MASK] is the first id beyond the 97 tokens. Returns inputs, labels, positions."""
     rng = np.random.RandomState([seed, 0, 0, 0])
     return model_bert.mask_tokens(x, rng, **{**dict(mask_id=97, vocab_size=97), **more})
 

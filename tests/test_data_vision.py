@@ -32,7 +32,7 @@ def params(**values):
 
 
 def batch(x, y, num_classes):
-    """The python version of CIFAR."""
+    """Pickle a batch as the python version of CIFAR has it."""
     if num_classes == 10:
         fine = {b"labels": y.tolist()}
     else:
@@ -42,7 +42,7 @@ def batch(x, y, num_classes):
 
 
 def python2_batch(x, y):
-    """A batch as python 2 has written the originals, with strings of bytes and numpy's old names, opcode by opcode."""
+    """Pickle a batch as python 2 did, opcode by opcode: strings of bytes, and numpy's old names."""
     def string(b):
         return b"T" + struct.pack("<I", len(b)) + b # BINSTRING
 
@@ -637,7 +637,7 @@ def test_rotation(H, W, degrees):
 
 
 def test_flip_crop_and_rotation_compose():
-    """All at once they do what they do one after another, where the crop has cut nothing off."""
+    """One after another they give the same, where the crop has cut nothing off."""
     ndimage = pytest.importorskip("scipy.ndimage")
     x = F.pad(picture(1, 12, 12), (10, 10, 10, 10))
     a = augment(x, **params(flip=True, dy=3.0, dx=-2.0, degrees=12.0))[0, 0].numpy()

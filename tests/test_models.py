@@ -39,7 +39,7 @@ def from_hf(family, hf, **overrides):
 
 
 def both_losses(family, hf, model, idx):
-    """The loss of our model and that of transformers on the same text: of every next token, or of the masked ones."""
+    """Compute our loss and transformers' on the same text: of every next token, or of the masked ones."""
     if family != "bert":
         return model(idx[:, :-1], idx[:, 1:])[1], hf(idx, labels=idx).loss
     inputs, labels, positions = masked(idx, mask_id=3)
@@ -48,7 +48,7 @@ def both_losses(family, hf, model, idx):
 
 
 def randomise(model, std=0.3):
-    """The model with noise on all of its new weights, of which some are all 0 or all 1."""
+    """Add noise to all weights of a new model: some of them are all 0 or all 1."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=std)
