@@ -349,4 +349,7 @@ LOOPS = {"nanogpt": nanogpt, "dataloader": dataloader}
 
 if __name__ == "__main__":
     name, settings = sys.argv[1:]
-    LOOPS[name](SimpleNamespace(**json.loads(settings)))
+    try:
+        LOOPS[name](SimpleNamespace(**json.loads(settings)))
+    except (ValueError, OSError) as e:
+        raise SystemExit(str(e)) from None
