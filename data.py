@@ -28,9 +28,9 @@ EOT = "<|endoftext|>"
 # GPT-2's pattern in the form that tiktoken ships, it cuts text exactly as the original does
 GPT2_PAT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
+
 # -----------------------------------------------------------------------------
 # meta.pkl
-
 
 class PlainUnpickler(pickle.Unpickler):
     """builds dicts, lists, strings and numbers; a pickle that asks for anything else can run code, and is refused"""
@@ -60,7 +60,8 @@ def missing(data_dir, name):
     if dataset == "stdlib":
         command = f"python prepare_stdlib.py{out_dir}"
     elif dataset == "openwebtext":
-        command = f"python prepare_openwebtext.py{out_dir} (see --help for a small one; without network: python prepare_stdlib.py)"
+        command = (f"python prepare_openwebtext.py{out_dir} "
+                   "(see --help for a small one; without network: python prepare_stdlib.py)")
     else:
         command = f"python prepare_openwebtext.py --out_dir {data_dir} FILES (text, jsonl or parquet; see --help)"
     return FileNotFoundError(f"{os.path.join(data_dir, name)} is not there. make it with: {command}")
@@ -87,9 +88,9 @@ def load_meta(data_dir):
         raise ValueError(f"{path} says dtype {meta['dtype']!r}, it must be 'uint16' or 'uint32'")
     return meta
 
+
 # -----------------------------------------------------------------------------
 # tokenizers
-
 
 def within(seconds, f, *args):
     """f(*args), given up on with a TimeoutError: neither tiktoken's download nor a DNS look-up has a timeout of its own"""
@@ -121,8 +122,9 @@ def named_encoding(name):
     try:
         return within(15, tiktoken.get_encoding, name)
     except OSError as e: # requests' errors and the timeout alike
-        raise ConnectionError(f"cannot download the encoding {name!r} ({type(e).__name__}). without network: python prepare_stdlib.py "
-                              "trains one of its own, --ranks takes yours, and TIKTOKEN_CACHE_DIR may name tiktoken's cache") from None
+        raise ConnectionError(f"cannot download the encoding {name!r} ({type(e).__name__}). without network: "
+                              "python prepare_stdlib.py trains one of its own, --ranks takes yours, and "
+                              "TIKTOKEN_CACHE_DIR may name tiktoken's cache") from None
 
 
 def own_encoding(ranks, pat_str=GPT2_PAT, special_tokens=None):
@@ -133,7 +135,8 @@ def own_encoding(ranks, pat_str=GPT2_PAT, special_tokens=None):
     import tiktoken
     lacking = [b for b in range(256) if bytes([b]) not in ranks]
     if lacking:
-        raise ValueError(f"not a byte-level BPE: its ranks lack {len(lacking)} of the 256 single bytes, first {bytes([lacking[0]])!r}")
+        raise ValueError(f"not a byte-level BPE: its ranks lack {len(lacking)} of the 256 single bytes, "
+                         f"first {bytes([lacking[0]])!r}")
     special_tokens = special_tokens or {EOT: max(ranks.values()) + 1}
     ids = [*ranks.values(), *special_tokens.values()]
     if EOT not in special_tokens or len(set(ids)) < len(ids):
@@ -187,7 +190,8 @@ def read_ranks(path):
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
-                raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a token in base64, a space and an id") from None
+                raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a token in base64, "
+                                 "a space and an id") from None
     return ranks
 
 
@@ -201,7 +205,8 @@ def load_encoding(meta, data_dir):
         def encode(text):
             unknown = sorted(set(text) - set(meta["stoi"]))
             if unknown:
-                raise ValueError(f"the characters {unknown} are not in this dataset's vocabulary of {meta['vocab_size']}")
+                raise ValueError(f"the characters {unknown} are not in this dataset's vocabulary "
+                                 f"of {meta['vocab_size']}")
             return [meta["stoi"][c] for c in text]
         return SimpleNamespace(encode=encode, decode=lambda ids: "".join(meta["itos"][i] for i in ids), eot=None)
     if meta["encoding"] == JsonTokenizer.name:
@@ -216,9 +221,9 @@ def load_encoding(meta, data_dir):
         return enc.encode(text, allowed_special={EOT}, disallowed_special=())
     return SimpleNamespace(encode=encode, decode=enc.decode, eot=meta["eot"])
 
+
 # -----------------------------------------------------------------------------
 # batches
-
 
 class Blocks:
     """
@@ -240,9 +245,11 @@ class Blocks:
         size, N, T = os.path.getsize(self.path), os.path.getsize(self.path) // self.dtype.itemsize, block_size
         if size % self.dtype.itemsize or N != meta.get(f"{split}_tokens", N):
             expected = f"{meta[f'{split}_tokens']} tokens" if f"{split}_tokens" in meta else "whole tokens"
-            raise ValueError(f"{self.path} is damaged: {size} bytes of {self.dtype}, expected {expected}. prepare the dataset again")
+            raise ValueError(f"{self.path} is damaged: {size} bytes of {self.dtype}, expected {expected}. "
+                             "prepare the dataset again")
         if N < T + 1:
-            raise ValueError(f"{self.path} has {N} tokens, fewer than block_size + 1 = {T + 1}: lower block_size or prepare more text")
+            raise ValueError(f"{self.path} has {N} tokens, fewer than block_size + 1 = {T + 1}: "
+                             "lower block_size or prepare more text")
         self.num_fixed = (N - 1) // T # blocks from the start of the file, for evaluation
         # one block less than fits leaves room for any phase in [0, T), so that block borders move between epochs
         self.num_blocks = max(1, N // T - 1)
@@ -279,14 +286,15 @@ class Blocks:
         tokens = np.stack([data[s:s + self.block_size + 1] for s in starts]).astype(np.int64) # (count, T+1)
         if tokens.max() >= self.vocab_size:
             row, col = np.argwhere(tokens >= self.vocab_size)[0]
-            raise ValueError(f"{self.path} has id {tokens[row, col]} at position {starts[row] + col}, vocab_size is {self.vocab_size}: "
-                             "the dataset was made with another tokenizer, or vocab_size is too small")
+            raise ValueError(f"{self.path} has id {tokens[row, col]} at position {starts[row] + col}, "
+                             f"vocab_size is {self.vocab_size}: the dataset was made with another tokenizer, "
+                             "or vocab_size is too small")
         tokens = torch.from_numpy(tokens)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
+
 # -----------------------------------------------------------------------------
 # writing, for the prepare scripts
-
 
 def token_dtype(vocab_size):
     return "uint16" if vocab_size <= 2**16 else "uint32"

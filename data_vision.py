@@ -36,7 +36,8 @@ AUGMENTATIONS = {
     "none": {"flip": 0.0, "padding": 0, "degrees": 0.0, **NO_JITTER},
     "crop": {"flip": 0.0, "padding": 4, "degrees": 10.0, **NO_JITTER}, # a digit must not be mirrored
     "standard": {"flip": 0.5, "padding": 4, "degrees": 10.0, **NO_JITTER},
-    "strong": {"flip": 0.5, "padding": 4, "degrees": 15.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1},
+    "strong": {"flip": 0.5, "padding": 4, "degrees": 15.0,
+               "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1},
 }
 
 
@@ -51,9 +52,9 @@ class Images:
     source: str # where it comes from, for people
     hash: str # of all arrays, wherever they come from: which data a run saw
 
+
 # -----------------------------------------------------------------------------
 # reading files
-
 
 class Parts:
     """
@@ -113,7 +114,8 @@ def idx_array(path, ndim):
         raise ValueError(f"{path} is truncated: {len(raw)} bytes, its header alone has {start}")
     magic, *shape = (int(n) for n in np.frombuffer(raw, ">u4", 1 + ndim))
     if magic != 0x800 + ndim: # 8: unsigned bytes
-        raise ValueError(f"{path} has the magic number {magic}, expected {0x800 + ndim}: it is no IDX file of {ndim} dimension(s)")
+        raise ValueError(f"{path} has the magic number {magic}, expected {0x800 + ndim}: "
+                         f"it is no IDX file of {ndim} dimension(s)")
     expected = start + math.prod(shape)
     if len(raw) != expected:
         raise ValueError(f"{path} is {'truncated' if len(raw) < expected else 'too long'}: expected {expected} bytes for {shape}, found {len(raw)}")
@@ -167,9 +169,9 @@ def check(path, x, y, num_classes):
         raise ValueError(f"{path}: label {y[wrong[0]]} of image {wrong[0]} is not in 0..{num_classes - 1}")
     return x, y.astype(np.int64)
 
+
 # -----------------------------------------------------------------------------
 # where a dataset comes from: each of these returns (train_x, train_y, test_x, test_y, source), or None where there are no files
-
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 # num_classes; how the images are; the hub's name; folders beside its own; kinds of files: reader, for training, for test
@@ -283,7 +285,8 @@ def load(dataset, data_dir="data"):
         raise ValueError(f"{source}: training images are {train_x.shape[1:]}, test images {test_x.shape[1:]}")
     empty = np.flatnonzero(np.bincount(train_y, minlength=num_classes) == 0)
     if len(empty):
-        raise ValueError(f"{source}: no training image of class {', '.join(map(str, empty))}, {dataset} has {num_classes} classes")
+        raise ValueError(f"{source}: no training image of class {', '.join(map(str, empty))}, "
+                         f"{dataset} has {num_classes} classes")
     sha = hashlib.sha256()
     for i, a in enumerate(arrays):
         arrays[i] = np.require(a, requirements="CW") # torch wants to be able to write
@@ -316,9 +319,9 @@ def split(labels, val_fraction, seed):
         is_val[rng.permutation(np.flatnonzero(labels == c))[:n]] = True
     return np.flatnonzero(~is_val).astype(np.int64), np.flatnonzero(is_val).astype(np.int64)
 
+
 # -----------------------------------------------------------------------------
 # augmentation
-
 
 def draw(rng, count, spec):
     """
@@ -401,9 +404,9 @@ def shift_hue(x, hue):
     channel = lambda n: value - span * torch.minimum(k := (n + h) % 6, 4 - k).clamp_(0, 1)
     return torch.stack((channel(5), channel(3), channel(1)), 1)
 
+
 # -----------------------------------------------------------------------------
 # batches
-
 
 class Batches:
     """
@@ -418,11 +421,13 @@ class Batches:
 
     def __init__(self, x, y, batch_size, seed, normalize="half", augment="none", image_size=0, channels=0, device="cpu"):
         if x.dtype != torch.uint8 or x.dim() != 4 or len(x) != len(y) or not len(x):
-            raise ValueError(f"images are to be uint8 (N, C, H, W) with a label each, got {x.dtype} {tuple(x.shape)} and {len(y)} labels")
+            raise ValueError("images are to be uint8 (N, C, H, W) with a label each, "
+                             f"got {x.dtype} {tuple(x.shape)} and {len(y)} labels")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if normalize not in STATS or augment not in AUGMENTATIONS:
-            raise ValueError(f"normalize is one of {', '.join(STATS)}, augment one of {', '.join(AUGMENTATIONS)}; got {normalize!r} and {augment!r}")
+            raise ValueError(f"normalize is one of {', '.join(STATS)}, augment one of {', '.join(AUGMENTATIONS)}; "
+                             f"got {normalize!r} and {augment!r}")
         C = channels or x.size(1)
         if x.size(1) not in (1, C):
             raise ValueError(f"images of {x.size(1)} channels cannot become images of {C}")

@@ -44,7 +44,8 @@ def _log2(x):
 
 
 @triton.jit
-def _forward(hT, wT, s, known, top, N, V, D, HS, WS, p, eps, floor, KIND: tl.constexpr, FLOOR: tl.constexpr, TN: tl.constexpr, TV: tl.constexpr):
+def _forward(hT, wT, s, known, top, N, V, D, HS, WS, p, eps, floor,
+             KIND: tl.constexpr, FLOOR: tl.constexpr, TN: tl.constexpr, TV: tl.constexpr):
     """s (N, V) of hT (D+1, HS), wT (D+1, WS), which are padded to whole tiles. KIND "ties" counts the coordinates with |x| = known (N, V)."""
     n = tl.program_id(0) * TN + tl.arange(0, TN)
     v = tl.program_id(1) * TV + tl.arange(0, TV)
@@ -85,7 +86,8 @@ def _forward(hT, wT, s, known, top, N, V, D, HS, WS, p, eps, floor, KIND: tl.con
 
 
 @triton.jit
-def _backward(a, b, c, s, out, scale, A, B, D, rows, p, eps, floor, KIND: tl.constexpr, FLOOR: tl.constexpr, TA: tl.constexpr, TD: tl.constexpr):
+def _backward(a, b, c, s, out, scale, A, B, D, rows, p, eps, floor,
+              KIND: tl.constexpr, FLOOR: tl.constexpr, TA: tl.constexpr, TD: tl.constexpr):
     """Adds sum_j c[j, i] slope(a[i], b[j]) to out (parts, A, D), part k over its own `rows` rows j. a (A, D), b (B, D), c and s (B, A)."""
     d = tl.program_id(0) * TD + tl.arange(0, TD)
     i = tl.program_id(1) * TA + tl.arange(0, TA)

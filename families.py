@@ -20,7 +20,8 @@ def load_run(out_dir, checkpoint="best.pt", device="cpu"):
     """(model in eval mode, config of the run, step). Raises SystemExit where there is no such checkpoint."""
     path = os.path.join(out_dir, checkpoint)
     if not os.path.exists(path):
-        raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), or name another --out_dir or --checkpoint")
+        raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), "
+                         "or name another --out_dir or --checkpoint")
     ckpt = torch.load(path, map_location="cpu", weights_only=True)
     family = FAMILIES[ckpt["config"].get("model", "gpt")]
     model = family.Model(family.Config(**ckpt["model_args"]))

@@ -71,7 +71,8 @@ class LanguageModel(nn.Module):
 
     def refuse_distance_head(self):
         if self.config.distance != "baseline":
-            raise ValueError(f"transformers has no layer for the {self.config.distance} head: only a baseline head can be exported")
+            raise ValueError(f"transformers has no layer for the {self.config.distance} head: "
+                             "only a baseline head can be exported")
 
 
 def transformers_class(name):
@@ -94,7 +95,8 @@ def pretrained_config(config, overrides, fixed):
         differences = ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in changed)
         raise ValueError(f"the pretrained weights fix {differences}")
     if overrides.get("block_size", 0) > config.block_size:
-        raise ValueError(f"block_size {overrides['block_size']} is beyond the {config.block_size} positions of the pretrained weights")
+        raise ValueError(f"block_size {overrides['block_size']} is beyond the {config.block_size} positions "
+                         "of the pretrained weights")
     return replace(config, **overrides)
 
 
@@ -228,7 +230,8 @@ class GPT(LanguageModel):
         if hf.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
             raise ValueError(f"this GPT has the tanh GELU, the model has {hf.activation_function!r}")
         if hf.layer_norm_epsilon != 1e-5 or hf.n_inner not in (None, 4 * hf.n_embd):
-            raise ValueError(f"this GPT has layer_norm_epsilon 1e-5 and n_inner 4 n_embd, the model has {hf.layer_norm_epsilon} and {hf.n_inner}")
+            raise ValueError("this GPT has layer_norm_epsilon 1e-5 and n_inner 4 n_embd, "
+                             f"the model has {hf.layer_norm_epsilon} and {hf.n_inner}")
         config = GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd,
                            dropout=hf.resid_pdrop, bias=True, tie_weights=hf.tie_word_embeddings)
         config = pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size", "bias"))

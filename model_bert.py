@@ -153,7 +153,8 @@ class BERT(LanguageModel):
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
         if not -1 <= config.mask_id < config.vocab_size:
-            raise ValueError(f"mask_id {config.mask_id} must lie within the {config.vocab_size} tokens, or be -1: an id of its own beyond them")
+            raise ValueError(f"mask_id {config.mask_id} must lie within the {config.vocab_size} tokens, "
+                             "or be -1: an id of its own beyond them")
         self.config = config
         own_ids = config.mask_id == -1
         self.num_ids = config.vocab_size + 2 * own_ids
@@ -217,7 +218,8 @@ class BERT(LanguageModel):
         ours, theirs = model.state_dict(), hf_model.state_dict()
         linear, bias = config.distance == "baseline", theirs["cls.predictions.decoder.bias"].abs().max().item()
         if linear and bias > 0:
-            warnings.warn(f"the decoder's bias, up to {bias:.3g}, is dropped: a head here has none, so the logits differ by it", stacklevel=2)
+            warnings.warn(f"the decoder's bias, up to {bias:.3g}, is dropped: a head here has none, "
+                          "so the logits differ by it", stacklevel=2)
         with torch.no_grad():
             for name, p in ours.items():
                 if name.startswith("transformer.") or linear and not config.tie_weights:

@@ -31,7 +31,8 @@ from distances import DistanceHead, parse_head
 def at_least(pixels, name, image_shape):
     C, H, W = image_shape
     if min(H, W) < pixels:
-        raise ValueError(f"{name} takes images of at least {pixels}x{pixels} pixels, got {C}x{H}x{W}: use image_size=32")
+        raise ValueError(f"{name} takes images of at least {pixels}x{pixels} pixels, got {C}x{H}x{W}: "
+                         "use image_size=32")
 
 
 def small_or_imagenet(option, value, image_shape):
@@ -109,7 +110,10 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.downsample = nn.Identity()
         if stride != 1 or channels != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, 4 * width, 1, stride, bias=False),
+                nn.BatchNorm2d(4 * width),
+            )
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -221,7 +225,8 @@ class ViT(nn.Module):
         super().__init__()
         (C, H, W), P = image_shape, patch_size
         if H % P or W % P:
-            raise ValueError(f"ViT cuts the image into patches of {P}x{P}, which {C}x{H}x{W} is no multiple of: use image_size={-(-max(H, W) // P) * P} or another patch_size")
+            raise ValueError(f"ViT cuts the image into patches of {P}x{P}, which {C}x{H}x{W} is no multiple of: "
+                             f"use image_size={-(-max(H, W) // P) * P} or another patch_size")
         if width % heads:
             raise ValueError(f"width {width} must be a multiple of heads {heads}")
         self.num_features = width
@@ -291,7 +296,10 @@ class PVTStage(nn.Module):
 
     def __init__(self, channels, width, patch, stride, heads, sr, mlp_ratio):
         super().__init__()
-        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(channels, width, patch, stride, padding=patch // 2), norm=nn.LayerNorm(width)))
+        self.patch_embed = nn.ModuleDict(dict(
+            proj=nn.Conv2d(channels, width, patch, stride, padding=patch // 2),
+            norm=nn.LayerNorm(width),
+        ))
         self.blocks = nn.ModuleList([PVTBlock(width, heads, sr, mlp_ratio) for _ in range(2)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -323,7 +331,15 @@ class PVTv2_B0(nn.Module):
         return x.mean((1, 2))
 
 
-BACKBONES = {"pixels": Pixels, "mlp": MLP, "cnn": CNN, "resnet50": ResNet50, "vgg16": VGG16, "vit_tiny": ViT, "pvtv2_b0": PVTv2_B0}
+BACKBONES = {
+    "pixels": Pixels,
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet50": ResNet50,
+    "vgg16": VGG16,
+    "vit_tiny": ViT,
+    "pvtv2_b0": PVTv2_B0,
+}
 
 
 # -----------------------------------------------------------------------------
@@ -358,8 +374,8 @@ class VisionNet(nn.Module):
         self.backbone = BACKBONES[config.model](config.image_shape)
         # the head is made last, so that every head meets the same backbone for the same seed
         arguments = parse_head(config.distance, config.variant, config.distance_params)
-        self.head = DistanceHead(self.backbone.num_features, config.num_classes, **arguments, link=config.link, n=config.n,
-                                 learn_n=config.learn_n, eps=config.eps)
+        self.head = DistanceHead(self.backbone.num_features, config.num_classes, **arguments, link=config.link,
+                                 n=config.n, learn_n=config.learn_n, eps=config.eps)
         self.head.feature_scale = config.feature_scale
 
     def features(self, x):

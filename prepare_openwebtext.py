@@ -33,13 +33,24 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 import numpy as np
 from tqdm import tqdm
 
-from data import GPT2_PAT, JsonTokenizer, in_val, named_encoding, own_encoding, read_meta, read_ranks, token_dtype, within, write_dataset
+from data import (
+    GPT2_PAT,
+    JsonTokenizer,
+    in_val,
+    named_encoding,
+    own_encoding,
+    read_meta,
+    read_ranks,
+    token_dtype,
+    within,
+    write_dataset,
+)
 
 BUILDERS = {"txt": "text", "text": "text", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
+
 # -----------------------------------------------------------------------------
 # where documents come from
-
 
 def ending(name):
     """the ending of a file name that says how to read it, compression aside, or None"""
@@ -101,8 +112,9 @@ def load_documents(args, files, offline):
         raise SystemExit(f"cannot read the text: {e.__cause__ or e}") from None
     except OSError as e:
         if offline:
-            raise SystemExit(f"no network: {args.id} is neither within reach nor in the local cache. what works without: "
-                             "python prepare_stdlib.py, or local files: python prepare_openwebtext.py FILES") from None
+            raise SystemExit(f"no network: {args.id} is neither within reach nor in the local cache. "
+                             "what works without: python prepare_stdlib.py, "
+                             "or local files: python prepare_openwebtext.py FILES") from None
         raise SystemExit(f"cannot load {files[0] if files else args.id}: {str(e) or type(e).__name__}") from None
     if first is None:
         raise SystemExit("there are no documents")
@@ -111,9 +123,9 @@ def load_documents(args, files, offline):
     ds = ds.select_columns([args.text_column])
     return ds if args.docs is None else ds.take(args.docs)
 
+
 # -----------------------------------------------------------------------------
 # documents -> shards -> bins
-
 
 def start_worker(encoding):
     global enc
@@ -140,7 +152,8 @@ def shards(ds, text_column, shard_mb):
             num += 1
             if text:
                 if not isinstance(text, str):
-                    raise SystemExit(f"column {text_column!r} holds {type(text).__name__}, not text: choose another with --text_column")
+                    raise SystemExit(f"column {text_column!r} holds {type(text).__name__}, not text: "
+                                     "choose another with --text_column")
                 texts.append(text)
                 size += len(text)
             if size >= shard_mb * 1e6:
@@ -188,7 +201,8 @@ def write_shards(ds, args, encoding, folder):
             collect(0)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-            raise SystemExit(f"\nstopped with {len(finished(folder))} finished shards. the same command continues from there") from None
+            raise SystemExit(f"\nstopped with {len(finished(folder))} finished shards. "
+                             "the same command continues from there") from None
 
 
 def split_shards(folder, encoding, args):
@@ -209,8 +223,8 @@ def split_shards(folder, encoding, args):
             doc += len(ends)
             yield ids[~val], ids[val]
 
-# -----------------------------------------------------------------------------
 
+# -----------------------------------------------------------------------------
 
 def json_tokenizer(name):
     if os.path.exists(name):
@@ -222,7 +236,8 @@ def json_tokenizer(name):
     except ValueError:
         raise
     except Exception as e: # no network, no such model
-        raise ValueError(f"--tokenizer {name}: neither a file nor to be had from the huggingface hub ({type(e).__name__})") from None
+        raise ValueError(f"--tokenizer {name}: neither a file nor to be had from the huggingface hub "
+                         f"({type(e).__name__})") from None
 
 
 def choose_encoding(args):
@@ -243,27 +258,34 @@ def choose_encoding(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help="local files, folders or globs (default: OpenWebText from the huggingface hub)")
+    parser.add_argument("files", nargs="*",
+                        help="local files, folders or globs (default: OpenWebText from the huggingface hub)")
     parser.add_argument("--docs", type=int, help="only the first so many documents (default: all)")
     parser.add_argument("--out_dir", help="default: data/ and the name of the dataset, or of the first local file")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     parser.add_argument("--encoding", default="gpt2", help="a tiktoken encoding (default: %(default)s)")
     parser.add_argument("--ranks", help="a rank file of your own instead")
     parser.add_argument("--tokenizer", help="a tokenizer.json instead, or the name of a model on the hub that has one")
-    parser.add_argument("--pat_str", help="the pattern of --ranks that cuts text into words (default: see above, else GPT-2's)")
+    parser.add_argument("--pat_str",
+                        help="the pattern of --ranks that cuts text into words (default: see above, else GPT-2's)")
     parser.add_argument("--split", choices=["random", "tail"], default="random",
                         help="random: draws documents for val.bin; tail: takes the last tokens (default: %(default)s)")
-    parser.add_argument("--val_fraction", type=float, default=0.0005, help="share that goes to val.bin (default: %(default)s)")
+    parser.add_argument("--val_fraction", type=float, default=0.0005,
+                        help="share that goes to val.bin (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=2357, help="of --split random (default: %(default)s)")
     parser.add_argument("--num_proc", type=int, default=max(1, (os.cpu_count() or 1) // 2),
                         help="worker processes, about half the number of cores is good (default: %(default)s)")
     parser.add_argument("--shard_mb", type=float, default=8,
-                        help="millions of characters per shard: what a worker holds, and what a kill loses (default: %(default)s)")
+                        help="millions of characters per shard: what a worker holds, and what a kill loses "
+                             "(default: %(default)s)")
     parser.add_argument("--sample_by", choices=["document", "paragraph", "line"], default="document",
                         help="what a document is in text files: a whole file, or a part of it (default: %(default)s)")
-    parser.add_argument("--text_column", default="text", help="where jsonl and parquet have the text (default: %(default)s)")
-    parser.add_argument("--id", default="Skylion007/openwebtext", help="of the dataset on the hub (default: %(default)s)")
-    parser.add_argument("--revision", default="refs/pr/20", help="its branch; this one holds parquet files (default: %(default)s)")
+    parser.add_argument("--text_column", default="text",
+                        help="where jsonl and parquet have the text (default: %(default)s)")
+    parser.add_argument("--id", default="Skylion007/openwebtext",
+                        help="of the dataset on the hub (default: %(default)s)")
+    parser.add_argument("--revision", default="refs/pr/20",
+                        help="its branch; this one holds parquet files (default: %(default)s)")
     parser.add_argument("--data_files", default="data/*.parquet", help="its files (default: %(default)s)")
     args = parser.parse_args(argv)
     for key in "docs", "num_proc", "shard_mb":
@@ -297,7 +319,8 @@ def main(argv=None):
     try:
         write_dataset(out_dir, split_shards(folder, encoding, args), encoding, source)
     except ValueError as e:
-        raise SystemExit(f"{e}, or use --split tail, which cuts within a document. the shards are kept for it") from None
+        raise SystemExit(f"{e}, or use --split tail, which cuts within a document. "
+                         "the shards are kept for it") from None
     shutil.rmtree(folder)
     others = glob.glob(os.path.join(glob.escape(out_dir), "shards-*"))
     if others:

@@ -46,10 +46,13 @@ def train_bpe(texts, vocab_size):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", default=os.path.dirname(os.__file__), help="folder with *.py (default: this Python's standard library)")
+    parser.add_argument("--src", default=os.path.dirname(os.__file__),
+                        help="folder with *.py (default: this Python's standard library)")
     parser.add_argument("--out_dir", default=os.path.join("data", "stdlib"), help="default: %(default)s")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="all tokens, end-of-text included (default: %(default)s)")
-    parser.add_argument("--val_fraction", type=float, default=0.05, help="share of the files that go to val.bin (default: %(default)s)")
+    parser.add_argument("--vocab_size", type=int, default=4096,
+                        help="all tokens, end-of-text included (default: %(default)s)")
+    parser.add_argument("--val_fraction", type=float, default=0.05,
+                        help="share of the files that go to val.bin (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=2357, help="of that choice (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.vocab_size < 257:
@@ -64,7 +67,8 @@ def main(argv=None):
             with tokenize.open(os.path.join(args.src, name)) as f: # honours a coding line, and gives \n on every platform
                 texts.append(f.read())
         except (SyntaxError, UnicodeDecodeError) as e:
-            raise SystemExit(f"{os.path.join(args.src, name)} is not Python source in its declared encoding: {e}") from None
+            raise SystemExit(f"{os.path.join(args.src, name)} is not Python source in its declared encoding: "
+                             f"{e}") from None
     print(f"{len(files)} files, {sum(len(t.encode()) for t in texts):,} bytes from {args.src}")
     enc = own_encoding(train_bpe(texts, args.vocab_size))
     if enc.n_vocab < args.vocab_size:
