@@ -18,8 +18,10 @@ FAMILIES = {
 
 
 def load_run(out_dir, checkpoint="best.pt", device="cpu"):
-    """Return a run's model in evaluation mode, its config (a dict) and its step. Raises SystemExit without the
-    checkpoint."""
+    """
+    Return (the run's model in evaluation mode, the run's config, a dict, and the step of the checkpoint).
+    Raises SystemExit where there is no such checkpoint.
+    """
     path = os.path.join(out_dir, checkpoint)
     if not os.path.exists(path):
         raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), "

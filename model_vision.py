@@ -43,8 +43,10 @@ def at_least(pixels, name, image_shape):
 
 
 def small_or_imagenet(option, value, image_shape):
-    """Return value, "small" or "imagenet"; None stands for what suits the images. Raises ValueError for another
-    value."""
+    """
+    Return value, "small" or "imagenet"; None stands for what suits the images. Raises ValueError for another
+    value.
+    """
     if value not in (None, "small", "imagenet"):
         raise ValueError(f"{option} must be small or imagenet, got {value!r}")
     default = "small" if min(image_shape[1:]) < 64 else "imagenet"
