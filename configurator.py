@@ -147,12 +147,12 @@ def number(text):
 def print_help(namespace, defaults):
     """
     Print a script's docstring and its defaults as they are written there: from the first one, with the comment above
-    it, to the rule that ends them, or to the call of configure.
+    it, to before the rule that ends them, or to the call of configure.
     """
     with open(namespace["__file__"], encoding="utf-8") as f:
         source = f.read()
     first = re.search(rf"(^#.*\n)*^({'|'.join(defaults)})\s*[:=]", source, re.MULTILINE)
-    end = re.compile(r"^# -----.*|(?=^.*configure\(globals\(\))", re.MULTILINE).search(source, first.end())
+    end = re.compile(r"^# -----|^.*configure\(globals\(\)", re.MULTILINE).search(source, first.end())
     print((namespace["__doc__"] or "").strip())
     print()
-    print(source[first.start():end.end()].rstrip())
+    print(source[first.start():end.start()].rstrip())

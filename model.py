@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
         Load published weights, by their name on the huggingface hub or from a folder; overrides are those of from_hf.
         Raises ImportError without transformers.
         """
-        transformers = import_transformers(f"init_from={name!r}")
+        transformers = import_transformers(f"init_from={name!r} reads the weights with transformers")
         return cls.from_hf(getattr(transformers, cls.hf_class).from_pretrained(name), **overrides)
 
     def hf_weights(self, name, theirs):
@@ -147,11 +147,11 @@ class LanguageModel(nn.Module):
 
 
 def import_transformers(purpose):
-    """Return the optional package transformers. Raises ImportError, with the purpose, where it is missing."""
+    """Return the package transformers, which is optional. Raises ImportError that says what it is needed for."""
     try:
         import transformers
     except ImportError as e:
-        raise ImportError(f"{purpose} needs transformers: pip install transformers") from e
+        raise ImportError(f"{purpose}: pip install transformers") from e
     return transformers
 
 
@@ -337,7 +337,7 @@ class GPT(LanguageModel):
         zeros. Raises ValueError for a distance head, ImportError without transformers.
         """
         self.refuse_distance_head()
-        transformers, c = import_transformers("to_hf"), self.config
+        transformers, c = import_transformers("to_hf makes a model of transformers"), self.config
         return self.copy_to_hf(transformers.GPT2LMHeadModel(transformers.GPT2Config(
             n_positions=c.block_size,
             vocab_size=c.vocab_size,

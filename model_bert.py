@@ -269,7 +269,7 @@ class BERT(LanguageModel):
     def from_pretrained(cls, name, **overrides):
         """Load published weights; the id of [MASK] is the tokenizer's, as the model's own config does not name it."""
         if overrides.get("mask_id", -1) == -1:
-            transformers = import_transformers(f"init_from={name!r}")
+            transformers = import_transformers(f"init_from={name!r} reads the weights with transformers")
             overrides["mask_id"] = transformers.AutoTokenizer.from_pretrained(name).mask_token_id
         return super().from_pretrained(name, **overrides)
 
@@ -280,7 +280,7 @@ class BERT(LanguageModel):
         transformers.
         """
         self.refuse_distance_head()
-        transformers, c = import_transformers("to_hf"), self.config
+        transformers, c = import_transformers("to_hf makes a model of transformers"), self.config
         return self.copy_to_hf(transformers.BertForMaskedLM(transformers.BertConfig(
             max_position_embeddings=c.block_size,
             vocab_size=self.num_ids,

@@ -231,7 +231,7 @@ class Qwen2(LanguageModel):
         Raises ValueError for a distance head, ImportError without transformers.
         """
         self.refuse_distance_head()
-        transformers, c = import_transformers("to_hf"), self.config
+        transformers, c = import_transformers("to_hf makes a model of transformers"), self.config
         return self.copy_to_hf(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
             max_position_embeddings=c.block_size,
             vocab_size=c.vocab_size,
