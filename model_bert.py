@@ -152,6 +152,15 @@ HF_NAMES = {
 }
 
 
+def hf_names(name):
+    """Return the names in transformers of the weights that are stacked in one of ours."""
+    for ours, theirs in HF_NAMES.items():
+        name = name.replace(ours, theirs)
+    if "{}" in name:
+        return [name.format(part) for part in ("query", "key", "value")]
+    return [name]
+
+
 class BERT(LanguageModel):
     """
     BERT for masked tokens. Every token sees all others: sequences are full, so there is no mask for padding.
@@ -295,8 +304,4 @@ class BERT(LanguageModel):
         )))
 
     def hf_weights(self, name, theirs):
-        for our_part, their_part in HF_NAMES.items():
-            name = name.replace(our_part, their_part)
-        if "{}" in name:
-            return [theirs[name.format(part)] for part in ("query", "key", "value")]
-        return [theirs[name]]
+        return [theirs[part] for part in hf_names(name)]
