@@ -11,8 +11,8 @@ A dataset is a folder data/<dataset>/ with
     train_tokens, train_docs, train_bytes   counts; the bytes are those of utf-8, 0 where the tokenizer loses the text
     val_tokens, val_docs, val_bytes         the same for the other split
     hash, source                            the sha256 of both files' hashes; where the text comes from, for people
-nanoGPT's folders work as they are: without meta.pkl (openwebtext, shakespeare: GPT-2 tokens), or with the char-level
-one.
+nanoGPT's folders work as they are: those without meta.pkl (openwebtext and shakespeare, GPT-2 tokens) and the
+char-level one.
 
 Make one, then train on it:
 $ python prepare_stdlib.py                     # seconds, no network
@@ -164,7 +164,7 @@ class JsonTokenizer:
     _mergeable_ranks = {} # no bytes are counted, as WordPiece does not keep the text
 
     def __init__(self, source):
-        """source is the json itself. Raises ValueError when it is not one, or has no token that ends a text."""
+        """Take the json itself. Raises ValueError when it is not one, or has no token that ends a text."""
         from tokenizers import Tokenizer
         try:
             self._tokenizer = Tokenizer.from_str(source)
@@ -258,8 +258,8 @@ def char_encoding(meta):
 
 class Blocks:
     """
-    One split as blocks of block_size tokens, each with the token after it: batch() gives them in a shuffled order, for
-    training, and fixed() in the order of the file, for evaluation.
+    One split as blocks of T = block_size tokens. batch() gives them in a shuffled order, for training, and fixed() in
+    the order of the file, for evaluation: x, y (count, T) int64, where y is x shifted by one token.
 
     The shuffled order is a pure function of (seed, index). An epoch visits every one of the num_blocks blocks once,
     in a permutation of its own. What was asked before does not matter, so that evaluating or resuming cannot change
@@ -293,10 +293,7 @@ class Blocks:
         self.epoch, self.starts = None, None # the current epoch and where its blocks start, (num_blocks,)
 
     def batch(self, first, count):
-        """
-        Return samples first..first+count-1 of the endless shuffled sequence: x, y (count, T) int64, where y is x
-        shifted by one token.
-        """
+        """Return samples first..first+count-1 of the endless shuffled sequence: x, y (count, T) int64."""
         starts, i, end = [], first, first + count
         while i < end: # at most one turn, or two where an epoch ends
             epoch, j = divmod(i, self.num_blocks)
@@ -308,17 +305,14 @@ class Blocks:
 
     def shuffled(self, epoch):
         """Return the token positions (num_blocks,) at which the blocks of an epoch start, in their order."""
-        # RandomState has a frozen stream, as a new numpy may not change the order of the data. int64 is not windows'
-        # default
+        # the stream of RandomState is frozen, as a new numpy may not change the order of the data; all is int64, which is
+        # not the default on Windows
         rng = np.random.RandomState([self.seed, epoch])
         phase = rng.randint(self.num_phases, dtype=np.int64)
         return phase + self.block_size * rng.permutation(self.num_blocks).astype(np.int64)
 
     def fixed(self, first, count):
-        """
-        Return blocks first..first+count-1, of num_fixed, from the start of the file: x, y (count, T) int64, the same on
-        every call.
-        """
+        """Return blocks first..first+count-1 of the num_fixed in the file, always the same: x, y (count, T) int64."""
         if first + count > self.num_fixed:
             raise ValueError(f"blocks {first}..{first + count - 1} were asked for, "
                              f"{self.path} has {self.num_fixed} of block_size {self.block_size}")
@@ -400,7 +394,7 @@ def write_dataset(out_dir, pairs, enc, source):
             "source": source}
     about_tokenizer, tokenizer_file = describe_tokenizer(enc)
     meta |= about_tokenizer
-    num_bytes = np.zeros(enc.n_vocab, np.int64) # of text per id, none for special tokens
+    num_bytes = np.zeros(enc.n_vocab, np.int64) # the text that each id stands for; special tokens stand for none
     for token, rank in enc._mergeable_ranks.items():
         num_bytes[rank] = len(token)
 

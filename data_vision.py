@@ -52,7 +52,7 @@ class Images:
     test_y: torch.Tensor # (M,) int64
     num_classes: int
     source: str # where it comes from, for people
-    hash: str # of the arrays, whatever files they come from: it tells which data a run saw
+    hash: str # a hash of the arrays, whatever files they come from: it tells which data a run saw
 
 
 # -----------------------------------------------------------------------------
@@ -201,10 +201,10 @@ def check(path, x, y, num_classes):
 class Origin:
     """Where the files of a dataset may lie, what they are called, and which reader takes them."""
     num_classes: int
-    mode: str # of PIL: L is grey
+    mode: str # PIL's name for the kind of pixels, L is grey
     hub: str # the dataset's name on the huggingface hub
     folders: list # in the data folder, beside the one that is called as the dataset
-    formats: list # of (reader, names of the training files, name of the test file)
+    formats: list # tuples (reader, names of the training files, name of the test file)
 
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
@@ -450,7 +450,8 @@ def warp(x, flip, dy, dx, degrees):
     B, _, H, W = x.shape
     zeros = x.new_zeros(B)
     side = zeros + 1 if flip is None else 1 - 2 * flip.to(x.dtype) # -1: mirrored
-    dy, dx = zeros if dy is None else dy, zeros if dx is None else dx
+    dy = zeros if dy is None else dy
+    dx = zeros if dx is None else dx
     angle = zeros if degrees is None else torch.deg2rad(degrees)
     cos, sin = angle.cos(), angle.sin()
     # grid_sample counts in sides of the image; where these are powers of two, no shift by whole pixels is rounded

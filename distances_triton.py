@@ -155,7 +155,7 @@ def _backward(a, b, c, s, out, scale, A, B, D, rows, p, eps, floor,
 
 
 # -----------------------------------------------------------------------------
-# what one uses
+# the functions that distances.py calls
 
 def supports(kernel):
     """Return whether there is such a kernel. Beyond p = 4 the sum of powers would leave the range of fp32."""

@@ -149,7 +149,7 @@ class Qwen2(LanguageModel):
             raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
         if config.n_kv_head < 1 or config.n_head % config.n_kv_head:
             raise ValueError(f"n_head {config.n_head} must be a multiple of n_kv_head {config.n_kv_head}")
-        size = config.n_embd // config.n_head # of a head
+        size = config.n_embd // config.n_head # the dimensions of a head
         if size % 2:
             raise ValueError(f"n_embd / n_head is {size}, it must be even: RoPE turns pairs")
         self.config = config

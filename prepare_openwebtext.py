@@ -249,7 +249,7 @@ def split_shards(folder, encoding, args):
             left -= min(left, len(ids))
         else:
             ends = np.flatnonzero(ids == encoding.eot_token)
-            lengths = np.diff(ends, prepend=-1) # of the documents
+            lengths = np.diff(ends, prepend=-1) # tokens per document
             val_docs = [in_val(args.seed, d, args.val_fraction) for d in range(doc, doc + len(ends))]
             is_val = np.repeat(np.array(val_docs, bool), lengths)
             doc += len(ends)

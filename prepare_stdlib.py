@@ -42,7 +42,8 @@ def train_bpe(texts, vocab_size):
     # from 256
     printable = [b for b in range(256) if chr(b) in alphabet]
     others = [b for b in range(256) if chr(b) not in alphabet]
-    char_to_byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    char_to_byte = {chr(b): b for b in printable}
+    char_to_byte |= {chr(256 + i): b for i, b in enumerate(others)}
     ranks = {}
     for token, rank in tokenizer.get_vocab().items(): # ids are in the order of the merges, which is what a rank is
         ranks[bytes(char_to_byte[c] for c in token)] = rank

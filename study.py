@@ -101,10 +101,7 @@ def grid():
 
 
 def one_of_grid(seed, model, head, link, n):
-    """
-    Return (the run's name, its flags) for one point of the grid; a model of "" and an n of "default" are the
-    config's.
-    """
+    """Return (the run's name, its flags) for one point of the grid. A model "" and an n "default" are the config's."""
     from distances import DistanceHead, parse_head
     arguments = parse_head(head)
     full_variant = DistanceHead(8, 8, **arguments, link=link).variant # making it refuses here what a run would refuse
