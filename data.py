@@ -305,8 +305,8 @@ class Blocks:
 
     def shuffled(self, epoch):
         """Return the token positions (num_blocks,) at which the blocks of an epoch start, in their order."""
-        # the stream of RandomState is frozen, as a new numpy may not change the order of the data; all is int64, which is
-        # not the default on Windows
+        # RandomState has a frozen stream: a new numpy may not change the order of the data. int64 is not the default on
+        # Windows
         rng = np.random.RandomState([self.seed, epoch])
         phase = rng.randint(self.num_phases, dtype=np.int64)
         return phase + self.block_size * rng.permutation(self.num_blocks).astype(np.int64)
