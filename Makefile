@@ -1,7 +1,8 @@
-# make demo    prepare a corpus that needs no network, train a small GPT with a cosine head on it, show what it learned
-# make test    the tests and the linter
-# make study   train every head on the digits and six in a small GPT, three seeds each; report/index.html shows it
-# Both make .venv first. PYTHON=python3.12 chooses another Python, VENV=somewhere another place.
+# make demo    prepares a corpus that needs no network, trains a small GPT with a cosine head, and shows what it learned
+# make test    runs the linter and the tests
+# make study   trains every head on the digits and six in a small GPT, three seeds each; report/index.html shows it
+# make clean   removes what these have made, except the corpus
+# The first three make .venv beforehand. PYTHON=python3.12 chooses another Python, VENV=somewhere another place.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -9,8 +10,10 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/python prepare_stdlib.py
 	$(VENV)/bin/python train.py config/demo.py
-	$(VENV)/bin/python sample.py --out_dir=out/demo --start='    def __init__(self, ' --num_samples=2 --max_new_tokens=120 --nearest='self,return,True,int,import,if,open,name'
+	$(VENV)/bin/python sample.py --out_dir=out/demo --start='    def __init__(self, ' --num_samples=2 \
+	    --max_new_tokens=120 --nearest='self,return,True,int,import,if,open,name'
 
+# a study that has broken runs still has a report: the - goes on after it
 study: $(VENV)/demo.installed
 	$(VENV)/bin/python prepare_stdlib.py
 	-$(VENV)/bin/python study.py config/study_digits.py

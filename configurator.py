@@ -5,9 +5,9 @@ $ python train.py config/gpt2.py --batch_size=32 --compile=false
 $ python train.py --help
 
 The keys are the public int, float, bool and str names that a script has set above its call of configure(globals()).
-A config file is plain Python: it sees the current values, the flags' too (max_iters = 2 * warmup_iters), builds on another
-file with include('gpt2.py'), and may import modules; its own helpers are named _like_this. Later files win; flags beat all
-files. --dry-run is short for --dry_run=true.
+A config file is plain Python: it sees the current values, those of the flags too (max_iters = 2 * warmup_iters), builds
+on another file with include('gpt2.py'), and may import modules; its own helpers are named _like_this. Later files win
+over earlier ones, and flags over all files. --dry-run is short for --dry_run=true.
 """
 import os
 import re
@@ -21,23 +21,27 @@ SCALARS = (int, float, bool, str)
 
 
 def fail(violations):
-    """Exit with one message that lists all `violations` (strings), or return if there are none. Raises SystemExit."""
+    """Raise SystemExit with one message that lists all violations, a list of strings, or return if there are none."""
     if violations:
-        raise SystemExit("\n".join([f"this configuration cannot run, {len(violations)} to fix:", *(f"  - {v}" for v in violations)]))
+        lines = [f"  - {violation}" for violation in violations]
+        raise SystemExit("\n".join([f"this configuration cannot run, {len(violations)} to fix:", *lines]))
 
 
 def configure(namespace, argv=None, base=None, base_name="base", problems=None):
     """
-    Resolve defaults < base < config files < flags, and write the values back into `namespace`, the globals() of a script.
+    Resolve defaults < base < config files < flags, and write the values into namespace, the globals() of a script.
 
-    argv: the arguments, sys.argv[1:] unless given. base: {key: value} of an earlier run, to resume it; base_name says where
-    it came from. problems: a list that takes the violations, for a script that adds its own and calls fail(problems).
-    Returns (config, sources), two dicts by key: the value, and 'default', base_name, a file's path or 'command line'.
-    Raises SystemExit: 0 after --help, else one message with every violation (unless `problems` is given).
+        argv       the arguments, by default sys.argv[1:]
+        base       {key: value} of an earlier run that is to be resumed; base_name says where it came from
+        problems   a list that takes the violations, for a script that adds its own and then calls fail(problems)
+
+    Returns (config, sources), two dicts by key: the value, and "default", base_name, a file's path or "command line".
+    Raises SystemExit: 0 after --help, else one message with every violation, unless problems is given.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # a second call (with the base of the run that the first one asks to resume) must start from the same defaults
-    defaults = namespace.setdefault("_defaults", {k: v for k, v in namespace.items() if k[0] != "_" and type(v) in SCALARS})
+    # a second call, with the base of the run that the first one asks to resume, must start from the same defaults
+    current = {key: value for key, value in namespace.items() if key[0] != "_" and type(value) in SCALARS}
+    defaults = namespace.setdefault("_defaults", current)
     if "-h" in argv or "--help" in argv:
         print_help(namespace, defaults)
         raise SystemExit(0)
@@ -45,30 +49,42 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
     violations = [] if problems is None else problems
 
     def override(key, value, source):
+        """Take over a value, or add a violation. Returns the value that the key has now."""
         if key not in config:
+            violation = f"{source}: unknown key {key!r}"
             close = get_close_matches(key, config, n=1)
-            violations.append(f"{source}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else "") +
-                              ("" if type(value) in SCALARS else " (a config file's own helpers are named _like_this)"))
+            if close:
+                violation += f", did you mean {close[0]!r}?"
+            if type(value) not in SCALARS:
+                violation += " (a config file's own helpers are named _like_this)"
+            violations.append(violation)
             return value
         try:
             value = convert(value, type(defaults[key]))
-            if source == "command line" or sources[key] != "command line": # a file sees what a flag has set, and does not change it
-                config[key], sources[key] = value, source
         except TypeError as e:
             violations.append(f"{source}: {key} wants {e}, got {value!r}")
+            return config[key]
+        if source == "command line" or sources[key] != "command line": # a file cannot change what a flag has set
+            config[key], sources[key] = value, source
         return config[key]
 
-    class Scope(dict): # a config file's namespace, which hears of each name as the file sets it
+    class Scope(dict):
+        """A config file's namespace, which hears of each name as the file sets it."""
+
         def __setitem__(self, key, value):
             public = not key.startswith("_") and not isinstance(value, ModuleType)
             super().__setitem__(key, override(key, value, self["__file__"]) if public else value)
 
     def run(path):
+        """Run one config file."""
         if not os.path.isfile(path):
-            return violations.append(f"{path}: no such config file" + (f", write --{path} for a flag" if "=" in path else ""))
+            hint = f", write --{path} for a flag" if "=" in path else ""
+            violations.append(f"{path}: no such config file{hint}")
+            return
         scope = Scope(config, __file__=path)
 
-        def include(name): # relative to the file that says so
+        def include(name):
+            """Run another file, whose name is relative to this one."""
             run(os.path.normpath(os.path.join(os.path.dirname(path), name)))
             scope.update(config) # dict.update does not call __setitem__: what was included keeps its own source
         scope.update(include=include)
@@ -77,13 +93,16 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
                 exec(compile(f.read(), path, "exec"), scope)
         except Exception as e: # whatever a file may raise belongs to the same report
             lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-            violations.append(f"{path}: {type(e).__name__}: {e}" + (f" (line {lines[-1]})" if lines else ""))
+            where = f" (line {lines[-1]})" if lines else ""
+            violations.append(f"{path}: {type(e).__name__}: {e}{where}")
 
     for arg in argv:
         key, equals, text = arg.lstrip("-").partition("=")
-        key, kind = key.replace("-", "_"), type(defaults.get(key.replace("-", "_")))
+        key = key.replace("-", "_")
+        kind = type(defaults.get(key))
         if arg.startswith("--") and (equals or kind is bool):
-            override(key, True if not equals else text if kind is str else number(text), "command line")
+            value = text if kind is str else number(text)
+            override(key, value if equals else True, "command line")
         elif arg.startswith("-"):
             violations.append(f"command line: write --{key}={text or 'value'}, got {arg!r}")
     for key, value in (base or {}).items():
@@ -98,20 +117,25 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
 
 
 def convert(value, kind):
-    """value as int, float, bool or str where that loses nothing (0 -> 0.0, 1e5 -> 100000, yes -> True), else TypeError."""
+    """
+    Return value as an int, float, bool or str where that loses nothing: 0 -> 0.0, 1e5 -> 100000, yes -> True.
+    Raises TypeError where it does.
+    """
     if kind is bool and str(value).lower() in BOOLS:
         return BOOLS[str(value).lower()]
     if kind is str and type(value) in SCALARS:
         return str(value)
-    if (kind, type(value)) == (float, int) or (kind, type(value)) == (int, float) and value.is_integer():
-        return kind(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
     if type(value) is not kind:
         raise TypeError({int: "an int", float: "a float", bool: "true or false", str: "a string"}[kind])
     return value
 
 
 def number(text):
-    """text as an int or a float if it reads as one, else as it is."""
+    """Return text as an int or a float if it reads as one, else as it is."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -121,10 +145,14 @@ def number(text):
 
 
 def print_help(namespace, defaults):
-    """Print a script's docstring and its defaults as written: from the first one, with the comment above it, to the rule or the call of
-    configure that ends them."""
+    """
+    Print a script's docstring and its defaults as they are written there: from the first one, with the comment above
+    it, to before the rule that ends them, or to the call of configure.
+    """
     with open(namespace["__file__"], encoding="utf-8") as f:
         source = f.read()
     first = re.search(rf"(^#.*\n)*^({'|'.join(defaults)})\s*[:=]", source, re.MULTILINE)
     end = re.compile(r"^# -----|^.*configure\(globals\(\)", re.MULTILINE).search(source, first.end())
-    print(f"{(namespace['__doc__'] or '').strip()}\n\n{source[first.start():end.start()].rstrip()}")
+    print((namespace["__doc__"] or "").strip())
+    print()
+    print(source[first.start():end.start()].rstrip())

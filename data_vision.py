@@ -1,11 +1,12 @@
 """
-The images that train_vision.py reads: load() finds a dataset, split() cuts a validation part off, Batches gives batches out.
+The images that train_vision.py reads: load() finds a dataset, split() cuts a validation part off, and Batches gives
+batches out.
 
-  digits     1,797 of 8x8, part of scikit-learn: needs no network and no files
+  digits     1,797 images of 8x8, part of scikit-learn: needs no network and no files
   mnist      data/mnist/: the original IDX files, train-images-idx3-ubyte and its three fellows, as they are or as .gz
   cifar10    data/cifar10/, or as the archive unpacks: data/cifar-10-batches-bin/ or data/cifar-10-batches-py/
   cifar100   data/cifar100/, or data/cifar-100-binary/ or data/cifar-100-python/
-Without these files: data/<dataset>/images.npz, which the download from the huggingface hub leaves there.
+Without these files load() takes data/<dataset>/images.npz, which its download from the huggingface hub leaves there.
 """
 import gzip
 import hashlib
@@ -21,44 +22,46 @@ import torch.nn.functional as F
 
 from data import PlainUnpickler, within
 
-# mean and standard deviation of pixels in 0..1, for each channel or for all, as in the paper's C.1
+# (mean, standard deviation) of pixels in 0..1, for each channel or one for all, as in the paper's C.1
 STATS = {
     "half": ((0.5,), (0.5,)),
-    "digits": ((0.3059,), (0.3764,)), # of the training part
+    "digits": ((0.3059,), (0.3764,)), # measured on the training part
     "mnist": ((0.1307,), (0.3081,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-# flip: probability of a horizontal one. padding: zeros around, in pixels, before the crop. degrees: rotation, at most, either way.
-# the rest is colour jitter: factors from [1 - b, 1 + b], and hue as a part of the circle from [-h, h]
+# flip: the probability of a horizontal flip. padding: pixels of zeros around the image, before a random crop.
+# degrees: the largest rotation, either way. The rest is colour jitter: a factor from [1 - b, 1 + b], and for hue a
+# shift from [-h, h] of the colour circle.
 NO_JITTER = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 AUGMENTATIONS = {
     "none": {"flip": 0.0, "padding": 0, "degrees": 0.0, **NO_JITTER},
-    "crop": {"flip": 0.0, "padding": 4, "degrees": 10.0, **NO_JITTER}, # a digit must not be mirrored
+    "crop": {"flip": 0.0, "padding": 4, "degrees": 10.0, **NO_JITTER}, # for digits, which must not be mirrored
     "standard": {"flip": 0.5, "padding": 4, "degrees": 10.0, **NO_JITTER},
-    "strong": {"flip": 0.5, "padding": 4, "degrees": 15.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1},
+    "strong": {"flip": 0.5, "padding": 4, "degrees": 15.0,
+               "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1},
 }
 
 
 @dataclass
 class Images:
-    """A dataset in memory, on the CPU."""
+    """A whole dataset, in memory and on the CPU."""
     train_x: torch.Tensor # (N, C, H, W) uint8
     train_y: torch.Tensor # (N,) int64, 0..num_classes-1
     test_x: torch.Tensor # (M, C, H, W) uint8
     test_y: torch.Tensor # (M,) int64
     num_classes: int
     source: str # where it comes from, for people
-    hash: str # of all arrays, wherever they come from: which data a run saw
+    hash: str # a hash of the arrays, whatever files they come from: it tells which data a run saw
+
 
 # -----------------------------------------------------------------------------
 # reading files
 
-
 class Parts:
     """
-    Stands in for numpy's ndarray and dtype while a pickle is read: keeps what they would be made of, so that none of numpy's own
-    code runs on a stranger's values. array() makes the array, of plain numbers only.
+    Stands in for numpy's ndarray and dtype while a pickle is read. It keeps what they would be made of, so that none of
+    numpy's own code runs on a stranger's values.
     """
 
     def __init__(self, *args):
@@ -68,16 +71,21 @@ class Parts:
         self.state = state
 
     def array(self):
+        """Return the array that these parts make. Raises ValueError for one of anything but plain numbers."""
         _, shape, dtype, fortran, raw = self.state
-        # from python 2 they come as bytes
-        code, order = (s.decode("ascii") if isinstance(s, bytes) else s for s in (dtype.args[0], dtype.state[1]))
-        if code[0] not in "biuf" or not code[1:].isdigit() or order not in "<>|=":
+        code, byte_order = text(dtype.args[0]), text(dtype.state[1])
+        if code[0] not in "biuf" or not code[1:].isdigit() or byte_order not in "<>|=":
             raise ValueError(f"an array of dtype {code!r}")
-        return np.frombuffer(raw, np.dtype(order + code)).reshape(shape, order="F" if fortran else "C")
+        return np.frombuffer(raw, np.dtype(byte_order + code)).reshape(shape, order="F" if fortran else "C")
+
+
+def text(s):
+    """Return s as a str: python 2 has pickled its strings as bytes."""
+    return s.decode() if isinstance(s, bytes) else s
 
 
 class ArrayUnpickler(PlainUnpickler):
-    """builds what PlainUnpickler does, bytes, and Parts for numpy arrays; refuses anything else"""
+    """Builds what PlainUnpickler does, bytes, and Parts in place of numpy arrays. It refuses anything else."""
     allowed = {(module, "_reconstruct"): Parts for module in ("numpy.core.multiarray", "numpy._core.multiarray")}
     allowed |= {("numpy", "ndarray"): Parts, ("numpy", "dtype"): Parts}
     allowed |= {("_codecs", "encode"): bytes} # bytes('text', 'latin1') is what protocol 2 means by it
@@ -87,7 +95,7 @@ class ArrayUnpickler(PlainUnpickler):
 
 
 def read_bytes(path):
-    """what is in a file, or in a .gz. ValueError when the .gz is damaged."""
+    """Return the content of a file, unpacked if it is a .gz. Raises ValueError when the .gz is damaged."""
     with open(path, "rb") as f:
         raw = f.read()
     try:
@@ -97,7 +105,10 @@ def read_bytes(path):
 
 
 def find(folder, name):
-    """The path of a file in folder, or of its .gz, or with the dot that some unpackers put before idx; None when there is none."""
+    """
+    Return the path of the file of that name in folder, or of its .gz, or None when there is neither. The name may
+    have the dot that some unpackers put before idx.
+    """
     for variant in name, name.replace("-idx", ".idx"):
         for ending in "", ".gz":
             path = os.path.join(folder, variant + ending)
@@ -107,21 +118,26 @@ def find(folder, name):
 
 
 def idx_array(path, ndim):
-    """the uint8 array of ndim dimensions in one IDX file. ValueError when it is damaged or another kind of file."""
-    raw, start = read_bytes(path), 4 + 4 * ndim
+    """
+    Return the uint8 array of ndim dimensions in one IDX file.
+    Raises ValueError when it is damaged or another kind of file.
+    """
+    raw, start = read_bytes(path), 4 + 4 * ndim # the header: a magic number and the shape
     if len(raw) < start:
         raise ValueError(f"{path} is truncated: {len(raw)} bytes, its header alone has {start}")
     magic, *shape = (int(n) for n in np.frombuffer(raw, ">u4", 1 + ndim))
     if magic != 0x800 + ndim: # 8: unsigned bytes
-        raise ValueError(f"{path} has the magic number {magic}, expected {0x800 + ndim}: it is no IDX file of {ndim} dimension(s)")
+        raise ValueError(f"{path} has the magic number {magic}, expected {0x800 + ndim}: "
+                         f"it is no IDX file of {ndim} dimension(s)")
     expected = start + math.prod(shape)
     if len(raw) != expected:
-        raise ValueError(f"{path} is {'truncated' if len(raw) < expected else 'too long'}: expected {expected} bytes for {shape}, found {len(raw)}")
+        wrong = "truncated" if len(raw) < expected else "too long"
+        raise ValueError(f"{path} is {wrong}: expected {expected} bytes for {shape}, found {len(raw)}")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
 def read_idx(path, num_classes):
-    """x (n, 1, H, W), y (n,) of MNIST's pair of files; path is that of the images"""
+    """Return x (n, 1, H, W), y (n,) from MNIST's file of images and the file of labels beside it."""
     folder, name = os.path.split(path)
     name = name.removesuffix(".gz").replace("images", "labels").replace(".idx", "-idx").replace("idx3", "idx1")
     labels = find(folder, name)
@@ -132,23 +148,30 @@ def read_idx(path, num_classes):
 
 
 def read_binary(path, num_classes):
-    """x (n, 3, 32, 32), y (n,) of one file of the CIFARs' binary version"""
+    """Return x (n, 3, 32, 32), y (n,) from one file of the CIFARs' binary version."""
     raw = read_bytes(path)
-    num_labels = 2 if num_classes == 100 else 1 # CIFAR-100: coarse, then fine
+    num_labels = 2 if num_classes == 100 else 1 # CIFAR-100 has a coarse label, then the fine one
     size = num_labels + 3072
     if len(raw) % size:
-        raise ValueError(f"{path} is truncated: expected records of {size} bytes, {-(-len(raw) // size) * size} in all, found {len(raw)}")
+        expected = -(-len(raw) // size) * size
+        raise ValueError(f"{path} is truncated: expected records of {size} bytes, {expected} in all, found {len(raw)}")
     records = np.frombuffer(raw, np.uint8).reshape(-1, size)
-    return check(path, records[:, num_labels:].reshape(-1, 3, 32, 32), records[:, num_labels - 1], num_classes)
+    x, y = records[:, num_labels:].reshape(-1, 3, 32, 32), records[:, num_labels - 1]
+    return check(path, x, y, num_classes)
 
 
 def read_pickle(path, num_classes):
-    """x (n, 3, 32, 32), y (n,) of one file of the CIFARs' python version. ValueError when it is damaged or could run code."""
+    """
+    Return x (n, 3, 32, 32), y (n,) from one file of the CIFARs' python version.
+    Raises ValueError when it is damaged or could run code.
+    """
     raw = read_bytes(path)
+    labels = "fine_labels" if num_classes == 100 else "labels"
     try:
-        batch = ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
-        batch = {k.decode() if isinstance(k, bytes) else k: v.array() if isinstance(v, Parts) else v for k, v in batch.items()}
-        x, y = np.asarray(batch["data"]), np.asarray(batch["fine_labels" if num_classes == 100 else "labels"])
+        batch = {}
+        for key, value in ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load().items():
+            batch[text(key)] = value.array() if isinstance(value, Parts) else value
+        x, y = np.asarray(batch["data"]), np.asarray(batch[labels])
     except Exception as e: # a damaged pickle can raise nearly anything
         raise ValueError(f"{path} was refused, {len(raw)} bytes: {type(e).__name__}: {e}") from None
     if x.ndim != 2 or x.shape[1] != 3072:
@@ -157,7 +180,10 @@ def read_pickle(path, num_classes):
 
 
 def check(path, x, y, num_classes):
-    """x uint8, y int64, looked over. ValueError, with the file's name, when they are not images (n, C, H, W) and their labels."""
+    """
+    Return x in uint8 and y in int64.
+    Raises ValueError, which names the file, when they are not images (n, C, H, W) and labels (n,) in 0..num_classes-1.
+    """
     if x.dtype != np.uint8 or x.ndim != 4 or not x.size:
         raise ValueError(f"{path} holds no images: {x.dtype} of shape {x.shape}")
     if y.dtype.kind not in "iu" or y.ndim != 1 or len(x) != len(y):
@@ -167,51 +193,76 @@ def check(path, x, y, num_classes):
         raise ValueError(f"{path}: label {y[wrong[0]]} of image {wrong[0]} is not in 0..{num_classes - 1}")
     return x, y.astype(np.int64)
 
+
 # -----------------------------------------------------------------------------
-# where a dataset comes from: each of these returns (train_x, train_y, test_x, test_y, source), or None where there are no files
+# where a dataset comes from: each of these functions returns (train_x, train_y, test_x, test_y, source)
+
+@dataclass
+class Origin:
+    """Where the files of a dataset may lie, what they are called, and which reader takes them."""
+    num_classes: int
+    mode: str # PIL's name for the kind of pixels, L is grey
+    hub: str # the dataset's name on the huggingface hub
+    folders: list # in the data folder, beside the one that is called as the dataset
+    formats: list # tuples (reader, names of the training files, name of the test file)
 
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
-# num_classes; how the images are; the hub's name; folders beside its own; kinds of files: reader, for training, for test
 DATASETS = {
-    "mnist": (10, "L", "ylecun/mnist", [], [(read_idx, ["train-images-idx3-ubyte"], "t10k-images-idx3-ubyte")]),
-    "cifar10": (10, "RGB", "uoft-cs/cifar10", ["cifar-10-batches-bin", "cifar-10-batches-py"],
-                [(read_binary, [f"{name}.bin" for name in BATCHES], "test_batch.bin"), (read_pickle, BATCHES, "test_batch")]),
-    "cifar100": (100, "RGB", "uoft-cs/cifar100", ["cifar-100-binary", "cifar-100-python"],
-                 [(read_binary, ["train.bin"], "test.bin"), (read_pickle, ["train"], "test")]),
+    "mnist": Origin(10, "L", "ylecun/mnist", [], [
+        (read_idx, ["train-images-idx3-ubyte"], "t10k-images-idx3-ubyte"),
+    ]),
+    "cifar10": Origin(10, "RGB", "uoft-cs/cifar10", ["cifar-10-batches-bin", "cifar-10-batches-py"], [
+        (read_binary, [f"{name}.bin" for name in BATCHES], "test_batch.bin"),
+        (read_pickle, BATCHES, "test_batch"),
+    ]),
+    "cifar100": Origin(100, "RGB", "uoft-cs/cifar100", ["cifar-100-binary", "cifar-100-python"], [
+        (read_binary, ["train.bin"], "test.bin"),
+        (read_pickle, ["train"], "test"),
+    ]),
 }
 
 
 def digits():
-    """scikit-learn's digits, 1,437 for training and 360 for the test, always the same. ImportError without scikit-learn."""
+    """
+    Return scikit-learn's digits, always the same 1,437 for training and 360 for the test.
+    Raises ImportError without scikit-learn.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as e:
         raise ImportError(f"--dataset=digits is part of scikit-learn: pip install scikit-learn ({e})") from None
     images, y = load_digits(return_X_y=True)
-    x = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    x = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8) # their pixels are 0..16
     train, test = split(y, 360 / 1797, seed=0)
     y = y.astype(np.int64)
     return x[train], y[train], x[test], y[test], "scikit-learn's digits"
 
 
 def local_files(dataset, data_dir):
-    """the original files. ValueError when some are damaged or missing."""
-    num_classes, _, _, folders, kinds = DATASETS[dataset]
-    for folder in (os.path.join(data_dir, name) for name in (dataset, *folders)):
-        for read, train_names, test_name in kinds:
-            train, test = [path for name in train_names if (path := find(folder, name))], find(folder, test_name)
+    """Read the original files; None when there are none. Raises ValueError when some are damaged or missing."""
+    origin = DATASETS[dataset]
+    for folder_name in (dataset, *origin.folders):
+        folder = os.path.join(data_dir, folder_name)
+        for read, train_names, test_name in origin.formats:
+            train = [find(folder, name) for name in train_names]
+            train = [path for path in train if path] # not all five of CIFAR-10's need be there
+            test = find(folder, test_name)
             if train and test:
-                parts = [read(path, num_classes) for path in train]
+                parts = [read(path, origin.num_classes) for path in train]
                 train_x, train_y = (np.concatenate(part) for part in zip(*parts))
-                return train_x, train_y, *read(test, num_classes), f"{folder}: {', '.join(map(os.path.basename, (*train, test)))}"
-            if train or test:
-                raise ValueError(f"{folder} has {os.path.basename((train or [test])[0])}, but no {test_name if train else train_names[0]}")
+                test_x, test_y = read(test, origin.num_classes)
+                names = ", ".join(os.path.basename(path) for path in (*train, test))
+                return train_x, train_y, test_x, test_y, f"{folder}: {names}"
+            if train:
+                raise ValueError(f"{folder} has {os.path.basename(train[0])}, but no {test_name}")
+            if test:
+                raise ValueError(f"{folder} has {os.path.basename(test)}, but no {train_names[0]}")
     return None
 
 
 def saved(dataset, data_dir):
-    """images.npz. ValueError when it is damaged."""
+    """Read images.npz; None when there is none. Raises ValueError when it is damaged."""
     path = os.path.join(data_dir, dataset, "images.npz")
     if not os.path.exists(path):
         return None
@@ -220,39 +271,38 @@ def saved(dataset, data_dir):
             train_x, train_y, test_x, test_y = (f[name] for name in ("train_x", "train_y", "test_x", "test_y"))
     except Exception as e: # not a zip, a truncated one, an array missing, or of objects
         raise ValueError(f"{path} is damaged, delete it to download it again: {type(e).__name__}: {e}") from None
-    num_classes = DATASETS[dataset][0]
-    return *check(f"{path}, train", train_x, train_y, num_classes), *check(f"{path}, test", test_x, test_y, num_classes), path
+    num_classes = DATASETS[dataset].num_classes
+    train_x, train_y = check(f"{path}, train", train_x, train_y, num_classes)
+    test_x, test_y = check(f"{path}, test", test_x, test_y, num_classes)
+    return train_x, train_y, test_x, test_y, path
 
 
 def download(dataset, data_dir):
-    """From the huggingface hub (or its local cache) into images.npz. ConnectionError, one line, when that fails."""
-    num_classes, mode, hub, folders, kinds = DATASETS[dataset]
-    folder = os.path.join(data_dir, dataset)
+    """
+    Read the dataset from the huggingface hub, or its local cache, and save it as images.npz.
+    Raises ConnectionError, one line, when that fails, and ValueError when the hub has something else.
+    """
+    origin, hub, folder = DATASETS[dataset], DATASETS[dataset].hub, os.path.join(data_dir, dataset)
     try:
         import datasets
         builder = within(60, datasets.load_dataset_builder, hub) # then it is known that the hub answers
         builder.download_and_prepare()
         parts = builder.as_dataset()
     except Exception as e: # httpx's errors are not even OSErrors
-        files = " or ".join(f"{train[0]}{', ...' if len(train) > 1 else ''} and {test}" for _, train, test in kinds)
-        places = ", ".join([folder, *(os.path.join(data_dir, name) for name in folders)])
-        raise ConnectionError(f"{dataset} is not there, and cannot be downloaded as {hub} ({type(e).__name__}). looked in {places}. without network: "
-                              f"put the original files ({files}) there, or images.npz into {folder}, or use --dataset=digits") from None
+        files = []
+        for _, train, test in origin.formats:
+            more = ", ..." if len(train) > 1 else ""
+            files.append(f"{train[0]}{more} and {test}")
+        places = [folder, *(os.path.join(data_dir, name) for name in origin.folders)]
+        raise ConnectionError(f"{dataset} is not there, and cannot be downloaded as {hub} ({type(e).__name__}). "
+                              f"looked in {', '.join(places)}. without network: put the original files "
+                              f"({' or '.join(files)}) there, or images.npz into {folder}, "
+                              "or use --dataset=digits") from None
     arrays = {}
     for part in "train", "test":
         if part not in parts:
             raise ValueError(f"{hub} has no {part} split, only {sorted(parts)}")
-        features = parts[part].features
-        image = next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
-        label = next((name for name in ("fine_label", "label") if name in features), None)
-        if not image or not label:
-            raise ValueError(f"{hub} has no column of images and one of labels, only {list(features)}")
-        x = [np.asarray(row.convert(mode)) for row in parts[part][image]]
-        odd = next((i for i, row in enumerate(x) if row.shape != x[0].shape), None)
-        if odd is not None:
-            raise ValueError(f"{hub}, {part}: image {odd} is {x[odd].shape}, image 0 is {x[0].shape}")
-        x = np.stack(x).reshape(len(x), *x[0].shape[:2], -1).transpose(0, 3, 1, 2) # (n, C, H, W)
-        arrays[f"{part}_x"], arrays[f"{part}_y"] = check(f"{hub}, {part}", np.ascontiguousarray(x), np.asarray(parts[part][label]), num_classes)
+        arrays[f"{part}_x"], arrays[f"{part}_y"] = hub_arrays(f"{hub}, {part}", parts[part], origin)
     os.makedirs(folder, exist_ok=True)
     tmp = os.path.join(folder, f"images.npz.{os.getpid()}.tmp") # ranks may do this side by side
     try:
@@ -265,16 +315,33 @@ def download(dataset, data_dir):
     return *arrays.values(), f"{hub}, saved as {os.path.join(folder, 'images.npz')}"
 
 
+def hub_arrays(name, part, origin):
+    """Return x (n, C, H, W), y (n,) from a split of a datasets.Dataset. Raises ValueError when it has others."""
+    import datasets
+    images = [column for column, feature in part.features.items() if isinstance(feature, datasets.Image)]
+    labels = [column for column in ("fine_label", "label") if column in part.features]
+    if not images or not labels:
+        raise ValueError(f"{origin.hub} has no column of images and one of labels, only {list(part.features)}")
+    x = [np.asarray(image.convert(origin.mode)) for image in part[images[0]]]
+    for i, image in enumerate(x):
+        if image.shape != x[0].shape:
+            raise ValueError(f"{name}: image {i} is {image.shape}, image 0 is {x[0].shape}")
+    x = np.stack(x).reshape(len(x), *x[0].shape[:2], -1).transpose(0, 3, 1, 2) # (n, C, H, W)
+    return check(name, np.ascontiguousarray(x), np.asarray(part[labels[0]]), origin.num_classes)
+
+
 def load(dataset, data_dir="data"):
     """
-    The Images of 'digits', 'mnist', 'cifar10' or 'cifar100': from files (see the top of this file), else downloaded once.
-    ValueError for an unknown name, for damaged, missing or ill-matched files, and for a class without a training image;
-    ConnectionError when there are no files and the download fails; ImportError for digits without scikit-learn.
+    Return the Images of digits, mnist, cifar10 or cifar100, from files (see the top of this file) or downloaded once.
+
+    Raises ValueError for an unknown name, for damaged, missing or ill-matched files, and for a class without a training
+    image, ConnectionError when there are no files and the download fails, ImportError for digits without scikit-learn.
     """
     if dataset == "digits":
         num_classes, found = 10, digits()
     elif dataset in DATASETS:
-        num_classes, found = DATASETS[dataset][0], local_files(dataset, data_dir) or saved(dataset, data_dir) or download(dataset, data_dir)
+        num_classes = DATASETS[dataset].num_classes
+        found = local_files(dataset, data_dir) or saved(dataset, data_dir) or download(dataset, data_dir)
     else:
         raise ValueError(f"there is no dataset {dataset!r}, only digits, {', '.join(DATASETS)}")
     *arrays, source = found
@@ -283,7 +350,8 @@ def load(dataset, data_dir="data"):
         raise ValueError(f"{source}: training images are {train_x.shape[1:]}, test images {test_x.shape[1:]}")
     empty = np.flatnonzero(np.bincount(train_y, minlength=num_classes) == 0)
     if len(empty):
-        raise ValueError(f"{source}: no training image of class {', '.join(map(str, empty))}, {dataset} has {num_classes} classes")
+        raise ValueError(f"{source}: no training image of class {', '.join(map(str, empty))}, "
+                         f"{dataset} has {num_classes} classes")
     sha = hashlib.sha256()
     for i, a in enumerate(arrays):
         arrays[i] = np.require(a, requirements="CW") # torch wants to be able to write
@@ -294,38 +362,42 @@ def load(dataset, data_dir="data"):
 
 def split(labels, val_fraction, seed):
     """
-    Cuts the training images (labels (N,)) into train_idx, val_idx: sorted int64 arrays that share nothing and cover 0..N-1.
+    Cut the training images, by their labels (N,), into a part for training and one for validation.
 
-    Each class gives its part of the round(val_fraction * N) for validation, to within one. A pure function of the arguments.
-    ValueError when val_fraction is not between 0 and 1, or a class would have no image left in one of the two.
+    Returns train_idx and val_idx, sorted int64 arrays that share nothing and cover 0..N-1. round(val_fraction * N)
+    images go to validation, of each class its share to within one. The cut is a pure function of the arguments.
+    Raises ValueError when val_fraction is not between 0 and 1, or when a class would be missing in one of the two.
     """
     labels = np.asarray(labels)
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * val_fraction
-    take = np.floor(exact).astype(np.int64)
-    take[np.argsort(take - exact, kind="stable")[:round(len(labels) * val_fraction) - take.sum()]] += 1 # the largest remainders
+    take = np.floor(exact).astype(np.int64) # how many of each class go to validation
+    num_missing = round(len(labels) * val_fraction) - take.sum()
+    largest_remainders = np.argsort(take - exact, kind="stable")[:num_missing]
+    take[largest_remainders] += 1
     short = (take == 0) | (take == counts)
     if short.any():
-        raise ValueError(f"val_fraction={val_fraction} leaves class {classes[short][0]}, of {counts[short][0]} image(s), without one for "
-                         f"{'validation' if take[short][0] == 0 else 'training'}")
+        part = "validation" if take[short][0] == 0 else "training"
+        raise ValueError(f"val_fraction={val_fraction} leaves class {classes[short][0]}, "
+                         f"of {counts[short][0]} image(s), without one for {part}")
     rng = np.random.RandomState(seed) # its stream is frozen: a new numpy may not change the split
     is_val = np.zeros(len(labels), bool)
     for c, n in zip(classes, take):
         is_val[rng.permutation(np.flatnonzero(labels == c))[:n]] = True
     return np.flatnonzero(~is_val).astype(np.int64), np.flatnonzero(is_val).astype(np.int64)
 
+
 # -----------------------------------------------------------------------------
 # augmentation
 
-
 def draw(rng, count, spec):
     """
-    augment's parameters for count images, {name: (count,) tensor} of those that spec, a row of AUGMENTATIONS, uses; rng: a RandomState.
-    The same numbers are consumed whatever the row, so that rows can be compared on the same draws.
+    Draw augment's parameters for count images: {name: (count,) tensor} of those that spec, a row of AUGMENTATIONS,
+    uses. Every row takes the same numbers from rng, a RandomState, so that rows can be compared on the same draws.
     """
-    u = rng.random_sample((8, count))
+    u = rng.random_sample((8, count)) # in [0, 1)
     params = {}
     if spec["flip"]:
         params["flip"] = u[0] < spec["flip"]
@@ -339,20 +411,29 @@ def draw(rng, count, spec):
             params[name] = low + (high - low) * u[i]
     if spec["hue"]:
         params["hue"] = (2 * u[7] - 1) * spec["hue"]
-    return {name: torch.from_numpy(p) if p.dtype == bool else torch.from_numpy(p.astype(np.float32)) for name, p in params.items()}
+    for name, p in params.items():
+        params[name] = torch.from_numpy(p if p.dtype == bool else p.astype(np.float32))
+    return params
 
 
 def augment(x, flip=None, dy=None, dx=None, degrees=None, brightness=None, contrast=None, saturation=None, hue=None):
     """
-    x (B, C, H, W) float in 0..255, which stays as it is; each parameter is a (B,) tensor on x's device, or None. In this order:
+    Return images x (B, C, H, W), float in 0..255, changed by these parameters; x itself stays as it is. Each
+    parameter is None or a (B,) tensor on x's device. They are applied in this order:
 
-    flip: mirrored where True. dy, dx: the crop of the image in its zero padding starts that many pixels down and right of the image's own
-    corner. degrees: rotated about the centre, counter-clockwise. brightness, contrast, saturation: factors as of torchvision's ColorJitter,
-    hue: a shift in turns, -0.5..0.5; saturation and hue need 3 channels, and leave other images alone.
+        flip                              mirror the image where it is True
+        dy, dx                            crop from the zero-padded image, that many pixels down and right of its corner
+        degrees                           rotate about the centre, counter-clockwise
+        brightness, contrast, saturation  factors as those of torchvision's ColorJitter
+        hue                               a shift in turns, -0.5..0.5
+
+    Saturation and hue leave images alone that do not have 3 channels.
     """
     if any(p is not None for p in (flip, dy, dx, degrees)):
         x = warp(x, flip, dy, dx, degrees)
-    column = lambda p: p[:, None, None, None]
+
+    def column(p):
+        return p[:, None, None, None] # (B, 1, 1, 1)
     if brightness is not None:
         x = (x * column(brightness)).clamp_(0, 255)
     if contrast is not None:
@@ -365,26 +446,35 @@ def augment(x, flip=None, dy=None, dx=None, degrees=None, brightness=None, contr
 
 
 def warp(x, flip, dy, dx, degrees):
-    """Flip, crop and rotation as one affine map: each pixel of the result is interpolated from one place of x, with zeros around x."""
+    """Flip, crop and rotate by one affine map: each new pixel is interpolated from one place of x, or from zeros."""
     B, _, H, W = x.shape
     zeros = x.new_zeros(B)
     side = zeros + 1 if flip is None else 1 - 2 * flip.to(x.dtype) # -1: mirrored
-    dy, dx = zeros if dy is None else dy, zeros if dx is None else dx
+    dy = zeros if dy is None else dy
+    dx = zeros if dx is None else dx
     angle = zeros if degrees is None else torch.deg2rad(degrees)
     cos, sin = angle.cos(), angle.sin()
     # grid_sample counts in sides of the image; where these are powers of two, no shift by whole pixels is rounded
-    h, w = (1 << (n - 1).bit_length() for n in (H, W))
-    x = F.pad(x, (0, w - W, 0, h - H)) if (h, w) != (H, W) else x
+    h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
+    if (h, w) != (H, W):
+        x = F.pad(x, (0, w - W, 0, h - H))
     v = torch.arange(H, dtype=x.dtype, device=x.device) - (H - 1) / 2 # pixels from the centre, down
     u = torch.arange(W, dtype=x.dtype, device=x.device) - (W - 1) / 2 # and to the right
-    # by hand, as affine_grid's matrix product would be rounded to TF32 where that is allowed
-    affine = lambda a, b, c, n: (2 / n * torch.outer(a, u))[:, None, :] + (2 / n * (torch.outer(b, v) + c[:, None]) + 1 / n - 1)[:, :, None]
-    grid = torch.stack((affine(side * cos, -side * sin, side * dx + (W - 1) / 2, w), affine(sin, cos, dy + (H - 1) / 2, h)), -1) # (B, H, W, 2)
+
+    # the grid is made by hand, as affine_grid's matrix product would be rounded to TF32 where that is allowed
+    def coordinate(a, b, c, n):
+        """Return pixel a u + b v + c of a side of n, in grid_sample's units of -1..1: (B, H, W), for a, b, c (B,)."""
+        along_u = 2 / n * torch.outer(a, u) # (B, W)
+        along_v = 2 / n * (torch.outer(b, v) + c[:, None]) + 1 / n - 1 # (B, H)
+        return along_u[:, None, :] + along_v[:, :, None]
+    from_column = coordinate(side * cos, -side * sin, side * dx + (W - 1) / 2, w)
+    from_row = coordinate(sin, cos, dy + (H - 1) / 2, h)
+    grid = torch.stack((from_column, from_row), -1) # (B, H, W, 2)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def grey(x):
-    """(B, 1, H, W), the luma of (B, 3, H, W), or grey images as they are"""
+    """Return the luma (B, 1, H, W) of images (B, 3, H, W), and grey images as they are."""
     if x.size(1) != 3:
         return x
     r, g, b = x.split(1, 1)
@@ -392,37 +482,51 @@ def grey(x):
 
 
 def shift_hue(x, hue):
-    """x (B, 3, H, W) with its hue shifted by hue (B,) turns; saturation and value, in the sense of HSV, stay"""
+    """Return x (B, 3, H, W) with its hue shifted by hue (B,) turns; saturation and value, in the sense of HSV, stay."""
     r, g, b = x.unbind(1) # (B, H, W)
     value = x.amax(1)
     span = value - x.amin(1)
     safe = torch.where(span > 0, span, 1)
-    h = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)) + 6 * hue[:, None, None] # sixths
-    channel = lambda n: value - span * torch.minimum(k := (n + h) % 6, 4 - k).clamp_(0, 1)
+    green_or_blue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    h = torch.where(value == r, (g - b) / safe, green_or_blue) # the hue, in sixths of a turn
+    h = h + 6 * hue[:, None, None]
+
+    def channel(n):
+        k = (n + h) % 6
+        return value - span * torch.minimum(k, 4 - k).clamp_(0, 1)
     return torch.stack((channel(5), channel(3), channel(1)), 1)
+
 
 # -----------------------------------------------------------------------------
 # batches
 
-
 class Batches:
     """
-    Batches of x (N, C, H, W) uint8 and y (N,) int64, which live on the device as they are; images come out float32, normalised.
+    Batches of images x (N, C, H, W) uint8 and labels y (N,) int64. They live on the device as they are, and the
+    images come out as normalised float32.
 
-    An epoch is steps_per_epoch = max(N // batch_size, 1) batches from a permutation of its own, and the rest of that permutation is dropped;
-    with fewer than batch_size images, the one batch is all of them. seed: 0..2**32-1. normalize: a name in STATS. augment: a name in
-    AUGMENTATIONS, done at the images' own size. image_size: the side that they are then resized to; 0: as they are. channels: 3 makes grey
-    images of 3 equal channels, 0: as they are.
-    ValueError for what does not fit together.
+    An epoch has steps_per_epoch = max(N // batch_size, 1) batches, from a permutation of its own whose rest is
+    dropped. With fewer than batch_size images, the one batch is all of them.
+
+        seed        0..2**32-1
+        normalize   a name in STATS
+        augment     a name in AUGMENTATIONS; images are augmented at their own size
+        image_size  the side that they are then resized to, 0: they stay as they are
+        channels    3 gives grey images 3 equal channels, 0: they stay as they are
+
+    Raises ValueError for what does not fit together.
     """
 
-    def __init__(self, x, y, batch_size, seed, normalize="half", augment="none", image_size=0, channels=0, device="cpu"):
+    def __init__(self, x, y, batch_size, seed, normalize="half", augment="none", image_size=0, channels=0,
+                 device="cpu"):
         if x.dtype != torch.uint8 or x.dim() != 4 or len(x) != len(y) or not len(x):
-            raise ValueError(f"images are to be uint8 (N, C, H, W) with a label each, got {x.dtype} {tuple(x.shape)} and {len(y)} labels")
+            raise ValueError("images are to be uint8 (N, C, H, W) with a label each, "
+                             f"got {x.dtype} {tuple(x.shape)} and {len(y)} labels")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if normalize not in STATS or augment not in AUGMENTATIONS:
-            raise ValueError(f"normalize is one of {', '.join(STATS)}, augment one of {', '.join(AUGMENTATIONS)}; got {normalize!r} and {augment!r}")
+            raise ValueError(f"normalize is one of {', '.join(STATS)}, augment one of {', '.join(AUGMENTATIONS)}; "
+                             f"got {normalize!r} and {augment!r}")
         C = channels or x.size(1)
         if x.size(1) not in (1, C):
             raise ValueError(f"images of {x.size(1)} channels cannot become images of {C}")
@@ -433,16 +537,19 @@ class Batches:
         self.batch_size, self.seed, self.spec = min(batch_size, len(x)), seed, AUGMENTATIONS[augment]
         self.steps_per_epoch = max(len(x) // batch_size, 1)
         self.size = (image_size or x.size(2), image_size or x.size(3))
-        # (x / 255 - mean) / std as x * scale + shift, which also makes three channels of one
-        self.scale, self.shift = (s.expand(C).reshape(1, C, 1, 1).float().to(device) for s in (1 / (255 * std), -mean / std))
+        # (x / 255 - mean) / std is done as x * scale + shift, which also makes three channels of one
+        scale, shift = 1 / (255 * std), -mean / std
+        self.scale = scale.expand(C).reshape(1, C, 1, 1).float().to(device)
+        self.shift = shift.expand(C).reshape(1, C, 1, 1).float().to(device)
         self.epoch, self.order = None, None # the current permutation, (N,) on the device
 
     def train(self, step, rank=0, world_size=1):
         """
-        x (b, C, S, S) float32, y (b,): rows rank, rank + world_size, ... of the batch of that step, so that the ranks together have what one would.
+        Return x (b, C, S, S) float32 and y (b,) for a step: rows rank, rank + world_size, ... of its batch, so that
+        all ranks together have what one would have.
 
-        A pure function of (seed, step): what was asked before does not matter, so that evaluating or resuming cannot change it.
-        ValueError when the batch has fewer images than there are ranks.
+        The batch is a pure function of (seed, step): what was asked before does not matter, so that evaluating or
+        resuming cannot change it. Raises ValueError when the batch has fewer images than there are ranks.
         """
         B = self.batch_size
         if not 0 <= rank < world_size <= B:
@@ -454,20 +561,29 @@ class Batches:
         rows = self.order[i * B + rank:(i + 1) * B:world_size] # (b,)
         x, y = self.x.index_select(0, rows), self.y.index_select(0, rows)
         if any(self.spec.values()):
-            # drawn on the CPU and for all ranks, so that neither the device nor their number matters; the 1 keeps it apart from the epochs' streams
+            # drawn on the CPU and for all ranks, so that neither the device nor the number of ranks matters; the 1
+            # keeps this stream apart from those of the epochs
             params = draw(np.random.RandomState([self.seed, step, 1]), B, self.spec)
-            x = augment(x.float(), **{name: p[rank::world_size].to(x.device) for name, p in params.items()})
+            own = {name: p[rank::world_size].to(x.device) for name, p in params.items()}
+            x = augment(x.float(), **own)
         return self.finish(x), y
 
     def fixed(self, first, count):
-        """images first..first+count-1 without augmentation, in the order that they came in: x (count, C, S, S) float32, y (count,)"""
+        """
+        Return images first..first+count-1 without augmentation, in the order that they came in: x (count, C, S, S)
+        float32, y (count,).
+        """
         if not 0 <= first < first + count <= len(self.x):
             raise ValueError(f"images {first}..{first + count - 1} were asked for, there are {len(self.x)}")
         return self.finish(self.x[first:first + count]), self.y[first:first + count]
 
     def finish(self, x):
-        """x (b, C, H, W) uint8, or float in 0..255, which is then overwritten: resized and normalised"""
+        """Resize and normalise x (b, C, H, W), which is uint8, or float in 0..255 and then overwritten."""
         x = x.float() # the one copy that bytes need
         if x.shape[2:] != self.size:
             x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=False)
-        return (x.mul_(self.scale) if x.size(1) == self.scale.size(1) else x * self.scale).add_(self.shift)
+        if x.size(1) == self.scale.size(1):
+            x.mul_(self.scale)
+        else:
+            x = x * self.scale # one channel becomes three
+        return x.add_(self.shift)

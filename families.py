@@ -1,4 +1,4 @@
-"""The families of language models that train.py knows, and how a run's model is loaded again."""
+"""Lists the families of language models that train.py knows, and loads the model of a run again."""
 import os
 from collections import namedtuple
 
@@ -8,7 +8,8 @@ from model import GPT, GPTConfig
 from model_bert import BERT, BERTConfig
 from model_qwen2 import Qwen2, Qwen2Config
 
-Family = namedtuple("Family", "Model Config pretrained") # pretrained: the names of published weights, * standing for anything
+# pretrained: the names of the published weights that init_from takes, where * stands for anything
+Family = namedtuple("Family", "Model Config pretrained")
 FAMILIES = {
     "gpt": Family(GPT, GPTConfig, ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")),
     "bert": Family(BERT, BERTConfig, ("bert*",)),
@@ -17,10 +18,14 @@ FAMILIES = {
 
 
 def load_run(out_dir, checkpoint="best.pt", device="cpu"):
-    """(model in eval mode, config of the run, step). Raises SystemExit where there is no such checkpoint."""
+    """
+    Return (the run's model in evaluation mode, the run's config, a dict, and the step of the checkpoint).
+    Raises SystemExit where there is no such checkpoint.
+    """
     path = os.path.join(out_dir, checkpoint)
     if not os.path.exists(path):
-        raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), or name another --out_dir or --checkpoint")
+        raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), "
+                         "or name another --out_dir or --checkpoint")
     ckpt = torch.load(path, map_location="cpu", weights_only=True)
     family = FAMILIES[ckpt["config"].get("model", "gpt")]
     model = family.Model(family.Config(**ckpt["model_args"]))

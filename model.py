@@ -1,6 +1,8 @@
 """
-GPT, with any distance head as its output layer: read distances.py first, it is the only other file this one needs. What BERT and
-Qwen2 share with it stands here too: their head's defaults, the initial weights, and the way from published weights.
+GPT with any distance head as its output layer. Read distances.py first: it is the only other file that this one needs.
+
+What BERT (model_bert.py) and Qwen2 (model_qwen2.py) have in common with GPT stands in the first part of this file:
+how a config becomes a head, the initial weights, and the way from and to transformers.
 
 1) GPT-2 by OpenAI: https://github.com/openai/gpt-2/blob/master/src/model.py
 2) nanoGPT, whose names are kept: https://github.com/karpathy/nanoGPT/blob/master/model.py
@@ -20,45 +22,71 @@ import torch.nn.functional as F
 from distances import DistanceHead, find, parse_head
 
 # -----------------------------------------------------------------------------
-# what language models share
+# the head of a language model
 
-# A language model starts with z spread by about half a nat. Most distances do so at n = sqrt(n_embd), on hidden states of unit norm, the
-# scale at which prototypes start. Those that need another multiple of sqrt(n_embd), or hidden states of unit variance, stand here.
-# Measured on 77,000 tokens only (config/heads.py): defaults to begin with, and no part of any formula.
-N_SCALES = {("chebyshev", "smooth"): 8.0, ("chebyshev", "cosh"): 8.0, ("hamming", "hard"): 0.3, ("bray_curtis", "standard"): 0.2,
-            ("bray_curtis", "normalized"): 0.5}
-UNIT_VARIANCE = {("baseline", None), ("hamming", "gumbel")} # the noise of the latter has a standard deviation of 1.8
-
-
-def padded(vocab_size, multiple=64):
-    """Rows of an embedding or head for vocab_size tokens: matrix products like round sizes. The rows in excess are masked out of p."""
-    return -(-vocab_size // multiple) * multiple
+# Training starts well when the scores z of a new model are spread by about half a nat. Most distances do that with n
+# = sqrt(n_embd) and hidden states of unit norm, the scale at which prototypes start; the two tables hold the
+# exceptions. They were measured on 77,000 tokens only (config/heads.py), so take them for a place to begin: every run
+# can set n and feature_scale, and no formula depends on these numbers.
+N_SCALES = { # (distance, variant): the default n as a multiple of sqrt(n_embd), where that is not 1
+    ("chebyshev", "smooth"): 8.0,
+    ("chebyshev", "cosh"): 8.0,
+    ("hamming", "hard"): 0.3,
+    ("bray_curtis", "standard"): 0.2,
+    ("bray_curtis", "normalized"): 0.5,
+}
+UNIT_VARIANCE = { # (distance, variant): the head takes hidden states of unit variance, not of unit norm
+    ("baseline", None), # dot products with vectors of unit norm would hardly differ
+    ("hamming", "gumbel"), # beside its noise, of standard deviation 1.8, they would hardly count
+}
 
 
 def default_scales(distance, variant, D):
-    """(n, feature_scale) with which a language model with D-dimensional hidden states begins; variant None or "" is the default one."""
-    kind = distance, find(distance, variant)[0]
-    return N_SCALES.get(kind, 1.0) * math.sqrt(D), 1.0 if kind in UNIT_VARIANCE else D ** -0.5
+    """
+    Return (n, feature_scale), the defaults of a language model with hidden states of D dimensions.
+    A variant of None or "" stands for the distance's default one.
+    """
+    variant, _ = find(distance, variant)
+    n = N_SCALES.get((distance, variant), 1.0) * math.sqrt(D)
+    feature_scale = 1.0 if (distance, variant) in UNIT_VARIANCE else D ** -0.5 # unit variance times D^-0.5 is unit norm
+    return n, feature_scale
 
 
-def lm_head(config, rows=0):
-    """The head that a model's config describes (vocab_size, n_embd, distance, variant, distance_params, link, n, learn_n, eps,
-    feature_scale), with the default n and feature scale where the config leaves 0. The model multiplies its last hidden states, which
-    have unit variance, by head.feature_scale. rows: of the weight, where it has more than the tokens."""
+def padded(vocab_size, multiple=64):
+    """Return the rows of an embedding or a head for so many tokens: matrix products like round sizes."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def lm_head(config, num_ids=0):
+    """
+    Make the head that a model's config describes; an n or a feature_scale of 0 stands for the distance's default.
+
+    The model has to multiply its last hidden states by head.feature_scale. num_ids is for a model that reads ids which
+    it never predicts, as BERT reads [MASK]: the weight, which may be tied to the embedding, then has rows for them too.
+    """
     arguments = parse_head(config.distance, config.variant, config.distance_params)
     n, feature_scale = default_scales(arguments["distance"], arguments["variant"], config.n_embd)
-    head = DistanceHead(config.n_embd, padded(rows or config.vocab_size), **arguments, link=config.link, n=config.n or n,
-                        learn_n=config.learn_n, eps=config.eps, num_classes=config.vocab_size)
+    rows = padded(num_ids or config.vocab_size)
+    head = DistanceHead(config.n_embd, rows, **arguments, link=config.link, n=config.n or n, learn_n=config.learn_n,
+                        eps=config.eps, num_classes=config.vocab_size)
     head.feature_scale = config.feature_scale or feature_scale
     return head
 
 
+# -----------------------------------------------------------------------------
+# initial and published weights
+
 class LanguageModel(nn.Module):
-    """A model with features(idx) (B, T, D) and head, whose forward is the two and the loss; from_hf makes it from transformers' model."""
-    hf_class = None # the name in transformers of the model with the same weights
+    """
+    The base of GPT, BERT and Qwen2: a model with a backbone `transformer` and a `head`.
+
+    Its features(idx) are the hidden states (B, T, D) that the head sees, and its forward is no more than features, head
+    and loss. from_hf and to_hf exchange weights with the transformers model that has the same shape.
+    """
+    hf_class = None # the name of that model's class in transformers
 
     def init_weights(self, module):
-        """GPT-2's and BERT's initial weights, for self.apply."""
+        """Give one module the initial weights of GPT-2 and BERT; self.apply calls it for all of them."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -66,36 +94,84 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
-        """Published weights by name, or a folder that holds them, read by transformers. Raises ImportError where it is missing."""
-        hf_class = transformers_class(cls.hf_class, f"init_from={name!r} reads the weights with transformers")
-        return cls.from_hf(hf_class.from_pretrained(name), **overrides)
+        """
+        Load published weights, by their name on the huggingface hub or from a folder; overrides are those of from_hf.
+        Raises ImportError without transformers.
+        """
+        transformers = import_transformers(f"init_from={name!r} reads the weights with transformers")
+        return cls.from_hf(getattr(transformers, cls.hf_class).from_pretrained(name), **overrides)
+
+    def hf_weights(self, name, theirs):
+        """Return the tensors of theirs, transformers' state dict, that are stacked in our weight of that name."""
+        raise NotImplementedError
+
+    def matched_weights(self, hf_model, with_head):
+        """
+        Yield (name, ours, theirs) for each of our weights. The tensors are views of the same shape, so that one can be
+        copied into the other: rows that only one model has (positions, padding of the vocabulary) are left out.
+        """
+        state = hf_model.state_dict()
+        for name, p in self.state_dict().items():
+            if name.startswith("head.") and not with_head:
+                continue
+            parts = self.hf_weights(name, state)
+            for ours, theirs in zip(p.chunk(len(parts)), parts):
+                rows = min(len(ours), len(theirs))
+                yield name, ours[:rows], theirs[:rows]
+
+    @torch.no_grad()
+    def copy_from_hf(self, hf_model):
+        """
+        Copy transformers' weights into this model. A distance head that is not tied to the embedding keeps its own
+        prototypes: the output vectors of theirs were made for dot products.
+        """
+        with_head = self.config.distance == "baseline" and not self.config.tie_weights
+        for _, ours, theirs in self.matched_weights(hf_model, with_head):
+            ours.copy_(theirs)
+
+    @torch.no_grad()
+    def copy_to_hf(self, hf_model):
+        """Copy this model's weights into transformers' model, and return that in evaluation mode."""
+        hf_model = hf_model.to(self.head.weight).eval()
+        for name, ours, theirs in self.matched_weights(hf_model, with_head=True):
+            if name.startswith("transformer.ln_f."): # theirs has no other place for the feature scale
+                ours = ours * self.head.feature_scale
+            theirs.copy_(ours)
+        return hf_model
 
     def refuse_distance_head(self):
+        """Raise ValueError for a head that transformers cannot hold."""
         if self.config.distance != "baseline":
-            raise ValueError(f"transformers has no layer for the {self.config.distance} head: only a baseline head can be exported")
+            raise ValueError(f"transformers has no layer for the {self.config.distance} head: "
+                             "only a baseline head can be exported")
 
 
-def transformers_class(name, purpose="a model of transformers is made with it"):
-    """transformers.<name>. The package is optional, so that the ImportError says for what it is needed."""
+def import_transformers(purpose):
+    """Return the package transformers, which is optional. Raises ImportError that says what it is needed for."""
     try:
         import transformers
     except ImportError as e:
         raise ImportError(f"{purpose}: pip install transformers") from e
-    return getattr(transformers, name)
+    return transformers
 
 
 def pretrained_config(config, overrides, fixed):
-    """The config of pretrained weights with overrides, none of which may change a field of `fixed` or reach beyond the positions.
-    Raises ValueError for one that does, or that is no field."""
+    """
+    Return the config of pretrained weights with overrides, a dict of its fields, put in.
+
+    Raises ValueError for an override that is no field, that changes one of the `fixed` fields, which the weights
+    decide, or that asks for more positions than the weights have.
+    """
     unknown = set(overrides) - {f.name for f in fields(config)}
     if unknown:
         raise ValueError(f"{type(config).__name__} has no {', '.join(sorted(unknown))}")
-    changed = [k for k in fixed if overrides.get(k, getattr(config, k)) != getattr(config, k)]
+    changed = [key for key in fixed if overrides.get(key, getattr(config, key)) != getattr(config, key)]
     if changed:
-        differences = ", ".join(f"{k}={getattr(config, k)} (asked: {overrides[k]})" for k in changed)
+        differences = ", ".join(f"{key}={getattr(config, key)} (asked: {overrides[key]})" for key in changed)
         raise ValueError(f"the pretrained weights fix {differences}")
     if overrides.get("block_size", 0) > config.block_size:
-        raise ValueError(f"block_size {overrides['block_size']} is beyond the {config.block_size} positions of the pretrained weights")
+        raise ValueError(f"block_size {overrides['block_size']} is beyond the {config.block_size} positions "
+                         "of the pretrained weights")
     return replace(config, **overrides)
 
 
@@ -105,7 +181,7 @@ def pretrained_config(config, overrides, fixed):
 @dataclass
 class GPTConfig:
     block_size: int = 1024
-    vocab_size: int = 50257 # tokens; embedding and head have as many rows rounded up to a multiple of 64, the rest masked out of p
+    vocab_size: int = 50257 # tokens; embedding and head are padded to a multiple of 64 rows, which p leaves out
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -124,7 +200,7 @@ class GPTConfig:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias"""
+    """LayerNorm with an optional bias."""
 
     def __init__(self, n_embd, bias):
         super().__init__()
@@ -145,8 +221,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)) # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) # (B, nh, T, hs)
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True) # (B, nh, T, hs)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -180,7 +260,7 @@ class Block(nn.Module):
 
 
 class GPT(LanguageModel):
-    """Raises ValueError for a config that does not fit together."""
+    """GPT-2. Raises ValueError for a config that does not fit together."""
     hf_class = "GPT2LMHeadModel"
 
     def __init__(self, config):
@@ -204,18 +284,21 @@ class GPT(LanguageModel):
             self.transformer.wte.weight = self.head.weight
 
     def features(self, idx):
-        """idx (B, T) token ids -> (B, T, D) hidden states, the head's feature scale applied."""
+        """Map token ids idx (B, T) to hidden states (B, T, D), the head's feature scale applied."""
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens, but block_size is {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T] # (B, T, D)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x)
         return self.transformer.ln_f(x) * self.head.feature_scale
 
     def forward(self, idx, targets=None):
-        """With targets (B, T), -1 ignored: (None, mean loss in nats). Without: (z of the last position (B, 1, V), None)."""
+        """
+        With targets (B, T), where -1 does not count, return (None, the mean loss in nats).
+        Without, return (z of the last position (B, 1, V), None), which is all that generating needs.
+        """
         h = self.features(idx)
         if targets is None:
             return self.head(h[:, [-1]]), None
@@ -223,46 +306,53 @@ class GPT(LanguageModel):
 
     @classmethod
     def from_hf(cls, hf_model, **overrides):
-        """From a transformers GPT2LMHeadModel in memory. overrides: GPTConfig fields, such as a distance (its prototypes then start
-        afresh unless tie_weights), dropout, or a smaller block_size."""
+        """
+        Make a GPT of a transformers GPT2LMHeadModel in memory. overrides are fields of GPTConfig, such as dropout, a
+        smaller block_size, or a distance, whose prototypes start afresh unless tie_weights. Raises ValueError for
+        what does not fit.
+        """
         hf = hf_model.config
         if hf.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
             raise ValueError(f"this GPT has the tanh GELU, the model has {hf.activation_function!r}")
         if hf.layer_norm_epsilon != 1e-5 or hf.n_inner not in (None, 4 * hf.n_embd):
-            raise ValueError(f"this GPT has layer_norm_epsilon 1e-5 and n_inner 4 n_embd, the model has {hf.layer_norm_epsilon} and {hf.n_inner}")
-        config = GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd,
-                           dropout=hf.resid_pdrop, bias=True, tie_weights=hf.tie_word_embeddings)
-        config = pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size", "bias"))
-        model = cls(config)
-        ours, theirs = model.state_dict(), hf_model.state_dict()
-        with torch.no_grad():
-            for name, p in ours.items():
-                if name.startswith("transformer."):
-                    q = theirs[name]
-                    if name.endswith(("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                        q = q.T # transformers keeps GPT-2's Conv1D layout
-                    n = min(len(p), len(q)) # fewer positions, or padding rows of the vocabulary
-                    p[:n] = q[:n]
-            if config.distance == "baseline" and not config.tie_weights:
-                model.head.weight[:hf.vocab_size] = theirs["lm_head.weight"]
+            raise ValueError("this GPT has layer_norm_epsilon 1e-5 and n_inner 4 n_embd, "
+                             f"the model has {hf.layer_norm_epsilon} and {hf.n_inner}")
+        config = GPTConfig(
+            block_size=hf.n_positions,
+            vocab_size=hf.vocab_size,
+            n_layer=hf.n_layer,
+            n_head=hf.n_head,
+            n_embd=hf.n_embd,
+            dropout=hf.resid_pdrop,
+            bias=True,
+            tie_weights=hf.tie_word_embeddings,
+        )
+        model = cls(pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size", "bias")))
+        model.copy_from_hf(hf_model)
         return model
 
     def to_hf(self):
-        """A transformers GPT2LMHeadModel with the same weights, those of the tokens alone. ValueError for a distance head."""
+        """
+        Make a transformers GPT2LMHeadModel that gives the same scores. With bias=False its biases keep their initial
+        zeros. Raises ValueError for a distance head, ImportError without transformers.
+        """
         self.refuse_distance_head()
-        c = self.config
-        hf_config = transformers_class("GPT2Config")(
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=c.dropout,
-            embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tie_weights)
-        hf = transformers_class("GPT2LMHeadModel")(hf_config).to(self.head.weight.dtype).eval()
-        ours = {**self.state_dict(), "lm_head.weight": self.head.weight}
-        with torch.no_grad():
-            for name, q in hf.state_dict().items():
-                p = ours.get(name)
-                if p is None: # bias=False
-                    q.zero_()
-                else:
-                    if name.endswith(("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                        p = p.T # transformers keeps GPT-2's Conv1D layout
-                    q.copy_(p[:len(q)] * (self.head.feature_scale if name.startswith("transformer.ln_f") else 1.0))
-        return hf
+        transformers, c = import_transformers("to_hf makes a model of transformers"), self.config
+        return self.copy_to_hf(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            n_positions=c.block_size,
+            vocab_size=c.vocab_size,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_embd=c.n_embd,
+            resid_pdrop=c.dropout,
+            embd_pdrop=c.dropout,
+            attn_pdrop=c.dropout,
+            tie_word_embeddings=c.tie_weights,
+        )))
+
+    def hf_weights(self, name, theirs):
+        if name == "head.weight":
+            return [theirs["lm_head.weight"]]
+        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")): # transformers keeps GPT-2's Conv1D layout
+            return [theirs[name].T]
+        return [theirs[name]]

@@ -1,8 +1,9 @@
 """
-Qwen2, with any distance head as its output layer: read distances.py and model.py first, the two other files that this one needs.
+Qwen2 with any distance head as its output layer. Read distances.py and model.py first: this file needs no others.
 
 1) Qwen2 Technical Report: https://arxiv.org/abs/2407.10671
-2) transformers, whose scores it has: https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/modeling_qwen2.py
+2) transformers, whose Qwen2ForCausalLM gives the same scores:
+   https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/modeling_qwen2.py
 
     model = Qwen2(Qwen2Config(**SCALES["tiny"], vocab_size=4096, distance="cosine"))
     h = model.features(idx)                 # (B, T, D), what the head sees
@@ -15,18 +16,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import LanguageModel, lm_head, padded, pretrained_config, transformers_class
+from model import LanguageModel, import_transformers, lm_head, padded, pretrained_config
 
 
 @dataclass
 class Qwen2Config:
     block_size: int = 1024 # RoPE has no weights: any length will do
-    vocab_size: int = 151936 # tokens; embedding and head have as many rows rounded up to a multiple of 64, the rest masked out of p
+    vocab_size: int = 151936 # tokens; embedding and head are padded to a multiple of 64 rows, which p leaves out
     n_layer: int = 24
-    n_head: int = 14 # of queries
-    n_kv_head: int = 2 # of keys and values, each shared by n_head / n_kv_head queries
+    n_head: int = 14 # heads of queries
+    n_kv_head: int = 2 # heads of keys and values; n_head / n_kv_head heads of queries share each
     n_embd: int = 896
-    intermediate_size: int = 4864 # of the MLP
+    intermediate_size: int = 4864 # the width of the MLP
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     dropout: float = 0.0
@@ -42,7 +43,7 @@ class Qwen2Config:
     feature_scale: float = 0.0 # hidden states are multiplied by it; 0: the distance's default
 
 
-# parameters without embeddings and head
+# shapes by name, each with its number of parameters besides embeddings and head
 SCALES = {
     "tiny": dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, intermediate_size=352), # 0.7M, for a CPU
     "small": dict(n_layer=6, n_head=6, n_kv_head=2, n_embd=384, intermediate_size=1024), # 9.4M
@@ -52,13 +53,14 @@ SCALES = {
 
 
 def rotary(block_size, size, theta):
-    """cos and sin (2, block_size, size / 2) of RoPE's angles t theta^(-2i / size), in fp32."""
-    angles = torch.arange(block_size).float()[:, None] * (1.0 / theta ** (torch.arange(0, size, 2).float() / size))
+    """Return cos and sin (2, block_size, size / 2) of RoPE's angles t theta^(-2i / size), in fp32."""
+    frequencies = 1.0 / theta ** (torch.arange(0, size, 2).float() / size) # (size / 2,)
+    angles = torch.arange(block_size).float()[:, None] * frequencies # (block_size, size / 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, cos, sin):
-    """x (B, nh, T, hs), the pairs (x_i, x_i+hs/2) turned by their position's angles."""
+    """Turn the pairs (x_i, x_i+hs/2) of x (B, nh, T, hs) by their position's angles; cos and sin are (T, hs / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -76,16 +78,20 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cos, sin):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, -1, C // self.n_head).transpose(1, 2) for t in (self.q_proj(x), self.k_proj(x), self.v_proj(x))) # (B, nh, T, hs)
+        size = C // self.n_head
+        q = self.q_proj(x).view(B, T, self.n_head, size).transpose(1, 2) # (B, nh, T, hs)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, size).transpose(1, 2) # (B, n_kv_head, T, hs)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, size).transpose(1, 2) # (B, n_kv_head, T, hs)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
-                                           enable_gqa=self.n_kv_head < self.n_head)
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True,
+                                           enable_gqa=self.n_kv_head < self.n_head) # (B, nh, T, hs)
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """SwiGLU"""
+    """SwiGLU: one projection gates the other."""
 
     def __init__(self, config):
         super().__init__()
@@ -114,9 +120,28 @@ class Block(nn.Module):
         return x
 
 
+# the parts of our weights' names and what transformers' Qwen2ForCausalLM calls them
+HF_NAMES = {
+    "transformer.wte.": "model.embed_tokens.",
+    "transformer.h.": "model.layers.",
+    "transformer.ln_f.": "model.norm.",
+    ".ln_1.": ".input_layernorm.",
+    ".ln_2.": ".post_attention_layernorm.",
+    ".attn.": ".self_attn.",
+    "head.": "lm_head.",
+}
+
+
+def _hf_name(name):
+    """Return the name in transformers of one of our weights."""
+    for ours, theirs in HF_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
 class Qwen2(LanguageModel):
-    """Raises ValueError for a config that does not fit together."""
-    hf_class = "AutoModelForCausalLM"
+    """Qwen2. Raises ValueError for a config that does not fit together."""
+    hf_class = "AutoModelForCausalLM" # loads other families too, which from_hf then refuses by name
 
     def __init__(self, config):
         super().__init__()
@@ -124,15 +149,16 @@ class Qwen2(LanguageModel):
             raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
         if config.n_kv_head < 1 or config.n_head % config.n_kv_head:
             raise ValueError(f"n_head {config.n_head} must be a multiple of n_kv_head {config.n_kv_head}")
-        if config.n_embd // config.n_head % 2:
-            raise ValueError(f"n_embd / n_head is {config.n_embd // config.n_head}, it must be even: RoPE turns pairs")
+        size = config.n_embd // config.n_head # the dimensions of a head
+        if size % 2:
+            raise ValueError(f"n_embd / n_head is {size}, it must be even: RoPE turns pairs")
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(padded(config.vocab_size), config.n_embd),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.RMSNorm(config.n_embd, config.norm_eps),
         ))
-        self.register_buffer("rope", rotary(config.block_size, config.n_embd // config.n_head, config.rope_theta), persistent=False)
+        self.register_buffer("rope", rotary(config.block_size, size, config.rope_theta), persistent=False)
         self.apply(self.init_weights)
         # the head is made last, so that every head meets the same backbone for the same seed
         self.head = lm_head(config)
@@ -140,7 +166,7 @@ class Qwen2(LanguageModel):
             self.transformer.wte.weight = self.head.weight
 
     def features(self, idx):
-        """idx (B, T) token ids -> (B, T, D) hidden states, the head's feature scale applied."""
+        """Map token ids idx (B, T) to hidden states (B, T, D), the head's feature scale applied."""
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens, but block_size is {self.config.block_size}")
@@ -151,7 +177,10 @@ class Qwen2(LanguageModel):
         return self.transformer.ln_f(x) * self.head.feature_scale
 
     def forward(self, idx, targets=None):
-        """With targets (B, T), -1 ignored: (None, mean loss in nats). Without: (z of the last position (B, 1, V), None)."""
+        """
+        With targets (B, T), where -1 does not count, return (None, the mean loss in nats).
+        Without, return (z of the last position (B, 1, V), None), which is all that generating needs.
+        """
         h = self.features(idx)
         if targets is None:
             return self.head(h[:, [-1]]), None
@@ -159,51 +188,63 @@ class Qwen2(LanguageModel):
 
     @classmethod
     def from_hf(cls, hf_model, **overrides):
-        """From a transformers Qwen2ForCausalLM in memory, in fp32. overrides: Qwen2Config fields, such as a distance (its prototypes then
-        start afresh unless tie_weights), dropout, or a smaller block_size."""
+        """
+        Make a Qwen2 in fp32 of a transformers Qwen2ForCausalLM in memory. overrides are fields of Qwen2Config, such as
+        dropout, a smaller block_size, or a distance, whose prototypes start afresh unless tie_weights.
+        Raises ValueError for what does not fit.
+        """
         hf = hf_model.config
         if hf.model_type != "qwen2" or hf.hidden_act != "silu":
             raise ValueError(f"this is Qwen2 with SiLU, the model is {hf.model_type!r} with {hf.hidden_act!r}")
         if hf.use_sliding_window and "sliding_attention" in getattr(hf, "layer_types", ["sliding_attention"]):
             raise ValueError("this Qwen2 sees all that came before, the model has a sliding window")
-        rope = getattr(hf, "rope_parameters", None) or {**(hf.rope_scaling or {}), "rope_theta": hf.rope_theta} # transformers 5, or 4
-        kind, size = rope.get("rope_type", rope.get("type", "default")), hf.hidden_size // hf.num_attention_heads
-        if kind != "default" or (getattr(hf, "head_dim", None) or size) != size:
-            raise ValueError(f"this Qwen2 has rope_type 'default' and head_dim {size}, the model has {kind!r} and {getattr(hf, 'head_dim', None) or size}")
-        config = Qwen2Config(block_size=hf.max_position_embeddings, vocab_size=hf.vocab_size, n_layer=hf.num_hidden_layers, n_head=hf.num_attention_heads,
-                             n_kv_head=hf.num_key_value_heads, n_embd=hf.hidden_size, intermediate_size=hf.intermediate_size,
-                             rope_theta=rope["rope_theta"], norm_eps=hf.rms_norm_eps, dropout=hf.attention_dropout, tie_weights=hf.tie_word_embeddings)
-        config = pretrained_config(config, overrides, ("n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "rope_theta", "norm_eps", "vocab_size"))
-        model = cls(config)
-        theirs = hf_model.state_dict()
-        with torch.no_grad():
-            for name, p in model.state_dict().items():
-                if name.startswith("transformer.") or name == "head.weight" and config.distance == "baseline" and not config.tie_weights:
-                    q = theirs[_hf_name(name)]
-                    p[:len(q)] = q # the rest is padding of the vocabulary
+        rope = getattr(hf, "rope_parameters", None) # transformers 5
+        if not rope: # transformers 4
+            rope = {**(hf.rope_scaling or {}), "rope_theta": hf.rope_theta}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        size = hf.hidden_size // hf.num_attention_heads
+        head_dim = getattr(hf, "head_dim", None) or size
+        if rope_type != "default" or head_dim != size:
+            raise ValueError(f"this Qwen2 has rope_type 'default' and head_dim {size}, "
+                             f"the model has {rope_type!r} and {head_dim}")
+        config = Qwen2Config(
+            block_size=hf.max_position_embeddings,
+            vocab_size=hf.vocab_size,
+            n_layer=hf.num_hidden_layers,
+            n_head=hf.num_attention_heads,
+            n_kv_head=hf.num_key_value_heads,
+            n_embd=hf.hidden_size,
+            intermediate_size=hf.intermediate_size,
+            rope_theta=rope["rope_theta"],
+            norm_eps=hf.rms_norm_eps,
+            dropout=hf.attention_dropout,
+            tie_weights=hf.tie_word_embeddings,
+        )
+        model = cls(pretrained_config(config, overrides, (
+            "n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "rope_theta", "norm_eps", "vocab_size")))
+        model.copy_from_hf(hf_model)
         return model
 
     def to_hf(self):
-        """The inverse of from_hf: a transformers Qwen2ForCausalLM with the same scores, a copy. Raises ValueError for a distance head."""
+        """
+        Make a transformers Qwen2ForCausalLM that gives the same scores.
+        Raises ValueError for a distance head, ImportError without transformers.
+        """
         self.refuse_distance_head()
-        c = self.config
-        hf_config = transformers_class("Qwen2Config")(
-            max_position_embeddings=c.block_size, vocab_size=c.vocab_size, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, rope_theta=c.rope_theta,
-            rms_norm_eps=c.norm_eps, attention_dropout=c.dropout, tie_word_embeddings=c.tie_weights)
-        hf = transformers_class("Qwen2ForCausalLM")(hf_config).to(self.head.weight)
-        theirs = hf.state_dict()
-        with torch.no_grad():
-            for name, p in self.state_dict().items():
-                q = theirs[_hf_name(name)]
-                q.copy_(p[:len(q)])
-            hf.model.norm.weight *= self.head.feature_scale # 1 unless it was set; theirs has no other place for it
-        return hf.eval()
+        transformers, c = import_transformers("to_hf makes a model of transformers"), self.config
+        return self.copy_to_hf(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+            max_position_embeddings=c.block_size,
+            vocab_size=c.vocab_size,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head,
+            hidden_size=c.n_embd,
+            intermediate_size=c.intermediate_size,
+            rope_theta=c.rope_theta,
+            rms_norm_eps=c.norm_eps,
+            attention_dropout=c.dropout,
+            tie_word_embeddings=c.tie_weights,
+        )))
 
-
-def _hf_name(name):
-    """The name in transformers of one of our weights."""
-    for ours, theirs in (("transformer.wte.", "model.embed_tokens."), ("transformer.h.", "model.layers."), ("transformer.ln_f.", "model.norm."),
-                         (".ln_1.", ".input_layernorm."), (".ln_2.", ".post_attention_layernorm."), (".attn.", ".self_attn."), ("head.", "lm_head.")):
-        name = name.replace(ours, theirs)
-    return name
+    def hf_weights(self, name, theirs):
+        return [theirs[_hf_name(name)]]

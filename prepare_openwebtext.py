@@ -1,19 +1,22 @@
 """
-OpenWebText, or text of your own, to data/<name>/train.bin, val.bin, meta.pkl (data.py says what they hold).
+Writes OpenWebText, or text of your own, to data/<name>/train.bin, val.bin and meta.pkl (data.py says what they hold).
 
-$ python prepare_openwebtext.py --docs 1000 --val_fraction 0.05             # a small one: streams, downloads little more than it uses
-$ python prepare_openwebtext.py --num_proc 16                               # all 8 million documents, 9 billion tokens: 18 GB, twice that
-                                                                            # while it runs, and some 60 GB in the huggingface cache
-$ python prepare_openwebtext.py corpus/ --val_fraction 0.01                 # local text, jsonl or parquet: files, folders, 'quoted globs'
-$ python prepare_openwebtext.py book.txt --split tail --val_fraction 0.1    # a single document is cut, not drawn
+$ python prepare_openwebtext.py --docs 1000 --val_fraction 0.05           # a small one: a small download, too
+$ python prepare_openwebtext.py --num_proc 16                             # all 8 million documents, 9 billion tokens
+$ python prepare_openwebtext.py corpus/ --val_fraction 0.01               # local files, folders or 'quoted globs'
+$ python prepare_openwebtext.py book.txt --split tail --val_fraction 0.1  # a single document is cut, not drawn
 
-Killed half-way, the same command continues: finished shards lie in <out_dir>/shards-<hash of the settings> until the bins are written.
-Every document ends with the end-of-text token; empty ones are left out. Without network: python prepare_stdlib.py, or local files.
+All of OpenWebText takes 18 GB, twice that while it is prepared, and some 60 GB in the huggingface cache. Local files
+are text, jsonl or parquet. Every document ends with the end-of-text token; empty ones are left out. A command that
+was killed half-way continues when it is run again: finished shards lie in <out_dir>/shards-<hash of the settings>
+until the bins are written. Without network use python prepare_stdlib.py, or local files.
 
-An own tokenizer: --ranks FILE, in tiktoken's format (per line a token in base64, a space, its id). In a prepared folder, next to its
-meta.pkl, it brings its pattern and special tokens along; elsewhere the pattern is --pat_str and end-of-text gets the id after the last.
-Or --tokenizer NAME, a tokenizer.json or the name of a model on the huggingface hub: BERT's WordPiece (bert-base-uncased), Qwen2's own
-vocabulary (Qwen/Qwen2-0.5B, whose ids take uint32).
+You can bring a tokenizer of your own:
+  --ranks FILE       is in tiktoken's format: per line a token in base64, a space and its id. In a prepared folder the
+                     meta.pkl beside it gives its pattern and special tokens; elsewhere the pattern is --pat_str, and
+                     end-of-text gets the id after the last.
+  --tokenizer NAME   is a tokenizer.json, or a model on the huggingface hub: bert-base-uncased for BERT's WordPiece,
+                     Qwen/Qwen2-0.5B for Qwen2's vocabulary, whose ids take uint32.
 """
 import argparse
 import glob
@@ -33,54 +36,72 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 import numpy as np
 from tqdm import tqdm
 
-from data import GPT2_PAT, JsonTokenizer, in_val, named_encoding, own_encoding, read_meta, read_ranks, token_dtype, within, write_dataset
+from data import (
+    GPT2_PAT,
+    JsonTokenizer,
+    in_val,
+    named_encoding,
+    own_encoding,
+    read_meta,
+    read_ranks,
+    token_dtype,
+    within,
+    write_dataset,
+)
 
 BUILDERS = {"txt": "text", "text": "text", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
 
 # -----------------------------------------------------------------------------
 # where documents come from
 
-
 def ending(name):
-    """the ending of a file name that says how to read it, compression aside, or None"""
+    """Return the ending of a file name, one of BUILDERS, that says how to read the file, compression aside, or None."""
     match = re.search(r"\.(\w+)(\.gz|\.xz|\.zst)?$", name)
     return match[1] if match and match[1] in BUILDERS else None
 
 
 def local_files(paths):
-    """files, folders (searched through) and globs -> a sorted list of files with one kind of ending"""
+    """Return the files, all of one kind, that paths name: files, folders, which are searched through, and globs."""
     files = []
     for path in paths:
         if os.path.isdir(path):
-            found = [f for f in glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True) if ending(f)]
+            everything = glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
+            found = [f for f in everything if ending(f)]
+            if not found:
+                raise SystemExit(f"{path} holds no *.{', *.'.join(BUILDERS)}")
+        elif os.path.isfile(path):
+            found = [path]
         else:
-            found = [path] if os.path.isfile(path) else [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
-        if not found:
-            raise SystemExit(f"{path}: no such file" if not os.path.isdir(path) else f"{path} holds no *.{', *.'.join(BUILDERS)}")
+            found = [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
+            if not found:
+                raise SystemExit(f"{path}: no such file")
         files += sorted(found)
     kinds = {BUILDERS.get(ending(f)) for f in files}
     if len(kinds) > 1 or None in kinds:
-        raise SystemExit(f"cannot tell how to read {', '.join(files[:3])}{' ...' if files[3:] else ''}: "
+        more = " ..." if files[3:] else ""
+        raise SystemExit(f"cannot tell how to read {', '.join(files[:3])}{more}: "
                          f"give files of one kind, by their ending one of {', '.join(BUILDERS)}")
     return [os.path.abspath(f) for f in files]
 
 
 def hub_answers():
-    """does it, through whatever proxy is set? an error status counts, and so does a certificate that only urllib distrusts"""
+    """Return whether the huggingface hub can be reached, through whatever proxy is set."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        within(5, urllib.request.urlopen, urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD"))
-    except urllib.error.HTTPError:
+        within(5, urllib.request.urlopen, urllib.request.Request(hub, method="HEAD"))
+    except urllib.error.HTTPError: # an error status is an answer too
         return True
-    except OSError as e:
+    except OSError as e: # and so is a certificate that only urllib distrusts
         return isinstance(getattr(e, "reason", None), ssl.SSLError)
     return True
 
 
 def load_documents(args, files, offline):
-    """the documents as a datasets.Dataset, or as an IterableDataset when only the first --docs of them are wanted"""
-    if offline: # said before datasets is imported, else it retries for 20 s
+    """Return the documents as a datasets.Dataset, or as an IterableDataset when only the first --docs are wanted."""
+    if offline: # must be set before datasets is imported, else it retries for 20 s
         os.environ["HF_HUB_OFFLINE"] = "1"
     import datasets
     options = {"split": "train", "streaming": args.docs is not None and not offline}
@@ -89,7 +110,8 @@ def load_documents(args, files, offline):
     try:
         if files:
             builder = BUILDERS[ending(files[0])]
-            options |= {"sample_by": args.sample_by} if builder == "text" else {}
+            if builder == "text":
+                options["sample_by"] = args.sample_by
             ds = datasets.load_dataset(builder, data_files=files, **options)
         elif offline: # what an earlier load_dataset(id) has left in the cache
             ds = datasets.load_dataset(args.id, **options)
@@ -101,8 +123,9 @@ def load_documents(args, files, offline):
         raise SystemExit(f"cannot read the text: {e.__cause__ or e}") from None
     except OSError as e:
         if offline:
-            raise SystemExit(f"no network: {args.id} is neither within reach nor in the local cache. what works without: "
-                             "python prepare_stdlib.py, or local files: python prepare_openwebtext.py FILES") from None
+            raise SystemExit(f"no network: {args.id} is neither within reach nor in the local cache. "
+                             "what works without: python prepare_stdlib.py, "
+                             "or local files: python prepare_openwebtext.py FILES") from None
         raise SystemExit(f"cannot load {files[0] if files else args.id}: {str(e) or type(e).__name__}") from None
     if first is None:
         raise SystemExit("there are no documents")
@@ -111,21 +134,31 @@ def load_documents(args, files, offline):
     ds = ds.select_columns([args.text_column])
     return ds if args.docs is None else ds.take(args.docs)
 
+
 # -----------------------------------------------------------------------------
 # documents -> shards -> bins
 
-
 def start_worker(encoding):
+    """Prepare a worker process for tokenise."""
     global enc
     enc = encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN) # ctrl-c is for the parent
-    # a parent that was killed cannot end its workers, they would wait for work for ever
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """
+    End this worker when its parent ends: a parent that was killed cannot do it, and the worker would wait for
+    ever.
+    """
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def tokenise(path, texts):
-    """writes one shard: the tokens of its documents, each with end-of-text behind it"""
-    # not encode_ordinary: a list of Python ints takes ten times the memory, too much for a large document. the marker in a text stays text
+    """Write one shard: the tokens of its documents, each with end-of-text behind it."""
+    # encode_ordinary would make a list of Python ints, ten times the memory, which is too much for a large document.
+    # An end-of-text marker within a text stays text
     ids = [np.append(enc.encode_to_numpy(text, disallowed_special=()), enc.eot_token) for text in texts]
     tmp = f"{path}.{os.getpid()}.tmp"
     np.concatenate(ids or [[]]).astype(token_dtype(enc.n_vocab)).tofile(tmp)
@@ -133,14 +166,15 @@ def tokenise(path, texts):
 
 
 def shards(ds, text_column, shard_mb):
-    """cuts the documents into shards: yields (number of documents, the texts that are not empty)"""
+    """Cut the documents into shards: yield (the number of documents, the texts that are not empty)."""
     num, size, texts = 0, 0, []
     for batch in ds.iter(batch_size=100):
         for text in batch[text_column]:
             num += 1
             if text:
                 if not isinstance(text, str):
-                    raise SystemExit(f"column {text_column!r} holds {type(text).__name__}, not text: choose another with --text_column")
+                    raise SystemExit(f"column {text_column!r} holds {type(text).__name__}, not text: "
+                                     "choose another with --text_column")
                 texts.append(text)
                 size += len(text)
             if size >= shard_mb * 1e6:
@@ -151,13 +185,20 @@ def shards(ds, text_column, shard_mb):
 
 
 def finished(folder):
-    """{shard: (path, number of documents)}, in order"""
-    found = [(re.fullmatch(r"(\d+)-(\d+)\.bin", name), name) for name in os.listdir(folder)]
-    return dict(sorted((int(m[1]), (os.path.join(folder, name), int(m[2]))) for m, name in found if m))
+    """Return {shard: (path, number of documents)} of the finished shards, in order."""
+    found = {}
+    for name in os.listdir(folder):
+        match = re.fullmatch(r"(\d+)-(\d+)\.bin", name)
+        if match:
+            found[int(match[1])] = os.path.join(folder, name), int(match[2])
+    return dict(sorted(found.items()))
 
 
 def write_shards(ds, args, encoding, folder):
-    """tokenises what is not there yet, in parallel. what a shard holds does not depend on num_proc, nor on where the last run was killed"""
+    """
+    Tokenise the shards that are not there yet, in parallel. What a shard holds depends neither on num_proc nor on where
+    the last run was killed.
+    """
     os.makedirs(folder, exist_ok=True)
     done = finished(folder)
     start, docs = 0, 0
@@ -168,12 +209,13 @@ def write_shards(ds, args, encoding, folder):
         print(f"continuing: {len(done)} finished shards in {folder}")
     total = args.docs if args.docs is not None else len(ds)
     ds = ds.skip(docs)
-    # spawn, on every platform: forking a process with threads, which datasets has by now, can hang
+    # workers are spawned on every platform: forking a process with threads, which datasets has by now, can hang
     with tqdm(total=total, initial=docs, desc="tokenising", unit=" docs") as bar, \
             ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("spawn"), start_worker, (encoding,)) as pool:
-        pending = {}
+        pending = {} # {future: number of documents}
 
-        def collect(limit): # a bounded queue: the pool itself would read all of the text into memory
+        def collect(limit):
+            """Wait until at most limit shards are in work: the pool's queue would read all of the text into memory."""
             while len(pending) > limit:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     future.result()
@@ -183,20 +225,23 @@ def write_shards(ds, args, encoding, folder):
                 if shard in done:
                     bar.update(num)
                     continue
-                pending[pool.submit(tokenise, os.path.join(folder, f"{shard:06d}-{num}.bin"), texts)] = num
+                path = os.path.join(folder, f"{shard:06d}-{num}.bin")
+                pending[pool.submit(tokenise, path, texts)] = num
                 collect(2 * args.num_proc - 1)
             collect(0)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-            raise SystemExit(f"\nstopped with {len(finished(folder))} finished shards. the same command continues from there") from None
+            raise SystemExit(f"\nstopped with {len(finished(folder))} finished shards. "
+                             "the same command continues from there") from None
 
 
 def split_shards(folder, encoding, args):
-    """yields (train ids, val ids) per shard, in the order of the documents"""
-    dtype, paths = np.dtype(token_dtype(encoding.n_vocab)), [path for path, _ in finished(folder).values()]
-    left = sum(os.path.getsize(path) for path in paths) // dtype.itemsize
-    left -= int(left * args.val_fraction) # train tokens yet to come, with --split tail
-    doc = 0
+    """Yield (train ids, val ids) per shard, in the order of the documents."""
+    dtype = np.dtype(token_dtype(encoding.n_vocab))
+    paths = [path for path, _ in finished(folder).values()]
+    num_tokens = sum(os.path.getsize(path) for path in paths) // dtype.itemsize
+    left = num_tokens - int(num_tokens * args.val_fraction) # train tokens yet to come, with --split tail
+    doc = 0 # the number of the shard's first document
     for path in tqdm(paths, desc="writing bins", unit=" shards"):
         ids = np.fromfile(path, dtype)
         if args.split == "tail":
@@ -204,15 +249,18 @@ def split_shards(folder, encoding, args):
             left -= min(left, len(ids))
         else:
             ends = np.flatnonzero(ids == encoding.eot_token)
-            val = [in_val(args.seed, d, args.val_fraction) for d in range(doc, doc + len(ends))]
-            val = np.repeat(np.array(val, bool), np.diff(ends, prepend=-1))
+            lengths = np.diff(ends, prepend=-1) # tokens per document
+            val_docs = [in_val(args.seed, d, args.val_fraction) for d in range(doc, doc + len(ends))]
+            is_val = np.repeat(np.array(val_docs, bool), lengths)
             doc += len(ends)
-            yield ids[~val], ids[val]
+            yield ids[~is_val], ids[is_val]
+
 
 # -----------------------------------------------------------------------------
-
+# the command line
 
 def json_tokenizer(name):
+    """Return the JsonTokenizer of a file or of a model on the hub. Raises ValueError when there is neither."""
     if os.path.exists(name):
         with open(name, encoding="utf-8") as f:
             return JsonTokenizer(f.read())
@@ -222,48 +270,59 @@ def json_tokenizer(name):
     except ValueError:
         raise
     except Exception as e: # no network, no such model
-        raise ValueError(f"--tokenizer {name}: neither a file nor to be had from the huggingface hub ({type(e).__name__})") from None
+        raise ValueError(f"--tokenizer {name}: neither a file nor to be had from the huggingface hub "
+                         f"({type(e).__name__})") from None
 
 
 def choose_encoding(args):
+    """Return the tokenizer that the arguments ask for. Raises SystemExit when it cannot be had."""
     try:
         if args.tokenizer:
             return json_tokenizer(args.tokenizer)
         if not args.ranks:
             return named_encoding(args.encoding)
-        meta_path, meta = os.path.join(os.path.dirname(args.ranks), "meta.pkl"), {}
+        meta, meta_path = {}, os.path.join(os.path.dirname(args.ranks), "meta.pkl")
         if os.path.exists(meta_path):
             meta = read_meta(meta_path)
-            if meta.get("encoding") != os.path.basename(args.ranks): # another tokenizer's
+            if meta.get("encoding") != os.path.basename(args.ranks): # it belongs to another tokenizer
                 meta = {}
-        return own_encoding(read_ranks(args.ranks), args.pat_str or meta.get("pat_str", GPT2_PAT), meta.get("special_tokens"))
+        pat_str = args.pat_str or meta.get("pat_str", GPT2_PAT)
+        return own_encoding(read_ranks(args.ranks), pat_str, meta.get("special_tokens"))
     except (OSError, ValueError) as e:
         raise SystemExit(str(e)) from None
 
 
-def main(argv=None):
+def parse(argv):
+    """Return the arguments. Raises SystemExit for one that is out of range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help="local files, folders or globs (default: OpenWebText from the huggingface hub)")
+    parser.add_argument("files", nargs="*",
+                        help="local files, folders or globs (default: OpenWebText from the huggingface hub)")
     parser.add_argument("--docs", type=int, help="only the first so many documents (default: all)")
     parser.add_argument("--out_dir", help="default: data/ and the name of the dataset, or of the first local file")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     parser.add_argument("--encoding", default="gpt2", help="a tiktoken encoding (default: %(default)s)")
     parser.add_argument("--ranks", help="a rank file of your own instead")
     parser.add_argument("--tokenizer", help="a tokenizer.json instead, or the name of a model on the hub that has one")
-    parser.add_argument("--pat_str", help="the pattern of --ranks that cuts text into words (default: see above, else GPT-2's)")
+    parser.add_argument("--pat_str",
+                        help="the pattern of --ranks that cuts text into words (default: see above, else GPT-2's)")
     parser.add_argument("--split", choices=["random", "tail"], default="random",
                         help="random: draws documents for val.bin; tail: takes the last tokens (default: %(default)s)")
-    parser.add_argument("--val_fraction", type=float, default=0.0005, help="share that goes to val.bin (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=2357, help="of --split random (default: %(default)s)")
+    parser.add_argument("--val_fraction", type=float, default=0.0005,
+                        help="share that goes to val.bin (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=2357, help="the seed of --split random (default: %(default)s)")
     parser.add_argument("--num_proc", type=int, default=max(1, (os.cpu_count() or 1) // 2),
                         help="worker processes, about half the number of cores is good (default: %(default)s)")
     parser.add_argument("--shard_mb", type=float, default=8,
-                        help="millions of characters per shard: what a worker holds, and what a kill loses (default: %(default)s)")
+                        help="millions of characters per shard: what a worker holds, and what a kill loses "
+                             "(default: %(default)s)")
     parser.add_argument("--sample_by", choices=["document", "paragraph", "line"], default="document",
                         help="what a document is in text files: a whole file, or a part of it (default: %(default)s)")
-    parser.add_argument("--text_column", default="text", help="where jsonl and parquet have the text (default: %(default)s)")
-    parser.add_argument("--id", default="Skylion007/openwebtext", help="of the dataset on the hub (default: %(default)s)")
-    parser.add_argument("--revision", default="refs/pr/20", help="its branch; this one holds parquet files (default: %(default)s)")
+    parser.add_argument("--text_column", default="text",
+                        help="where jsonl and parquet have the text (default: %(default)s)")
+    parser.add_argument("--id", default="Skylion007/openwebtext",
+                        help="the dataset on the hub (default: %(default)s)")
+    parser.add_argument("--revision", default="refs/pr/20",
+                        help="its branch; this one holds parquet files (default: %(default)s)")
     parser.add_argument("--data_files", default="data/*.parquet", help="its files (default: %(default)s)")
     args = parser.parse_args(argv)
     for key in "docs", "num_proc", "shard_mb":
@@ -271,7 +330,11 @@ def main(argv=None):
             raise SystemExit(f"--{key} {getattr(args, key)} must be above 0")
     if not ending(args.data_files):
         raise SystemExit(f"--data_files {args.data_files} must end with one of {', '.join(BUILDERS)}")
+    return args
 
+
+def main(argv=None):
+    args = parse(argv)
     files = local_files(args.files)
     name = os.path.basename(files[0]).split(".")[0] if files else args.id.split("/")[-1]
     out_dir = args.out_dir or os.path.join("data", name)
@@ -279,25 +342,38 @@ def main(argv=None):
         raise SystemExit(f"{out_dir} holds a dataset: write elsewhere (--out_dir ...), or replace it (--overwrite)")
     offline = not files and not hub_answers()
     if offline:
-        ds, encoding = load_documents(args, files, offline), choose_encoding(args)
-    else: # the tokenizer first: that it cannot be had is better known before the download
-        encoding, ds = choose_encoding(args), load_documents(args, files, offline)
+        ds = load_documents(args, files, offline)
+        encoding = choose_encoding(args)
+    else: # the tokenizer comes first: that it cannot be had is better known before the download
+        encoding = choose_encoding(args)
+        ds = load_documents(args, files, offline)
 
-    source = ", ".join(map(os.path.basename, files[:3])) + (f" and {len(files) - 3} more" if files[3:] else "")
-    source = source or (f"{args.id}, local cache" if offline else f"{args.id}@{args.revision}/{args.data_files}")
+    if files:
+        source = ", ".join(map(os.path.basename, files[:3]))
+        if files[3:]:
+            source += f" and {len(files) - 3} more"
+    elif offline:
+        source = f"{args.id}, local cache"
+    else:
+        source = f"{args.id}@{args.revision}/{args.data_files}"
 
-    # all that the shards depend on, so that another run's are never mixed in. not the split: it is made from finished shards
-    settings = [source, [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files], args.text_column, args.sample_by, args.docs,
-                args.shard_mb, encoding._pat_str, encoding.eot_token, sorted(encoding._mergeable_ranks.items())]
-    folder = os.path.join(out_dir, f"shards-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}")
+    # the folder's name is a hash of all that the shards depend on, so that another run's are never mixed in. The
+    # split is not part of it, as it is made from finished shards
+    states = [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]
+    settings = [source, states, args.text_column, args.sample_by, args.docs, args.shard_mb, encoding._pat_str,
+                encoding.eot_token, sorted(encoding._mergeable_ranks.items())]
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()
+    folder = os.path.join(out_dir, f"shards-{digest[:12]}")
     write_shards(ds, args, encoding, folder)
 
-    source += "" if args.docs is None else f", first {args.docs} documents"
+    if args.docs is not None:
+        source += f", first {args.docs} documents"
     source += f"; split {args.split}, val_fraction {args.val_fraction}, seed {args.seed}"
     try:
         write_dataset(out_dir, split_shards(folder, encoding, args), encoding, source)
     except ValueError as e:
-        raise SystemExit(f"{e}, or use --split tail, which cuts within a document. the shards are kept for it") from None
+        raise SystemExit(f"{e}, or use --split tail, which cuts within a document. "
+                         "the shards are kept for it") from None
     shutil.rmtree(folder)
     others = glob.glob(os.path.join(glob.escape(out_dir), "shards-*"))
     if others:

@@ -1,5 +1,6 @@
 """
-Write text with a trained model (BERT: fill in [MASK]), and show which tokens its geometry thinks alike.
+Writes text with a trained model, or fills in [MASK] with BERT, and shows which tokens the head's geometry takes for
+alike.
 
 $ python sample.py --out_dir=out/demo
 $ python sample.py --out_dir=out/demo --start='def main(' --temperature=0 --num_samples=1
@@ -7,8 +8,8 @@ $ python sample.py --out_dir=out/demo --num_samples=0 --nearest='self,return,Tru
 $ python sample.py --init_from=gpt2 --start=FILE:prompt.txt
 $ python sample.py --out_dir=out/bert --start='    return [MASK].name'
 
-It reads one checkpoint and, for the tokenizer, the dataset folder that the run was trained on. No key-value cache: each token
-costs a full forward pass.
+It reads one checkpoint and, for the tokenizer, the dataset folder that the run was trained on. There is no key-value
+cache: each token costs a full forward pass.
 """
 import os
 
@@ -40,7 +41,10 @@ device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eot=None, generator=None):
-    """Continue idx (B, T) by up to max_new_tokens tokens: (B, T + new). A sequence that has written eot goes on as eot."""
+    """
+    Continue idx (B, T) by up to max_new_tokens tokens, and return all of them (B, T + new). A sequence that has
+    written eot goes on as eot, until all have. The arguments are those of the settings above.
+    """
     ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         z = model(idx[:, -model.config.block_size:])[0][:, -1].float() # (B, V)
@@ -48,7 +52,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eo
             token = z.argmax(-1)
         else:
             p = (z / temperature).softmax(-1)
-            p, ids = p.sort(-1, descending=True)
+            p, ids = p.sort(-1, descending=True) # (B, V)
             if top_k > 0:
                 p[:, top_k:] = 0
             p[p.cumsum(-1) - p >= top_p] = 0 # the token that crosses top_p stays
@@ -64,84 +68,134 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eo
 
 @torch.no_grad()
 def fill_masks(model, encoding, text, k):
-    """Lines of text: for each [MASK] of the text, read from both sides, the k most probable tokens. ValueError where there is none, or no room."""
-    if " [MASK]" in text and len(encoding.encode(" a")) == 1: # a space belongs to the word behind it, which is masked
+    """
+    Return a line of text for each [MASK] in the text: the k tokens that are most probable there, read from both sides.
+    Raises ValueError where there is no [MASK], or more text than the model has positions for.
+    """
+    if " [MASK]" in text and len(encoding.encode(" a")) == 1: # the space belongs to the word behind it, which is masked
         text = text.replace(" [MASK]", "[MASK]")
     parts = [encoding.encode(part) for part in text.split("[MASK]")]
-    ids = [i for part in parts for i in (*part, model.mask_id)][:-1]
     if len(parts) == 1:
         raise ValueError(f"BERT fills in [MASK], there is none in {text!r}")
+    ids = parts[0]
+    for part in parts[1:]:
+        ids = [*ids, model.mask_id, *part]
     if len(ids) > model.config.block_size:
         raise ValueError(f"start has {len(ids)} tokens, block_size is {model.config.block_size}")
-    idx = torch.tensor([ids], device=model.head.weight.device)
+    idx = torch.tensor([ids], device=model.head.weight.device) # (1, T)
     positions = (idx == model.mask_id).nonzero()[:, 1][None] # (1, masks)
-    p, tokens = model(idx, positions=positions)[0][0].softmax(-1).topk(min(k, model.config.vocab_size)) # (masks, k)
-    return ["  ".join(f"{encoding.decode([t])!r} {q:.3f}" for t, q in zip(*row)) for row in zip(tokens.tolist(), p.tolist())]
-
-
-def nearest_prototypes(model, encoding, words, k):
-    """Lines of text: for each word, the tokens whose prototypes lie nearest to its own, by the head's own distance."""
-    head, lines = model.head, []
-    for word in words:
-        try:
-            ids = next((i for i in (encoding.encode(" " + word), encoding.encode(word)) if len(i) == 1), None)
-        except ValueError as e: # a character that the vocabulary does not have
-            lines.append(f"{word!r:>12}  {e}")
-            continue
-        if ids is None:
-            lines.append(f"{word!r:>12} is more than one token")
-            continue
-        linear = head.distance == "baseline" # has no distance: by dot product, the largest first
-        near_by = head(head.weight[ids])[0] if linear else head.distances(head.weight[ids])[0] # (V,)
-        near_by[ids] = -torch.inf if linear else torch.inf
-        values, near = near_by.topk(min(k, len(near_by) - 1), largest=linear)
-        lines.append(f"{encoding.decode(ids)!r:>12}  " + "  ".join(f"{encoding.decode([i])!r} {v:.3g}" for i, v in zip(near.tolist(), values.tolist())))
+    z = model(idx, positions=positions)[0][0] # (masks, V)
+    p, tokens = z.softmax(-1).topk(min(k, model.config.vocab_size)) # (masks, k)
+    lines = []
+    for row_p, row in zip(p.tolist(), tokens.tolist()):
+        lines.append("  ".join(f"{encoding.decode([t])!r} {q:.3f}" for t, q in zip(row, row_p)))
     return lines
 
 
-if __name__ == "__main__":
-    configure(globals())
-    fail([message for bad, message in (
-        (init_from not in ("run", *FAMILIES["gpt"].pretrained), f"init_from is {init_from!r}: use run, {', '.join(FAMILIES['gpt'].pretrained)}"),
-        (num_samples < 0, f"num_samples is {num_samples}, it must be >= 0"),
-        (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}, it must be >= 0"),
-        (num_nearest < 1, f"num_nearest is {num_nearest}, it must be at least 1"),
-        (temperature < 0, f"temperature is {temperature}, it must be >= 0"),
-        (top_k < 0, f"top_k is {top_k}: use the number of tokens, or 0 for all"),
-        (not 0 < top_p <= 1, f"top_p is {top_p}, it must lie in (0, 1]"),
-        (start.startswith("FILE:") and not os.path.exists(start[5:]), f"start: there is no file {start[5:]!r}"),
-    ) if bad])
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+@torch.no_grad()
+def nearest_prototypes(model, encoding, words, k):
+    """
+    Return a line of text for each word: the k tokens whose prototypes lie nearest to its own, by the head's own
+    distance. The linear head has none, so that it takes the largest dot products.
+    """
+    head, lines = model.head, []
+    linear = head.distance == "baseline"
+    for word in words:
+        try:
+            found = [encoding.encode(" " + word), encoding.encode(word)]
+        except ValueError as e: # a character that the vocabulary does not have
+            lines.append(f"{word!r:>12}  {e}")
+            continue
+        found = [ids for ids in found if len(ids) == 1]
+        if not found:
+            lines.append(f"{word!r:>12} is more than one token")
+            continue
+        own = found[0] # [id]
+        values = head(head.weight[own])[0] if linear else head.distances(head.weight[own])[0] # (V,)
+        values[own] = -torch.inf if linear else torch.inf # the token itself comes last
+        values, tokens = values.topk(min(k, len(values) - 1), largest=linear)
+        neighbours = "  ".join(f"{encoding.decode([t])!r} {v:.3g}" for t, v in zip(tokens.tolist(), values.tolist()))
+        lines.append(f"{encoding.decode(own)!r:>12}  {neighbours}")
+    return lines
+
+
+def print_samples(model, encoding, prompt, device):
+    """Print num_samples continuations of the prompt, a list of ids, each up to the end of its text."""
+    idx = torch.tensor(prompt, device=device).repeat(num_samples, 1) # (B, T)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    idx = generate(model, idx, max_new_tokens, temperature, top_k, top_p, encoding.eot, generator)
+    for i, ids in enumerate(idx.tolist()):
+        note, new = "", ids[len(prompt):]
+        if encoding.eot in new:
+            note = " (end of text)"
+            new = new[:new.index(encoding.eot)]
+        title = f" sample {i + 1} "
+        print(f"{title:-^80}\n{encoding.decode(prompt + new)}{note}")
+
+
+def best_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def main():
+    problems = []
+    configure(globals(), problems=problems)
+    published = FAMILIES["gpt"].pretrained
+    if init_from not in ("run", *published):
+        problems.append(f"init_from is {init_from!r}: use run, {', '.join(published)}")
+    for key, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("temperature", temperature)):
+        if value < 0:
+            problems.append(f"{key} is {value}, it must be >= 0")
+    if num_nearest < 1:
+        problems.append(f"num_nearest is {num_nearest}, it must be at least 1")
+    if top_k < 0:
+        problems.append(f"top_k is {top_k}: use the number of tokens, or 0 for all")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p is {top_p}, it must lie in (0, 1]")
+    prompt_file = start.removeprefix("FILE:") if start.startswith("FILE:") else None
+    if prompt_file is not None and not os.path.exists(prompt_file):
+        problems.append(f"start: there is no file {prompt_file!r}")
+    fail(problems)
+
+    place = best_device() if device == "auto" else device
     try:
         if init_from == "run":
-            model, config, step = load_run(out_dir, checkpoint, device)
+            model, config, step = load_run(out_dir, checkpoint, place)
             data_dir = os.path.join(config["data_dir"], config["dataset"])
-            meta = load_meta(data_dir)
+            name = f"{os.path.join(out_dir, checkpoint)} at step {step}"
+            encoding = load_encoding(load_meta(data_dir), data_dir)
         else:
-            model, step, data_dir = GPT.from_pretrained(init_from).eval().to(device), 0, None
-            meta = dict(encoding="gpt2", eot=50256)
-        encoding = load_encoding(meta, data_dir)
-        text = open(start[5:], encoding="utf-8").read() if start.startswith("FILE:") else start
+            model, name = GPT.from_pretrained(init_from).eval().to(place), init_from
+            encoding = load_encoding({"encoding": "gpt2", "eot": 50256}, None)
+        text = start
+        if prompt_file is not None:
+            with open(prompt_file, encoding="utf-8") as f:
+                text = f.read()
         prompt = encoding.encode(text)
     except (ImportError, OSError, ValueError) as e:
         raise SystemExit(str(e)) from None
-    if not prompt and not isinstance(model, BERT):
+    is_bert = isinstance(model, BERT)
+    if not prompt and not is_bert:
         raise SystemExit("start is empty: give at least one token to go on from")
-    print(f"{init_from if step == 0 else os.path.join(out_dir, checkpoint) + f' at step {step}'}: {model.head.extra_repr()}")
-    if isinstance(model, BERT):
+    print(f"{name}: {model.head.extra_repr()}")
+    if is_bert:
         try:
             lines = fill_masks(model, encoding, text, num_nearest) if num_samples else []
         except ValueError as e:
             raise SystemExit(str(e)) from None
-        print("\n".join([text, *(f"[MASK] {i + 1}: {line}" for i, line in enumerate(lines))]))
-        num_samples = 0
-    idx = torch.tensor(prompt, device=device).repeat(num_samples, 1) # (B, T)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    for i, ids in enumerate(generate(model, idx, max_new_tokens, temperature, top_k, top_p, encoding.eot, generator).tolist() if num_samples else []):
-        end = ids.index(encoding.eot, len(prompt)) if encoding.eot in ids[len(prompt):] else len(ids)
-        print(f"{f' sample {i + 1} ':-^80}\n{encoding.decode(ids[:end])}{' (end of text)' if end < len(ids) else ''}")
+        print(text)
+        for i, line in enumerate(lines):
+            print(f"[MASK] {i + 1}: {line}")
+    elif num_samples:
+        print_samples(model, encoding, prompt, place)
     if nearest:
         how = "largest dot products" if model.head.distance == "baseline" else f"{model.head.distance} distance"
-        print(f"{f' nearest prototypes, {how} ':-^80}")
+        title = f" nearest prototypes, {how} "
+        print(f"{title:-^80}")
         print("\n".join(nearest_prototypes(model, encoding, nearest.split(","), num_nearest)))
+
+
+if __name__ == "__main__":
+    main()

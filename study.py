@@ -1,28 +1,32 @@
 """
-Run a grid over one config: models x heads x links x n x seeds, each run in a process and a folder of its own; then report.py shows it.
+Runs a grid over one config: models x heads x links x n x seeds, each run in a process and a folder of its own. Then
+report.py shows what came out.
 
 $ python study.py config/study_digits.py
-$ python study.py config/study_digits.py --dry-run       # prints the list
-$ python study.py config/study_digits.py --shard=2/4     # every fourth run from the second on: for several machines, or array jobs
+$ python study.py config/study_digits.py --dry-run       # only prints the list of runs
+$ python study.py config/study_digits.py --shard=2/4     # for several machines: every fourth run, from the second on
 $ python study.py config/study_digits.py --retry         # also the runs that broke
-$ python study.py --script=train.py --base=config/cpu.py --heads=baseline,cosine,minkowski:p=3 --settings=--max_iters=500 --out_dir=out/study_cpu
+$ python study.py --script=train.py --base=config/cpu.py --settings=--max_iters=500 \\
+    --heads=baseline,cosine,minkowski:p=3 --out_dir=out/study_cpu
 
-A run that has ended (summary.json) is skipped, one that was stopped half-way goes on from its checkpoint, one that broke (error.txt) is
-reported and left until --retry. A folder that was made with other arguments (arguments.json) is refused. Ctrl-C stops the run and the
-study; the same command goes on. What a run prints is in its log.txt.
+A run that has ended (summary.json) is skipped, one that was stopped half-way goes on from its checkpoint, and one that
+broke (error.txt) is reported and left until --retry. A folder that was made with other arguments (arguments.json) is
+refused. Ctrl-C stops the run and the study, and the same command goes on. What a run prints is in its log.txt.
 Runs of the same seed start from the same backbone weights and see the same batches: the training scripts see to that.
-One run at a time, as the energy of a run is the machine's: for more at once, use --shard on several machines.
+There is one run at a time, as the energy of a run is the machine's: for more at once, use --shard on several machines.
 """
 import glob
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
 import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from itertools import product
 
 from tqdm import tqdm
@@ -35,7 +39,7 @@ script = "train_vision.py" # or 'train.py'
 base = "" # config files of every run, separated by spaces
 settings = "" # flags of every run, separated by spaces, such as '--epochs=10 --plots=false'
 models = "" # comma separated, such as 'mlp,cnn'; '': the config's
-heads = "all" # comma separated distance[:variant][:name=value], such as 'baseline,cosine,minkowski:p=3'; all: every one there is
+heads = "all" # comma separated distance[:variant][:name=value], such as 'cosine,minkowski:p=3'; all: every one there is
 links = "harmonic" # comma separated: harmonic, softmin
 ns = "default" # comma separated: numbers, 'default' (the config's), 'learn' (learn_n, from the default)
 seeds = "1,2,3"
@@ -45,19 +49,20 @@ retry = False # run again what broke
 dry_run = False # only print the list
 # -----------------------------------------------------------------------------
 _ROOT = os.path.dirname(os.path.abspath(__file__))
+# a forked run has the imports of this process already; but with a GPU a forked process could not use it
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" and not glob.glob("/dev/nvidia*") else "spawn")
 
 
-def all_heads():
-    from distances import DISTANCES
-    return ["baseline"] + [f"{distance}:{variant}" for distance, variants in DISTANCES.items() for variant in variants] + ["minkowski:p=3"]
-
+# -----------------------------------------------------------------------------
+# the grid
 
 def words(text):
+    """Return the entries of a comma separated setting."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def parsed(key, text, kind, legal):
-    """The entries of a setting, by kind(entry); ValueError that names the setting."""
+    """Return kind(entry) for each entry of a setting. Raises ValueError that names the setting and what is legal."""
     try:
         return [kind(word) for word in words(text)]
     except ValueError:
@@ -65,49 +70,85 @@ def parsed(key, text, kind, legal):
 
 
 def exponent(word):
+    """Return an entry of ns as it is. Raises ValueError when it is none."""
     if word not in ("default", "learn") and not 0 < float(word) < float("inf"):
         raise ValueError
     return word
 
 
+def all_heads():
+    """Return the baseline, every variant of every distance, and Minkowski with p = 3, as parse_head reads them."""
+    from distances import DISTANCES
+    names = ["baseline"]
+    for distance, variants in DISTANCES.items():
+        names += [f"{distance}:{variant}" for variant in variants]
+    return [*names, "minkowski:p=3"]
+
+
 def grid():
-    """[(the run's name, its flags)], seed by seed, so that a study that is stopped half-way has all heads; ValueError for what cannot be read."""
-    from distances import DistanceHead, parse_head
-    runs, exponents = {}, parsed("ns", ns, exponent, "numbers > 0, 'default' or 'learn'")
+    """
+    Return [(the run's name, its flags)], seed by seed, so that a study that is stopped half-way has all heads.
+    Raises ValueError for what cannot be read, and for a head that no run could have.
+    """
+    exponents = parsed("ns", ns, exponent, "numbers > 0, 'default' or 'learn'")
+    numbers = parsed("seeds", seeds, int, "integers")
     names = all_heads() if heads == "all" else words(heads)
-    for seed, model, head, link, n in product(parsed("seeds", seeds, int, "integers"), words(models) or [""], names, words(links), exponents):
-        arguments = parse_head(head)
-        made = DistanceHead(8, 8, **arguments, link=link) # what a run would refuse is refused here
-        distance, variant = arguments.pop("distance"), arguments.pop("variant")
-        params = ",".join(f"{key}={value:g}" for key, value in arguments.items())
-        if distance == "baseline":
-            link, n = "harmonic", "default" # which it does not have
-        flags = [f"--distance={distance}", f"--link={link}", f"--seed={seed}"]
-        flags += [f"--model={model}"] * bool(model) + [f"--variant={variant}"] * bool(variant) + [f"--distance_params={params}"] * bool(params)
-        flags += {"default": [], "learn": ["--learn_n=true"]}.get(n, [f"--n={n}"])
-        parts = [model, distance, made.variant if distance != "baseline" else "", params.replace("=", ""), link if link != "harmonic" else "",
-                 {"default": ""}.get(n, f"n{n}"), f"s{seed}"]
-        runs["_".join(part for part in parts if part)] = flags # a variant by its name and by default is one run
+    runs = {}
+    for seed, model, head, link, n in product(numbers, words(models) or [""], names, words(links), exponents):
+        name, flags = one_of_grid(seed, model, head, link, n)
+        runs[name] = flags # a variant by its name and the same one by default are one run
     return list(runs.items())
 
 
+def one_of_grid(seed, model, head, link, n):
+    """Return (the run's name, its flags) for one point of the grid. A model "" and an n "default" are the config's."""
+    from distances import DistanceHead, parse_head
+    arguments = parse_head(head)
+    full_variant = DistanceHead(8, 8, **arguments, link=link).variant # making it refuses here what a run would refuse
+    distance, variant = arguments.pop("distance"), arguments.pop("variant")
+    params = ",".join(f"{key}={value:g}" for key, value in arguments.items())
+    if distance == "baseline": # it has neither
+        link, n = "harmonic", "default"
+
+    flags = [f"--distance={distance}", f"--link={link}", f"--seed={seed}"]
+    if model:
+        flags.append(f"--model={model}")
+    if variant:
+        flags.append(f"--variant={variant}")
+    if params:
+        flags.append(f"--distance_params={params}")
+    if n == "learn":
+        flags.append("--learn_n=true")
+    elif n != "default":
+        flags.append(f"--n={n}")
+
+    parts = [model, distance, full_variant, params.replace("=", "")]
+    if link != "harmonic":
+        parts.append(link)
+    if n != "default":
+        parts.append(f"n{n}")
+    parts.append(f"s{seed}")
+    return "_".join(part for part in parts if part), flags
+
+
+# -----------------------------------------------------------------------------
+# one run
+
 def state(folder):
-    """'ended', 'broken', 'stopped' (half-way, with a checkpoint) or 'new'"""
+    """Return "ended", "broken", "stopped" (half-way, with a checkpoint) or "new"."""
     for name, word in (("summary.json", "ended"), ("error.txt", "broken"), ("ckpt.pt", "stopped")):
         if os.path.exists(os.path.join(folder, name)):
             return word
     return "new"
 
 
-def arguments(folder, flags):
-    """Of the training script, for a run in whatever state it is."""
-    if os.path.exists(os.path.join(folder, "ckpt.pt")):
-        return ["--init_from=resume", f"--out_dir={folder}"]
-    return [*shlex.split(base), *shlex.split(settings), *flags, f"--out_dir={folder}", "--overwrite=true"]
+def recipe(flags):
+    """Return what a run is made with, the script and its arguments; the run's folder keeps it in arguments.json."""
+    return [script, *shlex.split(base), *shlex.split(settings), *flags]
 
 
-def made_with(folder):
-    """The arguments that a folder's run was begun with, None for a new one."""
+def saved_recipe(folder):
+    """Return the recipe that a folder's run was begun with, or None for a new one."""
     path = os.path.join(folder, "arguments.json")
     if not os.path.exists(path):
         return None
@@ -115,8 +156,11 @@ def made_with(folder):
         return json.load(f)
 
 
-def wanted(flags):
-    return [script, *shlex.split(base), *shlex.split(settings), *flags]
+def arguments(folder, flags):
+    """Return the arguments with which the training script begins a run, or goes on with it from its checkpoint."""
+    if os.path.exists(os.path.join(folder, "ckpt.pt")):
+        return ["--init_from=resume", f"--out_dir={folder}"]
+    return [*recipe(flags)[1:], f"--out_dir={folder}", "--overwrite=true"]
 
 
 def child(path, args, folder):
@@ -145,16 +189,19 @@ def child(path, args, folder):
 
 
 def run_one(folder, flags):
-    """Run it to its end, or leave error.txt. KeyboardInterrupt passes through, when the run has stopped."""
+    """
+    Run one run to its end, or leave error.txt. KeyboardInterrupt passes through, after the run has stopped.
+    """
     os.makedirs(folder, exist_ok=True)
     error, log = os.path.join(folder, "error.txt"), os.path.join(folder, "log.txt")
-    for name in (error, log):
-        if os.path.exists(name) and (name == error or state(folder) != "stopped"):
-            os.remove(name)
-    sys.stdout.flush() # or the child would have it too
+    if os.path.exists(error):
+        os.remove(error)
+    if os.path.exists(log) and state(folder) != "stopped": # one that goes on adds to its log
+        os.remove(log)
+    sys.stdout.flush() # what is still in the buffer would be the child's too
     with open(os.path.join(folder, "arguments.json"), "w") as f:
-        json.dump(wanted(flags), f)
-    process = context.Process(target=child, args=(os.path.join(_ROOT, script), arguments(folder, flags), folder))
+        json.dump(recipe(flags), f)
+    process = CONTEXT.Process(target=child, args=(os.path.join(_ROOT, script), arguments(folder, flags), folder))
     process.start()
     try:
         process.join()
@@ -173,50 +220,49 @@ def run_one(folder, flags):
 
 
 def why(folder):
+    """Return in a line why a run broke: its exit status and the last line that it printed."""
     with open(os.path.join(folder, "error.txt"), encoding="utf-8", errors="replace") as f:
         lines = [line for line in f.read().splitlines() if line.strip()]
     return ": ".join([lines[0], *lines[1:][-1:]])[:200]
 
 
-def main():
+# -----------------------------------------------------------------------------
+# the study
+
+def read_shard():
+    """Return (i, k) of the setting shard. Raises ValueError when it does not read i/k with 1 <= i <= k."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"shard is {shard!r}: write i/k with 1 <= i <= k, such as 2/4")
+    return int(match[1]), int(match[2])
+
+
+def refuse_other_recipes(runs):
+    """Raise SystemExit that names the first folders whose runs were made with other arguments."""
     problems = []
-    configure(globals(), problems=problems)
-    try:
-        i, k = (int(part) for part in shard.split("/"))
-        if not 1 <= i <= k:
-            raise ValueError
-    except ValueError:
-        problems.append(f"shard is {shard!r}: write i/k with 1 <= i <= k, such as 2/4")
-        i, k = 1, 1
-    if script not in ("train.py", "train_vision.py"):
-        problems.append(f"script is {script!r}: use train.py or train_vision.py")
-    problems += [f"base: there is no {path}" for path in shlex.split(base) if not os.path.exists(path)]
-    try:
-        runs = grid()
-        if not runs:
-            problems.append("the grid is empty: models, heads, links, ns and seeds need an entry each")
-    except ValueError as e:
-        problems.append(str(e))
+    for folder, flags in runs:
+        saved = saved_recipe(folder)
+        if saved not in (None, recipe(flags)):
+            problems.append(f"{folder} was made with other arguments ({shlex.join(saved)}): "
+                            "use another --out_dir, or delete it")
+    if len(problems) > 5:
+        problems[5:] = [f"and {len(problems) - 5} more"]
     fail(problems)
-    runs = [(os.path.join(out_dir, name), flags) for name, flags in runs[i - 1::k]]
-    others = {folder: made for folder, flags in runs if (made := made_with(folder)) not in (None, wanted(flags))}
-    fail([f"{folder} was made with other arguments ({shlex.join(args)}): use another --out_dir, or delete it" for folder, args in list(others.items())[:5]]
-         + [f"and {len(others) - 5} more"] * (len(others) > 5))
-    states = {folder: state(folder) for folder, _ in runs}
-    todo = [(folder, flags) for folder, flags in runs if states[folder] != "ended" and (retry or states[folder] != "broken")]
-    counts = ", ".join(f"{list(states.values()).count(word)} {word}" for word in ("ended", "stopped", "broken", "new") if word in states.values())
-    print(f"{len(runs)} runs in {out_dir}" + (f", shard {shard}" if k > 1 else "") + f": {counts}; {len(todo)} to run")
-    if dry_run:
-        for folder, flags in runs:
-            print(f"{states[folder]:>8}  python {script} {shlex.join(arguments(folder, flags))}")
-        return
-    if context.get_start_method() == "fork": # what every run imports is imported once
+
+
+def import_ahead():
+    """Import once what every run imports, where a run is a fork of this process."""
+    if CONTEXT.get_start_method() == "fork":
         import codecarbon.input  # noqa: F401
         import sklearn.datasets  # noqa: F401
         import sklearn.metrics  # noqa: F401
         import torch._dynamo  # noqa: F401
+
+
+def run_all(todo):
+    """Run them one after the other, and return how many have not broken. Raises SystemExit on Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler) # the run must not outlive the study
-    start, done = time.time(), 0
+    done = 0
     bar = tqdm(todo, unit="run", dynamic_ncols=True)
     try:
         for folder, flags in bar:
@@ -229,14 +275,56 @@ def main():
     except KeyboardInterrupt:
         bar.close()
         raise SystemExit(f"stopped after {done} of {len(todo)} runs: the same command goes on") from None
-    broken = [folder for folder, _ in runs if state(folder) == "broken"]
-    print(f"{done} runs in {time.time() - start:.0f} s; {sum(state(folder) == 'ended' for folder, _ in runs)} of {len(runs)} have ended")
+    return done
+
+
+def main():
+    # what cannot run is said before anything does
+    problems, named = [], []
+    configure(globals(), problems=problems)
+    i, k = 1, 1
+    try:
+        i, k = read_shard()
+    except ValueError as e:
+        problems.append(str(e))
+    if script not in ("train.py", "train_vision.py"):
+        problems.append(f"script is {script!r}: use train.py or train_vision.py")
+    problems += [f"base: there is no {path}" for path in shlex.split(base) if not os.path.exists(path)]
+    try:
+        named = grid()
+        if not named:
+            problems.append("the grid is empty: models, heads, links, ns and seeds need an entry each")
+    except ValueError as e:
+        problems.append(str(e))
+    fail(problems)
+    runs = [(os.path.join(out_dir, name), flags) for name, flags in named[i - 1::k]]
+    refuse_other_recipes(runs)
+
+    # what there is to do
+    states = {folder: state(folder) for folder, _ in runs}
+    skipped = ("ended",) if retry else ("ended", "broken")
+    todo = [(folder, flags) for folder, flags in runs if states[folder] not in skipped]
+    count = Counter(states.values())
+    counts = ", ".join(f"{count[word]} {word}" for word in ("ended", "stopped", "broken", "new") if count[word])
+    part = f", shard {shard}" if k > 1 else ""
+    print(f"{len(runs)} runs in {out_dir}{part}: {counts}; {len(todo)} to run")
+    if dry_run:
+        for folder, flags in runs:
+            print(f"{states[folder]:>8}  python {script} {shlex.join(arguments(folder, flags))}")
+        return
+
+    # do it
+    import_ahead()
+    start = time.time()
+    done = run_all(todo)
+    states = {folder: state(folder) for folder, _ in runs}
+    ended = list(states.values()).count("ended")
+    print(f"{done} runs in {time.time() - start:.0f} s; {ended} of {len(runs)} have ended")
+    broken = [f"  {folder}: {why(folder)}" for folder in states if states[folder] == "broken"]
     if broken:
-        raise SystemExit("\n".join([f"{len(broken)} broken, --retry runs them again:", *(f"  {folder}: {why(folder)}" for folder in broken)]))
+        raise SystemExit("\n".join([f"{len(broken)} broken, --retry runs them again:", *broken]))
     print(f"python report.py {out_dir}")
 
 
-# a forked process has its imports already; with a GPU it could not use it
-context = multiprocessing.get_context("fork" if sys.platform == "linux" and not glob.glob("/dev/nvidia*") else "spawn")
 if __name__ == "__main__":
     main()

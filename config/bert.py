@@ -1,6 +1,7 @@
-# BERT-base (124.7M parameters with GPT-2 tokens) by masked tokens at the paper's settings (section C.2): 38 x 2 x 512 tokens per step, 15% of them predicted
-# $ python prepare_openwebtext.py
-# $ torchrun --standalone --nproc_per_node=2 train.py config/bert.py --distance=cosine --out_dir=out/bert_cosine
+# This trains BERT-base (124.7M parameters with GPT-2 tokens) by masked tokens, at the paper's settings (section C.2):
+# 38 x 2 x 512 tokens per step, of which 15% are predicted.
+#   python prepare_openwebtext.py
+#   torchrun --standalone --nproc_per_node=2 train.py config/bert.py --distance=cosine --out_dir=out/bert_cosine
 out_dir = "out/bert"
 dataset = "openwebtext"
 model = "bert"

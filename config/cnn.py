@@ -1,4 +1,4 @@
-# the paper's CNN (Tables 4 to 7): the MLP's settings, but for
+# This trains the paper's CNN (Tables 4 to 7), at the MLP's settings except for its batch sizes:
 #   python train_vision.py config/cnn.py --dataset=cifar10 --distance=cosine
 include("mlp.py")
 model = "cnn"

@@ -1,4 +1,5 @@
-# a CPU: a GPT of 4 layers and 128 dimensions on the standard library's sources (python prepare_stdlib.py, no network)
+# This suits a CPU: a GPT of 4 layers and 128 dimensions, on the standard library's sources. No network is needed.
+#   python prepare_stdlib.py
 #   python train.py config/cpu.py --distance=euclidean
 out_dir = "out/cpu"
 dataset = "stdlib"
@@ -18,5 +19,5 @@ beta2 = 0.99
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
-intermediate_size = 352 # of qwen2
-compile = False # on so small a model it costs more than it saves; elementwise distances want --compile=true
+intermediate_size = 352 # for --model=qwen2
+compile = False # on so small a model it costs more than it saves, but elementwise distances want --compile=true

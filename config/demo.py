@@ -1,4 +1,4 @@
-# `make demo`: the CPU preset with the cosine harmonic head, 0.8M tokens, three minutes on 2 cores
+# `make demo` trains this: the CPU preset with the cosine harmonic head, on 0.8M tokens, in three minutes on 2 cores.
 #   python train.py config/demo.py
 include("cpu.py")
 out_dir = "out/demo"

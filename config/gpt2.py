@@ -1,7 +1,9 @@
-# GPT-2 124M on OpenWebText at the settings of "Non-Euclidean Harmonic Losses", Tables 1-3, with any head:
-#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py --distance=minkowski --distance_params=p=3 --out_dir=out/gpt2_minkowski3
-# `python distances.py` lists the heads. Not the paper's: no label smoothing and no clamps in the loss, which is exact here, and
-# the exponent n, which its code left different for each distance (ours: a multiple of sqrt(n_embd), --n=... sets it).
+# This trains GPT-2 124M on OpenWebText at the settings of "Non-Euclidean Harmonic Losses", Tables 1-3, with any head
+# (`python distances.py` lists them):
+#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py --distance=minkowski --distance_params=p=3 \
+#       --out_dir=out/gpt2_minkowski3
+# Two things differ from the paper's code. The loss is exact, without label smoothing and clamps. And the exponent n,
+# which that code left different for each distance, is a multiple of sqrt(n_embd) by default; --n=... sets it.
 out_dir = "out/gpt2"
 dataset = "openwebtext"
 

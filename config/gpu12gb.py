@@ -1,6 +1,7 @@
-# one GPU of 8 to 12 GB: GPT-2's shape at half its depth and a shorter context, 0.26M tokens per step:
+# This suits one GPU of 8 to 12 GB: GPT-2's shape at half its depth and a shorter context, 0.26M tokens per step.
 #   python train.py config/gpu12gb.py --distance=cosine
-# out of memory: halve batch_size, and double gradient_accumulation_steps and eval_iters: steps and validation range stay the same
+# If it runs out of memory, halve batch_size and double gradient_accumulation_steps and eval_iters: the steps and the
+# validation range stay the same.
 out_dir = "out/gpu12gb"
 dataset = "openwebtext"
 

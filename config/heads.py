@@ -1,5 +1,6 @@
-# every head on the same 77,000 tokens, three seeds each: the table in the README
-#   python train.py config/heads.py --distance=chebyshev --variant=smooth --seed=1 --out_dir=out/heads/chebyshev_smooth_1
+# This trains one head on 77,000 tokens, the same for every head: the README's table has each of them with three seeds.
+#   python train.py config/heads.py --distance=chebyshev --variant=smooth --seed=1 \
+#       --out_dir=out/heads/chebyshev_smooth_1
 include("cpu.py")
 out_dir = "out/heads/baseline"
 batch_size = 4
@@ -9,4 +10,4 @@ warmup_iters = 20
 eval_interval = 100
 eval_iters = 160 # 40,960 tokens
 log_interval = 20
-compile = True # the tiles of the elementwise distances
+compile = True # pays for the tiles of the elementwise distances

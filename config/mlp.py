@@ -1,4 +1,4 @@
-# the paper's MLP (Tables 4 to 7); the column of the digits is ours
+# This trains the paper's MLP (Tables 4 to 7); the column of the digits is not the paper's but ours.
 #   python train_vision.py config/mlp.py --dataset=mnist --distance=cosine
 model = "mlp"
 out_dir = f"out/{dataset}_{model}"

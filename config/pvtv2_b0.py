@@ -1,4 +1,4 @@
-# the paper's PVTv2-B0 (Tables 4 to 7)
+# This trains the paper's PVTv2-B0 (Tables 4 to 7):
 #   torchrun --standalone --nproc_per_node=2 train_vision.py config/pvtv2_b0.py --dataset=cifar10 --distance=cosine
 model = "pvtv2_b0"
 out_dir = f"out/{dataset}_{model}"

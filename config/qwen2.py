@@ -1,11 +1,12 @@
-# Qwen2-0.5B (403.0M parameters with GPT-2 tokens) at the paper's settings (section C.2): 6 x 10 x 1024 tokens per step. The paper's runs had
-# vocab_size = 151936 (494.0M) on GPT-2's tokens, of which 101,679 never occur
-# $ python prepare_openwebtext.py
-# $ torchrun --standalone --nproc_per_node=2 train.py config/qwen2.py --distance=cosine --out_dir=out/qwen2_cosine
+# This trains Qwen2-0.5B (403.0M parameters with GPT-2 tokens) at the paper's settings (section C.2): 6 x 10 x 1024
+# tokens per step. The paper's runs had vocab_size = 151936 (494.0M parameters) on GPT-2's tokens, so that 101,679
+# never occurred.
+#   python prepare_openwebtext.py
+#   torchrun --standalone --nproc_per_node=2 train.py config/qwen2.py --distance=cosine --out_dir=out/qwen2_cosine
 out_dir = "out/qwen2"
 dataset = "openwebtext"
 model = "qwen2"
-scale = "0.5B" # 24 layers, 14 heads, 2 of keys and values, width 896, MLP 4864
+scale = "0.5B" # 24 layers, 14 heads of queries, 2 of keys and values, width 896, an MLP of 4864
 
 block_size = 1024
 tie_weights = True

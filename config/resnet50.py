@@ -1,4 +1,4 @@
-# the paper's ResNet-50 (Tables 4 to 7)
+# This trains the paper's ResNet-50 (Tables 4 to 7):
 #   torchrun --standalone --nproc_per_node=2 train_vision.py config/resnet50.py --dataset=cifar100 --distance=cosine
 model = "resnet50"
 out_dir = f"out/{dataset}_{model}"

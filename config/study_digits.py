@@ -1,4 +1,4 @@
-# every head on scikit-learn's digits: an MLP, three seeds, no download
+# This study trains an MLP with every head on scikit-learn's digits, with three seeds and without a download.
 #   python study.py config/study_digits.py
 script = "train_vision.py"
 base = "config/mlp.py"

@@ -1,4 +1,6 @@
-# six heads that are matrix products, in a small GPT on the standard library's sources (python prepare_stdlib.py), three seeds
+# This study trains a small GPT with six heads that are matrix products, on the standard library's sources, with three
+# seeds.
+#   python prepare_stdlib.py
 #   python study.py config/study_gpt.py
 script = "train.py"
 base = "config/heads.py"

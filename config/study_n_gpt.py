@@ -1,4 +1,5 @@
-# the same question for language: three geometries at n = sqrt(n_embd), a factor of four either way, and learned; for both links
+# This study asks the question of study_n.py for language: it trains three geometries with n = sqrt(n_embd), with n a
+# factor of four smaller and larger, and with n learned, for both links.
 #   python study.py config/study_n_gpt.py
 include("study_gpt.py")
 settings = "--max_iters=200 --eval_interval=50 --eval_iters=40 --log_interval=5 --compile=false"

@@ -1,4 +1,5 @@
-# the paper's VGG16 (Tables 5 to 7). Its rate and epochs are not in the paper: the rate is the published code's, the epochs ResNet-50's
+# This trains the paper's VGG16 (Tables 5 to 7). Its rate and epochs are not in the paper: the rate is the published
+# code's, the epochs are ResNet-50's.
 #   python train_vision.py config/vgg16.py --dataset=cifar10 --distance=cosine
 include("resnet50.py")
 model = "vgg16"
