@@ -27,7 +27,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import FunctionType, SimpleNamespace
@@ -43,7 +43,7 @@ from torch import nn
 class Distance:
     """d(h, w) = finish(core(prep(h), prep(w))). The core alone costs N x V x D: it is a matrix product, or tiles of a
     sum, a maximum or a ratio over the D coordinates. Autograd differentiates prep and finish, and a core without a
-    gradient of its own. `o` is a namespace of eps, in_features, the distance's numbers and its tensors.
+    gradient of its own. `o` holds eps, in_features, the distance's numbers and its tensors.
 
     To add a distance write its core, one line such as Tiles(lambda h, w: (h - w).abs().sum(-1)), and one entry of
     DISTANCES."""
@@ -57,6 +57,17 @@ class Distance:
     tensors: dict = field(default_factory=dict)      # learned: name -> (V, D) -> initial value
     buffers: dict = field(default_factory=dict)      # estimated while training, likewise
     formula: str = ""
+
+
+class Options:
+    """`o`: eps, in_features, the distance's numbers and its tensors, as attributes."""
+
+    def __init__(self, **values):
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def updated(self, **values):
+        return Options(**{**self.__dict__, **values})
 
 
 def plus_eps2(s, a, b, o):
@@ -125,6 +136,7 @@ DISTANCES = {
         "normalized": Distance(lambda o: l1(), over_sum, lambda h, w, o: (shares(h, o.eps), shares(w, o.eps)),
                                row_term=lambda x: x.sum(-1),
                                formula="abs, after |h|+eps and |w|+eps are scaled to sum 1"),
+        "signed": Distance(lambda o: signed_bray_curtis(o.eps), formula="sum |h-w| / (sum |h+w| + eps) + eps, scipy's"),
     },
     "mahalanobis": { # P = root root', d^2 = |(h - w) root|^2 + eps^2
         "standard": Distance(lambda o: SquaredL2(), plus_eps2, lambda h, w, o: whitened(h, w, gram_root(o.A.T, o)),
@@ -156,23 +168,29 @@ LINKS = ("harmonic", "softmin")
 
 class _Unit(torch.autograd.Function):
     """F.normalize(x, dim=-1), whose own backward pass holds four copies of x: too many for a large vocabulary."""
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(x):
         inverse = 1 / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        ctx.save_for_backward(x, inverse)
-        return x * inverse
+        return x * inverse, inverse
 
     @staticmethod
-    def backward(ctx, g):
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx, g, _):
         x, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return differentiable_gradients(nn.functional.normalize(x, dim=-1), [x], g)[0]
+        if torch.is_grad_enabled(): # this gradient is to be differentiated again
+            return torch.func.vjp(lambda x: nn.functional.normalize(x, dim=-1), x)[1](g)[0]
         along = torch.linalg.vecdot(x, g)[..., None] * inverse ** 2 * (inverse < 1e12) # the zero vector does not turn
         return g.mul_(inverse).addcmul_(x, along * inverse, value=-1) # in place: _Pairs and _Loss made g for this alone
 
 
-unit = _Unit.apply
+def unit(x):
+    return nn.functional.normalize(x, dim=-1) if torch.compiler.is_compiling() else _Unit.apply(x)[0]
 
 
 def is_zero(x):
@@ -204,7 +222,7 @@ def hard_bits(x, threshold):
 def exponentials(h, w, o):
     """sum 2 cosh(alpha (h - w)) = <[e^(alpha h), e^(-alpha h)], [e^(-alpha w), e^(alpha w)]>. Raises ValueError beyond
     exp's range."""
-    if o.validate:
+    if o.validate and h.numel() and has_values(h):
         limit = math.log(torch.finfo(h.dtype).max) - 8 # of a term, so that the sum too stays in range
         reach = o.alpha * (h.detach().abs().amax() + w.detach().abs().amax()).item()
         if not reach < limit:
@@ -289,6 +307,10 @@ class Core:
         """s (N, V) by operations that autograd differentiates as often as one likes. It holds N x V x D."""
         return self.value(h[:, None], w[None])
 
+    def traced(self, h, w):
+        """s (N, V) by operations that torch.compile, torch.export and vmap take whole; close pairs are not refined."""
+        return self.assemble(h @ w.T, h, self.precompute(w)) if self.is_product else self.dense(h, w)
+
 
 def at_least_fp32(*dtypes):
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -296,7 +318,7 @@ def at_least_fp32(*dtypes):
 
 def norm2(x):
     """|x|^2 without a temporary of x's size: (..., D) -> (...), in fp32 at least."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=at_least_fp32(x.dtype)).square_()
+    return torch.linalg.vector_norm(x, dim=-1, dtype=at_least_fp32(x.dtype)).square()
 
 
 def slices(n, step):
@@ -371,6 +393,11 @@ class WeightedSquaredL2(SquaredL2):
 
     def assemble(self, out, h, precomputed):
         return out.clamp_min(0)
+
+    def traced(self, h, w):
+        w, alpha = w.chunk(2, -1)
+        a2 = alpha ** 2
+        return ((a2 * w * w).sum(-1) - 2 * h @ (a2 * w).T + (h * h) @ a2.T).clamp_min(0)
 
     def cancelling(self, h, w):
         w, alpha = w.chunk(2, -1)
@@ -500,8 +527,8 @@ class Tiles(Core):
         def forward(h, w):
             return self.eager_forward(h, w)
 
-        compiled_functions = {f.__name__: compiled(f, dynamic=False, fullgraph=True) for f in (forward, pair, dh, dw)}
-        return SimpleNamespace(**compiled_functions)
+        fixed_shape = dict(dynamic=False, fullgraph=True)
+        return SimpleNamespace(**{f.__name__: with_own_cache(f, **fixed_shape) for f in (forward, pair, dh, dw)})
 
     def gpu_kernels(self, h):
         """The module of GPU kernels where it has one for this core, else None."""
@@ -523,7 +550,7 @@ def padded_rows(x, rows):
     return x if len(x) == rows else torch.cat([x, x[-1:].expand(rows - len(x), -1)])
 
 
-def compiled(function, **options):
+def with_own_cache(function, **options):
     """torch.compile with a cache of its own. Dynamo counts recompilations per code object, and many heads share this
     file's: past the eighth it would go on eagerly, for a tile with N x V x D in memory, and say so in a log line
     only."""
@@ -666,6 +693,20 @@ def canberra_weighted(eps, k):
     return Tiles(value, slope, divide_by_weights)
 
 
+def signed_bray_curtis(eps):
+    """sum |h-w| / (sum |h+w| + eps)"""
+    def value(h, w):
+        return (h - w).abs().sum(-1) / ((h + w).abs().sum(-1) + eps)
+
+    def divide_by_sum(h, w, s, g):
+        return s, g / ((h + w).abs().sum(-1) + eps)
+
+    def slope(h, w, s, g):
+        through_difference, through_sum = signed(h - w, g), s * signed(h + w, g)
+        return through_difference - through_sum, -through_difference - through_sum
+    return Tiles(value, slope, divide_by_sum)
+
+
 # -----------------------------------------------------------------------------
 # all pairs, and the loss
 
@@ -683,13 +724,6 @@ def full_fp32(x):
             torch.set_float32_matmul_precision(before)
 
 
-def differentiable_gradients(output, inputs, g):
-    """The gradients of output by inputs, themselves differentiable; None for an input that asks for none."""
-    asking = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(output, asking, g, create_graph=True, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in inputs]
-
-
 def all_pairs(core, h, w):
     precomputed = core.precompute(w)
     out = h.new_empty(len(h), len(w), dtype=at_least_fp32(h.dtype))
@@ -701,30 +735,58 @@ class _Pairs(torch.autograd.Function):
     """s for all pairs (N, V), with the core's own gradients; second derivatives go through core.dense."""
 
     @staticmethod
-    def forward(ctx, core, h, w):
+    def forward(core, h, w):
         with full_fp32(h):
             s = all_pairs(core, h, w)
-            if isinstance(core, SquaredL2):
-                s = core.refine(h, w, s)
-        ctx.core = core
-        ctx.save_for_backward(h, w, s)
-        return s
+            return core.refine(h, w, s) if isinstance(core, SquaredL2) else s
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.core, *tensors = inputs
+        ctx.save_for_backward(*tensors, output)
 
     @staticmethod
     def backward(ctx, g):
         h, w, s = ctx.saved_tensors
         if torch.is_grad_enabled(): # this gradient is to be differentiated again
-            return None, *differentiable_gradients(ctx.core.dense(h, w), [h, w], g)
+            return None, *torch.func.vjp(ctx.core.dense, h, w)[1](g)
         dh, dw = torch.zeros_like(h), torch.zeros_like(w)
         with full_fp32(h):
             ctx.core.backward(h, w, s, g, dh, dw)
         return None, dh, dw
 
+    @staticmethod
+    def vmap(info, in_dims, core, h, w):
+        return torch.func.vmap(core.traced, in_dims[1:])(h, w), 0
+
 
 def all_distances(spec, o, h, w, core):
     h, w, terms = prepared(spec, o, h, w)
-    d = spec.finish(_Pairs.apply(core, h, w), terms.get("a"), terms.get("b"), o)
+    traced = torch.compiler.is_compiling() or h.is_meta
+    s = core.traced(h, w) if traced else _Pairs.apply(core, h, w)
+    d = spec.finish(s, terms.get("a"), terms.get("b"), o)
     return d.sqrt() if spec.squared else d
+
+
+def without_autocast(x):
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def saved_tensor_hooks():
+    """Whether the hooks of checkpoint, save_on_cpu or the like are on."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
+    return top(False) is not None
+
+
+def has_values(x):
+    """Whether one can look at x: it is no meta tensor, and neither a compiler nor vmap is tracing."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    try:
+        x.detach().reshape(-1)[:1].sum().item()
+    except RuntimeError: # vmap
+        return False
+    return True
 
 
 def prepared(spec, o, h, w):
@@ -747,7 +809,7 @@ class Plan:
     """What a call of DistanceHead.loss has decided before it looks at numbers."""
     core: Core
     spec: Distance
-    o: SimpleNamespace        # eps and the distance's numbers
+    o: Options                # eps and the distance's numbers
     link: str
     n: float | None           # None where it is learned: an input then
     num_classes: int
@@ -755,26 +817,43 @@ class Plan:
     matmul_dtype: torch.dtype # of the operands of matrix products
     differentiate: bool
     per_row: bool             # the loss is a vector, whose upstream gradient is known in the backward pass only
+    compiled: bool
     chunk_loss: Callable = None
 
     def prepare(self, inputs):
         """What the core compares, and a dict of all else that varies: the row terms, and n if it is learned. inputs
         holds h, weight, the learned tensors and n by name."""
-        o = SimpleNamespace(**{**vars(self.o), **inputs})
+        o = self.o.updated(**inputs)
         h, w, terms = prepared(self.spec, o, inputs["h"], inputs["weight"])
-        return h, w, {**terms, "n": inputs["n"]} if "n" in inputs else terms
+        return h, w, {**terms, **{name: inputs[name] for name in ("n", "bias") if name in inputs}}
 
     def scores(self, s, terms):
         """z (c, V) of s (c, V)."""
         d = self.spec.finish(s, terms.get("a"), terms.get("b"), self.o)
         z = link_scores(d, terms.get("n", self.n), self.link, self.spec.squared)
+        if "bias" in terms:
+            z = z + terms["bias"]
         if self.num_classes == z.shape[1]:
             return z
         padding = torch.arange(z.shape[1], device=z.device) >= self.num_classes # prototypes of nothing
         return z.masked_fill(padding, -math.inf)
 
 
-def chunk_loss_of(core, scores):
+def local_vjp(scores, s, terms):
+    """torch.func.vjp by autograd, which works under the saved-tensor hooks of checkpoint and save_on_cpu too: they do
+    not see this graph."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        s = s.detach().requires_grad_()
+        terms = {name: x.detach().requires_grad_() for name, x in terms.items()}
+        z = scores(s, terms)
+
+    def pull(dz):
+        ds, *dterms = torch.autograd.grad(z, [s, *terms.values()], dz)
+        return ds, dict(zip(terms, dterms))
+    return z.detach(), pull
+
+
+def chunk_loss_of(core, scores, vjp):
     """The function chunk_loss: all that a chunk of rows needs besides matrix products and tiles, in one piece, so that
     torch.compile makes a few passes over the chunk of it."""
 
@@ -788,7 +867,7 @@ def chunk_loss_of(core, scores):
         written = s if ds is None else ds
         s = torch.where(is_target, s_target[:, None], core.assemble(s, h, precomputed))
         if differentiate:
-            z, vjp = torch.func.vjp(scores, s, terms)
+            z, pull = vjp(scores, s, terms)
         else:
             z = scores(s, terms)
         log_p = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
@@ -796,7 +875,7 @@ def chunk_loss_of(core, scores):
         if not differentiate:
             return nll, None, {}
         dz = (log_p.exp() - is_target.to(z.dtype)) * weights[:, None] # softmax less one-hot
-        ds_all, dterms = vjp(dz)
+        ds_all, dterms = pull(dz)
         written.copy_(ds_all.masked_fill(is_target, 0))
         return nll, ds_all.gather(1, targets[:, None])[:, 0], dterms
     return chunk_loss
@@ -898,8 +977,9 @@ class _Loss(torch.autograd.Function):
         inputs = dict(zip(ctx.names, saved))
         grads = saved[len(inputs):]
         if torch.is_grad_enabled(): # these gradients are to be differentiated again
-            loss = dense_loss(ctx.plan, inputs, targets, weights)
-            grads = differentiable_gradients(loss, list(inputs.values()), g)
+            def loss(*tensors):
+                return dense_loss(ctx.plan, dict(zip(inputs, tensors)), targets, weights)
+            grads = torch.func.vjp(loss, *inputs.values())[1](g)
         elif ctx.plan.per_row:
             _, grads = loss_and_gradients(ctx.plan, inputs, targets, weights * g, True)
         else:
@@ -937,7 +1017,7 @@ def checked_options(spec, distance, in_features, eps, params):
     for name in params:
         if name not in legal:
             raise ValueError(f"{distance} has no parameter {name!r} (legal: {', '.join(legal) or 'none'})")
-    o = SimpleNamespace(eps=eps, in_features=in_features, noise=None, validate=True, **{**spec.params, **params})
+    o = Options(eps=eps, in_features=in_features, noise=None, validate=True, **{**spec.params, **params})
     for name in ("eps", *spec.params):
         value = getattr(o, name)
         if name == "eps" and not value >= 0:
@@ -967,45 +1047,109 @@ def pairwise(h, weight, distance, variant=None, eps=1e-4, **params):
     return all_distances(spec, o, h, weight, spec.core(o))
 
 
+# From these sizes on, elementwise distances by N x V x D and the others by N x V, a compiled step saves so much that
+# compiling pays within a thousand steps (measured on CPUs).
+WORTH_COMPILING = {"N x V x D": 2 ** 26, "N x V": 2 ** 22}
+
+
+def in_words(kind):
+    """The mark of a head in a state dict (DistanceHead.kind) as text; a linear layer has none."""
+    return "linear" if kind is None else bytes(kind.tolist()).decode(errors="replace")
+
+
 class DistanceHead(nn.Module):
     """An output layer of prototypes, in place of nn.Linear(in_features, num_prototypes, bias=False).
 
     distance, variant, params: see DISTANCES (`python distances.py` lists them); "baseline" is the linear head itself.
     link: "harmonic" (z = -n log d) or "softmin" (z = -n d). n > 0; learn_n=True learns log n. eps: bounds -n log d at h
     = w; where it enters is part of each formula. num_classes: rows of the weight from there on are padding (50,257
-    tokens in 50,304 rows): they are masked out of p. Prototypes start as nn.Linear's weight does (kaiming_uniform, a =
-    sqrt 5: +-1/sqrt D). Raises ValueError for illegal values. """
+    tokens in 50,304 rows): they are masked out of p. bias: a learned offset per class in z. device, dtype: of all
+    parameters, as in nn.Linear. Prototypes start as nn.Linear's weight does (kaiming_uniform, a = sqrt 5: +-1/sqrt D),
+    the bias of a linear head as its bias does, that of a distance at 0. Raises ValueError for illegal values. """
 
     def __init__(self, in_features, num_prototypes, distance="euclidean", variant=None, link="harmonic", n=1.0,
-                 learn_n=False, eps=1e-4, num_classes=None, **params):
+                 learn_n=False, eps=1e-4, num_classes=None, bias=False, device=None, dtype=None, **params):
         super().__init__()
         self.in_features, self.num_prototypes = in_features, num_prototypes
         self.num_classes = num_classes or num_prototypes
         self.distance, self.link, self.eps, self.params = distance, one_of("link", link, LINKS), eps, params
-        self.variant, self.spec = find(distance, variant)
+        self.variant, spec = find(distance, variant)
         if not 0 < self.num_classes <= num_prototypes:
             raise ValueError(f"num_classes must lie in 1..{num_prototypes} (the prototypes), got {num_classes}")
         if not n > 0 or not math.isfinite(n):
             raise ValueError(f"n must be > 0 and finite, got {n}")
+        for name in (*spec.tensors, *spec.buffers):
+            if name in params:
+                raise ValueError(f"{name} belongs to the head (head.{name}), it is not an argument")
+        self.options = checked_options(spec, distance, in_features, eps, params)
         self.weight = nn.Parameter(torch.empty(num_prototypes, in_features))
-        for name, make in self.spec.tensors.items():
+        for name, make in spec.tensors.items():
             self.register_parameter(name, nn.Parameter(make(num_prototypes, in_features)))
-        for name, make in self.spec.buffers.items():
+        for name, make in spec.buffers.items():
             self.register_buffer(name, make(num_prototypes, in_features))
         if distance == "baseline":
             self.link, n, learn_n = "softmin", 1.0, False
         self.fixed_n = None if learn_n else float(n)
         if learn_n:
             self.log_n = nn.Parameter(torch.tensor(math.log(n)))
-        for name in (*self.spec.tensors, *self.spec.buffers):
-            if name in params:
-                raise ValueError(f"{name} belongs to the head (head.{name}), it is not an argument")
-        self.options = checked_options(self.spec, distance, in_features, eps, params)
-        self.core = self.spec.core(self.options)
-        self.compiled, self._chunk_losses = False, {} # see compile_loss
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_prototypes)) if bias else None)
+        self.register_buffer("kind", None) # a mark in the state dict, which a linear layer refuses
+        if distance != "baseline":
+            words = [distance, self.variant, self.link, *(f"{name}={value}" for name, value in params.items())]
+            self.kind = torch.tensor(list(" ".join(words).encode()), dtype=torch.uint8)
+        self.compiled = None # see compile_loss
         self.mm_dtype = None # of the loss's matrix products; None: bf16 on a GPU under autocast to bf16, else as h is
         self.validate = True # check h and targets at every call: it waits for the device, a training loop may skip it
+        self._look_up()
         nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5)
+        if bias and distance == "baseline":
+            nn.init.uniform_(self.bias, -in_features ** -0.5, in_features ** -0.5)
+        self.to(device=device, dtype=dtype)
+
+    def _look_up(self):
+        """What holds functions, and is no part of a pickle."""
+        _, self.spec = find(self.distance, self.variant)
+        self.core, self._chunk_losses = self.spec.core(self.options), {}
+        self.compile_loss(self.compiled)
+
+    def __getstate__(self):
+        return {name: x for name, x in self.__dict__.items() if name not in ("spec", "core", "_chunk_losses")}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.distance not in DISTANCES and self.distance != "baseline":
+            raise ValueError(f"this head has the distance {self.distance!r}, which DISTANCES does not hold here: "
+                             "register it before the head is loaded, as was done where it was made")
+        self._look_up()
+
+    @property
+    def out_features(self):
+        return self.num_classes
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Weights of another head are refused: they would load without a word, and score otherwise."""
+        saved, own = (in_words(x) for x in (state_dict.get(f"{prefix}kind"), self.kind))
+        if saved != own:
+            args[-1].append(f"the weights of {prefix}weight are those of a {saved} head, this is a {own} head")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def resize(self, num_prototypes):
+        """Change the number of prototypes, in place: the first ones stay, new ones start as those of a new head do. The
+        parameters are new ones, which the optimizer has to be told. Returns self, for
+        model.set_output_embeddings(head.resize(n))."""
+        arguments = dict(self.params, bias=self.bias is not None)
+        fresh = DistanceHead(self.in_features, num_prototypes, self.distance, self.variant, **arguments)
+        for name in ("weight", "bias", *self.spec.tensors):
+            old, new = getattr(self, name), getattr(fresh, name)
+            if old is None or old.shape == new.shape:
+                continue
+            new, kept = new.to(old), min(len(old), len(new))
+            new[:kept] = old[:kept]
+            setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        self.num_prototypes = self.num_classes = num_prototypes
+        self._chunk_losses = {}
+        return self
 
     def extra_repr(self):
         padding = f" of {self.num_prototypes}" if self.num_classes < self.num_prototypes else ""
@@ -1022,55 +1166,58 @@ class DistanceHead(nn.Module):
         return self.log_n.exp() if self.fixed_n is None else self.fixed_n
 
     def compile_loss(self, on=True):
-        """Run what is not a matrix product through torch.compile: the tiles of elementwise distances (but see
-        Tiles.triton), and the way from distances to the loss and back. Needs a C++ compiler on a CPU, triton on a
-        GPU."""
+        """Whether what is not a matrix product goes through torch.compile: the tiles of elementwise distances (but see
+        Tiles.triton), and the way from distances to the loss and back. None, the default: where a call of loss is large
+        enough to be worth the 10 to 30 seconds that compiling takes once, and where there is a compiler (C++ on a CPU,
+        triton on a GPU)."""
         self.compiled, self._chunk_losses = on, {}
         if isinstance(self.core, Tiles):
-            self.core.compile = on
+            self.core.compile = bool(on)
 
     def distances(self, h):
         """d(h, w_k): h (..., D) -> (..., num_classes). Close pairs are exact too: in fp32 the relative error is at most
         about 1e-4."""
         if self.distance == "baseline":
             raise ValueError("baseline is a linear head, it has no distance")
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h):
             return self._distances(h).reshape(*h.shape[:-1], self.num_classes)
 
     def forward(self, h):
         """z, the scores whose softmax is p: h (..., D) -> (..., num_classes)."""
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h):
             z = link_scores(self._distances(h), self.n, self.link)
+            if self.bias is not None:
+                z = z + self.bias[:self.num_classes].to(z.dtype)
             return z.reshape(*h.shape[:-1], self.num_classes)
 
     def _distances(self, h):
-        h, weight, tensors, o = self._inputs(h)
-        d = all_distances(self.spec, SimpleNamespace(**{**vars(o), **tensors}), h, weight, self.core)
+        h, weight, tensors = self._inputs(h)
+        d = all_distances(self.spec, self._options(h, weight).updated(**tensors), h, weight, self.core)
         return d[:, :self.num_classes]
 
     def _inputs(self, h):
-        """h (..., D) -> (N, D), the weight, the learned tensors by name, all in fp32 (fp64 stays), and the options of
-        this call."""
+        """h (..., D) -> (N, D), the weight, and the learned tensors by name, all in fp32 (fp64 stays)."""
         if h.shape[-1] != self.in_features:
             raise ValueError(f"the head takes features of size {self.in_features}, got {tuple(h.shape)}")
         h = h.reshape(-1, self.in_features)
-        if self.validate and not torch.isfinite(h).all():
+        if self.validate and has_values(h) and not torch.isfinite(h).all():
             finite = torch.isfinite(h)
             row = (~finite).any(1).nonzero()[0].item()
             raise ValueError(f"h is not finite: {(~finite).sum().item()} of {h.numel()} values, the first in row {row}")
         dtype = at_least_fp32(h.dtype, self.weight.dtype)
         h, weight = h.to(dtype), self.weight.to(dtype)
-        tensors = {name: getattr(self, name).to(dtype) for name in self.spec.tensors}
-        o = SimpleNamespace(**vars(self.options))
-        o.validate = self.validate
-        for name in self.spec.buffers:
-            setattr(o, name, getattr(self, name).to(dtype, copy=True)) # the estimate of now, also for the backward pass
+        return h, weight, {name: getattr(self, name).to(dtype) for name in self.spec.tensors}
+
+    def _options(self, h, weight):
+        """The options of this call, with the estimates and a sample of the noise, as the backward pass may need
+        them."""
+        changing = {name: getattr(self, name).to(h.dtype, copy=True) for name in self.spec.buffers}
         if self.spec.noise and self.training:
-            o.noise = self.spec.noise(h), self.spec.noise(weight)
-        return h, weight, tensors, o
+            changing["noise"] = self.spec.noise(h), self.spec.noise(weight)
+        return self.options.updated(validate=self.validate, **changing)
 
     @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
-    def loss(self, h, targets, ignore_index=-1, reduction="mean", chunk=None):
+    def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None):
         """-log p_y in nats, equal to F.cross_entropy(head(h), targets) in value and in every gradient, without N x V in
         memory.
 
@@ -1078,32 +1225,52 @@ class DistanceHead(nn.Module):
         "mean" (over the targets that count), "sum" or "none" (per target, whose backward pass computes the distances
         again). chunk: rows at a time, by default 256 (elementwise 128), or 1024 on a GPU, and more where a buffer stays
         below 8 MB (4 MB; 256 MB on a GPU). Runs in fp32 with autocast off, but for the operands of matrix products
-        (mm_dtype); gradients of the weight accumulate in fp32. Raises ValueError for shapes that do not fit, a target
-        out of range and a non-finite h. """
+        (mm_dtype); gradients of the weight accumulate in fp32. Second derivatives are right, and hold N x V x D. Raises
+        ValueError for shapes that do not fit, a target out of range and a non-finite h. torch.compile runs it outside
+        of its graph, or raises with fullgraph=True; torch.func's transforms raise RuntimeError ("must override the
+        setup_context"): both take F.cross_entropy(head(h), targets). """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
         if h.shape[:-1] != targets.shape:
             raise ValueError(f"h {tuple(h.shape)} and targets {tuple(targets.shape)} do not fit: h needs one more "
                              "dimension, the features")
+        if targets.is_floating_point():
+            raise ValueError(f"targets are class numbers, of an integer type, got {targets.dtype}")
         autocast_dtype = torch.get_autocast_dtype("cuda") if h.is_cuda and torch.is_autocast_enabled("cuda") else None
         shape, targets = targets.shape, targets.reshape(-1)
         counts = targets != ignore_index
         if self.validate:
             self._check_targets(targets[counts], ignore_index)
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h):
+            h, weight, tensors = self._inputs(h)
             if self.spec.buffers and self.training:
-                self._update_covariance(h.detach().reshape(-1, self.in_features)[counts], targets[counts])
-            h, weight, tensors, o = self._inputs(h)
+                self._update_covariance(h.detach()[counts], targets[counts])
+            o = self._options(h, weight)
             inputs = {"h": h, "weight": weight, **tensors}
             if self.fixed_n is None:
                 inputs["n"] = self.n
-            plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
+            if self.bias is not None:
+                inputs["bias"] = self.bias.to(h.dtype)
             weights = counts.to(h.dtype)
             if reduction == "mean":
-                weights = weights / counts.sum()
+                weights = weights / counts.sum().clamp_min(1)
             targets = targets.where(counts, torch.zeros_like(targets))
-            loss = _Loss.apply(plan, targets, weights, tuple(inputs), *inputs.values())
-        return loss.reshape(shape) if reduction == "none" else loss
+            plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
+            try:
+                loss = _Loss.apply(plan, targets, weights, tuple(inputs), *inputs.values())
+            except Exception as e:
+                if self.compiled is not None or not plan.compiled:
+                    raise
+                reason = repr(e)[:200]
+                warnings.warn(f"torch.compile does not work here, large batches take longer: {reason}", stacklevel=2)
+                self.compile_loss(False)
+                plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
+                loss = _Loss.apply(plan, targets, weights, tuple(inputs), *inputs.values())
+        if reduction == "none":
+            return loss.reshape(shape)
+        if reduction == "mean": # the mean of nothing, as F.cross_entropy has it, with gradients of 0
+            return loss.where(counts.any(), torch.nan)
+        return loss
 
     def _check_targets(self, targets, ignore_index):
         illegal = targets[(targets < 0) | (targets >= self.num_classes)]
@@ -1122,18 +1289,33 @@ class DistanceHead(nn.Module):
             automatic = torch.bfloat16 if autocast_dtype == torch.bfloat16 else h.dtype
             matmul_dtype = self.mm_dtype or automatic
         differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values())
-        n, num_classes = self.fixed_n, self.num_classes
-        plan = Plan(core, self.spec, o, self.link, n, num_classes, chunk, matmul_dtype, differentiate, per_row)
-        key = self.link, n # compiled once for each
+        compiled = self._is_compiled(h, differentiate)
+        if isinstance(core, Tiles):
+            core.compile = compiled
+        link, n, num_classes = self.link, self.fixed_n, self.num_classes
+        plan = Plan(core, self.spec, o, link, n, num_classes, chunk, matmul_dtype, differentiate, per_row, compiled)
+        key = link, n, compiled
         if key not in self._chunk_losses:
-            chunk_loss = chunk_loss_of(core, plan.scores)
-            self._chunk_losses[key] = compiled(chunk_loss) if self.compiled else chunk_loss
+            vjp = torch.func.vjp if compiled else local_vjp # the compiler takes the one, hooks allow the other
+            chunk_loss = chunk_loss_of(core, plan.scores, vjp)
+            self._chunk_losses[key] = with_own_cache(chunk_loss) if compiled else chunk_loss
         plan.chunk_loss = self._chunk_losses[key]
         return plan
 
+    def _is_compiled(self, h, differentiate):
+        """Whether this call goes through torch.compile. The choice hangs on sizes alone, so that equal runs stay
+        equal."""
+        if saved_tensor_hooks():
+            return False # they forbid torch.func.vjp
+        if self.compiled is not None:
+            return self.compiled
+        if isinstance(self.core, Tiles):
+            return differentiate and len(h) * self.weight.numel() >= WORTH_COMPILING["N x V x D"]
+        return differentiate and len(h) * self.num_prototypes >= WORTH_COMPILING["N x V"]
+
     @torch.no_grad()
     def _update_covariance(self, h, targets):
-        scatter, freedom = within_class_scatter(h.to(at_least_fp32(h.dtype, self.weight.dtype)), targets)
+        scatter, freedom = within_class_scatter(h, targets)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(scatter) # every rank estimates from the whole batch
             torch.distributed.all_reduce(freedom)
