@@ -29,5 +29,7 @@ def load_run(out_dir, checkpoint="best.pt", device="cpu"):
     ckpt = torch.load(path, map_location="cpu", weights_only=True)
     family = FAMILIES[ckpt["config"].get("model", "gpt")]
     model = family.Model(family.Config(**ckpt["model_args"]))
+    if model.head.kind is not None:
+        ckpt["model"].setdefault("head.kind", model.head.kind) # earlier runs have no mark, but their config says the same
     model.load_state_dict(ckpt["model"])
     return model.eval().to(device), ckpt["config"], ckpt["step"]

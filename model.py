@@ -13,6 +13,7 @@ how a config becomes a head, the initial weights, and the way from and to transf
     _, loss = model(idx, targets)           # head.loss(h, targets): exact, never holds B*T x V
 """
 import math
+import os
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -57,20 +58,30 @@ def padded(vocab_size, multiple=64):
     return -(-vocab_size // multiple) * multiple
 
 
+def language_model_head(D, vocab_size, distance="cosine", variant=None, n=0.0, feature_scale=0.0, rows=0, **arguments):
+    """
+    Make a head for hidden states of D dimensions and a vocabulary: language_model_head(768, 50257, "minkowski", p=3.0).
+    An n or a feature_scale of 0 stands for the distance's default above.
+
+    The model has to multiply its last hidden states, of unit variance, by head.feature_scale. The weight has `rows`
+    rows, by default the vocabulary padded to round sizes. The other arguments are DistanceHead's.
+    """
+    default_n, default_scale = default_scales(distance, variant, D)
+    head = DistanceHead(D, rows or padded(vocab_size), distance, variant, n=n or default_n, num_classes=vocab_size,
+                        **arguments)
+    head.feature_scale = feature_scale or default_scale
+    return head
+
+
 def lm_head(config, num_ids=0):
     """
-    Make the head that a model's config describes; an n or a feature_scale of 0 stands for the distance's default.
-
-    The model has to multiply its last hidden states by head.feature_scale. num_ids is for a model that reads ids which
-    it never predicts, as BERT reads [MASK]: the weight, which may be tied to the embedding, then has rows for them too.
+    Make the head that a model's config describes. num_ids is for a model that reads ids which it never predicts, as
+    BERT reads [MASK]: the weight, which may be tied to the embedding, then has rows for them too.
     """
     arguments = parse_head(config.distance, config.variant, config.distance_params)
-    n, feature_scale = default_scales(arguments["distance"], arguments["variant"], config.n_embd)
-    rows = padded(num_ids or config.vocab_size)
-    head = DistanceHead(config.n_embd, rows, **arguments, link=config.link, n=config.n or n, learn_n=config.learn_n,
-                        eps=config.eps, num_classes=config.vocab_size)
-    head.feature_scale = config.feature_scale or feature_scale
-    return head
+    return language_model_head(config.n_embd, config.vocab_size, **arguments, n=config.n, link=config.link,
+                               learn_n=config.learn_n, eps=config.eps, feature_scale=config.feature_scale,
+                               rows=padded(num_ids or config.vocab_size))
 
 
 # -----------------------------------------------------------------------------
@@ -302,7 +313,34 @@ class GPT(LanguageModel):
         h = self.features(idx)
         if targets is None:
             return self.head(h[:, [-1]]), None
-        return None, self.head.loss(h, targets)
+        return None, self.head.loss(h, targets, ignore_index=-1)
+
+    @classmethod
+    def from_pretrained(cls, name, **overrides):
+        """As of every language model; name may also be the ckpt.pt of a run of nanoGPT."""
+        if os.path.isfile(name):
+            return cls.from_nanogpt(torch.load(name, map_location="cpu", weights_only=True), **overrides)
+        return super().from_pretrained(name, **overrides)
+
+    @classmethod
+    def from_nanogpt(cls, checkpoint, **overrides):
+        """
+        Make a GPT of a checkpoint of nanoGPT's train.py, a dict; overrides are those of from_hf. Its names are ours, but
+        for the head's. Raises ValueError for what is no such checkpoint, or does not fit.
+        """
+        weights = {name.removeprefix("_orig_mod."): p for name, p in checkpoint.get("model", {}).items()}
+        if "lm_head.weight" not in weights or "model_args" not in checkpoint:
+            raise ValueError("this is no checkpoint of nanoGPT's train.py: it needs model_args, and lm_head.weight in model")
+        names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+        config = GPTConfig(**{name: checkpoint["model_args"][name] for name in names}, tie_weights=True)
+        model = cls(pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size", "bias")))
+        with torch.no_grad():
+            for name, p in model.state_dict().items():
+                if name.startswith("transformer."):
+                    p.copy_(weights[name][:len(p)])
+                elif name == "head.weight" and model.config.distance == "baseline":
+                    p.copy_(weights["lm_head.weight"])
+        return model
 
     @classmethod
     def from_hf(cls, hf_model, **overrides):

@@ -232,7 +232,7 @@ class BERT(LanguageModel):
         h = self.features(idx, positions)
         if targets is None:
             return self.head(h), None
-        return None, self.head.loss(h, targets)
+        return None, self.head.loss(h, targets, ignore_index=-1)
 
     @classmethod
     def from_hf(cls, hf_model, **overrides):

@@ -184,7 +184,7 @@ class Qwen2(LanguageModel):
         h = self.features(idx)
         if targets is None:
             return self.head(h[:, [-1]]), None
-        return None, self.head.loss(h, targets)
+        return None, self.head.loss(h, targets, ignore_index=-1)
 
     @classmethod
     def from_hf(cls, hf_model, **overrides):

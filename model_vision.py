@@ -443,4 +443,4 @@ class VisionNet(nn.Module):
         h = self.features(x)
         if targets is None:
             return self.head(h), None
-        return None, self.head.loss(h, targets)
+        return None, self.head.loss(h, targets, ignore_index=-1)

@@ -51,7 +51,8 @@ SCIPY = { # ours, scipy's name and arguments, data that both define alike
     "cosine": (dict(distance="cosine"), "cosine", {}, rand),
     "cosine unstable": (dict(distance="cosine", variant="unstable"), "cosine", {}, rand),
     "canberra": (dict(distance="canberra"), "canberra", {}, rand),
-    # scipy divides by sum |h+w|: our three forms differ from it and from each other unless all coordinates are positive
+    # scipy divides by sum |h+w|, as signed does: the other forms differ from it and from each other unless all coordinates are positive
+    "bray_curtis signed": (dict(distance="bray_curtis", variant="signed"), "braycurtis", {}, rand),
     "bray_curtis": (dict(distance="bray_curtis"), "braycurtis", {}, lambda *a, **k: rand(*a, **k).abs()),
     "bray_curtis abs": (dict(distance="bray_curtis", variant="abs"), "braycurtis", {}, lambda *a, **k: rand(*a, **k).abs()),
     "bray_curtis normalized": (dict(distance="bray_curtis", variant="normalized"), "braycurtis", {}, lambda *a, **k: rand(*a, **k).abs().softmax(-1)),
@@ -112,6 +113,7 @@ NAIVE = { # one pair of vectors at a time, with eps, straight from the formulas
     ("bray_curtis", "standard"): lambda h, w, e, o: sum(abs(h - w)) / (abs(sum(h + w)) + e) + e,
     ("bray_curtis", "abs"): lambda h, w, e, o: sum(abs(h - w)) / (sum(abs(h) + abs(w)) + e) + e,
     ("bray_curtis", "normalized"): lambda h, w, e, o: sum(abs((u := (abs(h) + e) / sum(abs(h) + e)) - (v := (abs(w) + e) / sum(abs(w) + e)))) / (sum(u + v) + e) + e,
+    ("bray_curtis", "signed"): lambda h, w, e, o: sum(abs(h - w)) / (sum(abs(h + w)) + e) + e,
     ("mahalanobis", "standard"): lambda h, w, e, o: mahalanobis(h, w, e, o["A"].T @ o["A"] + 0.01 * np.eye(len(h))),
     ("mahalanobis", "diagonal"): lambda h, w, e, o: mahalanobis(h, w, e, np.diag(np.exp(o["theta"])) + 0.01 * np.eye(len(h))),
     ("mahalanobis", "cholesky"): lambda h, w, e, o: mahalanobis(h, w, e, (L := np.tril(o["L"], -1) + np.diag(np.exp(np.diag(o["L"])))) @ L.T + 0.01 * np.eye(len(h))),
@@ -169,7 +171,7 @@ def test_covariance_is_the_pooled_within_class_estimate():
     before = head.covariance.clone()
     head.eval().loss(x, y)
     head.train().loss(x[:5], torch.arange(5)) # no class twice: nothing to estimate from
-    head.loss(x[:3], torch.full((3,), -1)) # nor here
+    head.loss(x[:3], torch.full((3,), -100)) # nor here
     assert torch.equal(head.covariance, before)
     assert not any(p is head.covariance for p in head.parameters())
 
@@ -181,7 +183,7 @@ def test_covariance_is_the_pooled_within_class_estimate():
 @every
 def test_gradcheck(distance, variant, link):
     head = make(distance, variant, link=link, learn_n=True, V=5)
-    h, y = rand(4, 6, seed=4).requires_grad_(), torch.tensor([1, 4, 0, -1])
+    h, y = rand(4, 6, seed=4).requires_grad_(), torch.tensor([1, 4, 0, -100])
     if variant == "hard":
         return check_straight_through(head, h, y)
     params = dict(head.named_parameters())
@@ -211,7 +213,7 @@ def check_straight_through(head, h, y):
     oracle = torch.autograd.grad((soft.distances(h) * g).sum(), (h, soft.weight))
     for a, b in zip(ours, oracle):
         torch.testing.assert_close(a, b)
-    assert torch.autograd.gradcheck(lambda n: F.cross_entropy(-n * head.distances(h).detach().log(), y, ignore_index=-1), torch.tensor(2.0).double().requires_grad_())
+    assert torch.autograd.gradcheck(lambda n: F.cross_entropy(-n * head.distances(h).detach().log(), y), torch.tensor(2.0).double().requires_grad_())
 
 
 @links
@@ -257,7 +259,7 @@ def test_precision_of_the_euclidean_identity_in_fp32():
         nll = head.loss(h32, torch.arange(V), reduction="none").double()
         oracle = F.cross_entropy(-exact.log(), torch.arange(V), reduction="none")
         assert (nll - oracle).abs().max() < 3e-6, ratio
-        s = distances._all_pairs(head.core, h32, w32).double()
+        s = distances.all_pairs(head.core, h32, w32).double()
         scale = (h32 ** 2).sum(-1, dtype=torch.float64)[:, None] + (w32 ** 2).sum(-1, dtype=torch.float64)
         assert ((s - exact ** 2).abs() / scale).max() < 16 * 2 ** -24 # 9 seen
         # the gradient of the target's term, which a matrix product would lose as well
@@ -302,7 +304,7 @@ def test_cross_entropy_goes_to_zero_on_separable_data(distance, variant, link):
 HOMOGENEOUS = [("euclidean", "standard"), ("manhattan", "standard"), ("chebyshev", "standard"), ("minkowski", "standard"), ("mahalanobis", "standard"),
                ("mahalanobis", "diagonal"), ("mahalanobis", "cholesky"), ("mahalanobis", "covariance"), ("offset_l2", "standard")]
 SCALE_FREE = [("cosine", "stable"), ("cosine", "unstable"), ("canberra", "standard"), ("canberra", "weighted"), ("bray_curtis", "standard"),
-              ("bray_curtis", "abs"), ("bray_curtis", "normalized"), ("hamming", "hard")]
+              ("bray_curtis", "abs"), ("bray_curtis", "normalized"), ("bray_curtis", "signed"), ("hamming", "hard")]
 
 
 @every
@@ -403,7 +405,7 @@ def test_a_distance_of_ones_own_gets_everything():
 # -----------------------------------------------------------------------------
 # the loss
 
-def plain(head, h, y, ignore_index=-1, reduction="mean"):
+def plain(head, h, y, ignore_index=-100, reduction="mean"):
     return F.cross_entropy(head(h), y, ignore_index=ignore_index, reduction=reduction)
 
 
@@ -422,7 +424,7 @@ def test_loss_equals_cross_entropy_of_the_scores(distance, variant, link):
     N, V = 37, 50
     learn_n = distance != "baseline"
     y = torch.randint(0, 45, (N,), generator=torch.Generator().manual_seed(1))
-    y[[0, 5, N - 1]] = -1
+    y[[0, 5, N - 1]] = -100
     for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         head = make(distance, variant, V=V, dtype=dtype, link=link, learn_n=learn_n, num_classes=45)
         h = rand(N, 6, seed=3).to(dtype).requires_grad_()
@@ -595,7 +597,7 @@ BAD = {
     r"features of size 4, got \(2, 5\)": lambda: DistanceHead(4, 3)(torch.zeros(2, 5)),
     r"\(N, D\) and \(V, D\), got \(2, 5\) and \(3, 4\)": lambda: pairwise(torch.zeros(2, 5), torch.zeros(3, 4), "euclidean"),
     r"target 3 is out of range: the head has classes 0..2": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.tensor([0, 3])),
-    r"target -5 is out of range": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.tensor([-1, -5])),
+    r"target -5 is out of range": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.tensor([-100, -5])),
     r"h is not finite: 2 of 8 values, the first in row 1": lambda: DistanceHead(4, 3).loss(torch.tensor([[0.0] * 4, [math.nan, 0, math.inf, 0]]), torch.tensor([0, 1])),
     r"h is not finite": lambda: DistanceHead(4, 3)(torch.full((1, 4), math.nan)),
     r"h \(2, 4\) and targets \(3,\) do not fit": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long)),
