@@ -6,8 +6,7 @@ $ python study.py config/study_digits.py
 $ python study.py config/study_digits.py --dry-run       # only prints the list of runs
 $ python study.py config/study_digits.py --shard=2/4     # for several machines: every fourth run, from the second on
 $ python study.py config/study_digits.py --retry         # also the runs that broke
-$ python study.py --script=train.py --base=config/cpu.py --settings=--max_iters=500 \\
-    --heads=baseline,cosine,minkowski:p=3 --out_dir=out/study_cpu
+$ python study.py --script=train.py --base=config/cpu.py --settings=--max_iters=500 --heads=cosine,minkowski:p=3
 
 A run that has ended (summary.json) is skipped, one that was stopped half-way goes on from its checkpoint, and one that
 broke (error.txt) is reported and left until --retry. A folder that was made with other arguments (arguments.json) is
