@@ -67,19 +67,20 @@ class LanguageModel(nn.Module):
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """Published weights by name, or a folder that holds them, read by transformers. Raises ImportError where it is missing."""
-        return cls.from_hf(transformers_class(cls.hf_class).from_pretrained(name), **overrides)
+        hf_class = transformers_class(cls.hf_class, f"init_from={name!r} reads the weights with transformers")
+        return cls.from_hf(hf_class.from_pretrained(name), **overrides)
 
     def refuse_distance_head(self):
         if self.config.distance != "baseline":
             raise ValueError(f"transformers has no layer for the {self.config.distance} head: only a baseline head can be exported")
 
 
-def transformers_class(name):
-    """transformers.<name>; an optional package, so that a missing one is said in a line."""
+def transformers_class(name, purpose="a model of transformers is made with it"):
+    """transformers.<name>. The package is optional, so that the ImportError says for what it is needed."""
     try:
         import transformers
     except ImportError as e:
-        raise ImportError("published weights are read and written with transformers: pip install transformers") from e
+        raise ImportError(f"{purpose}: pip install transformers") from e
     return getattr(transformers, name)
 
 

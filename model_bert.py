@@ -229,7 +229,8 @@ class BERT(LanguageModel):
     @classmethod
     def from_pretrained(cls, name, **overrides):
         if overrides.get("mask_id", -1) == -1: # the vocabulary has it, the model's config does not say where
-            overrides["mask_id"] = transformers_class("AutoTokenizer").from_pretrained(name).mask_token_id
+            tokenizer_class = transformers_class("AutoTokenizer", f"init_from={name!r} reads the weights with transformers")
+            overrides["mask_id"] = tokenizer_class.from_pretrained(name).mask_token_id
         return super().from_pretrained(name, **overrides)
 
     def to_hf(self):

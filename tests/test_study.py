@@ -33,7 +33,7 @@ with open(os.path.join(out, 'summary.json'), 'w') as f:
 def here(tmp_path, monkeypatch, capsys):
     """A folder with the fake training script; returns a function that runs study.py on it, in this process, and gives what it prints."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "ROOT", str(tmp_path))
+    monkeypatch.setattr(study, "_ROOT", str(tmp_path))
     (tmp_path / "train_vision.py").write_text(FAKE)
 
     def run(*args, refused=False):
