@@ -1,27 +1,34 @@
 """
-Every picture, drawn from what a run has left in its folder, or from a table: nothing is trained, no script is imported.
+Every picture, drawn from what a run has left in its folder or from a table: nothing is trained, no script is imported.
 
 $ python figures.py out/demo
 $ python figures.py out/digits out/pixels
 
 This draws a run's pictures again: loss.png of a run of train.py, curves.png and learned.png of one of train_vision.py.
 The training scripts call the same functions at their end; bench.py and report.py draw their tables with those below.
-matplotlib is imported when the first picture is made, so that who draws none does not need it.
+matplotlib is imported when the first picture is made, so that a script that draws none does not need it.
 """
+import io
 import json
 import math
 import os
 import pickle
 import sys
+import textwrap
 import zipfile
+from contextlib import contextmanager
 from operator import itemgetter
 
 import numpy as np
 import torch
 
 import metrics
-from distances import find, parse_head
+from distances import DISTANCES, find, parse_head
+from metrics import METRICS
 from run import read_metrics
+
+# -----------------------------------------------------------------------------
+# what the pictures share
 
 
 def new_figure(width, height, rows=1, columns=1, **settings):
@@ -36,39 +43,75 @@ def new_figure(width, height, rows=1, columns=1, **settings):
         raise ImportError("pictures need matplotlib: pip install matplotlib") from e
     fig = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     matplotlib.backends.backend_agg.FigureCanvasAgg(fig)
-    return fig, fig.subplots(rows, columns, **settings)
+    axes = fig.subplots(rows, columns, **settings)
+    for ax in fig.axes:
+        ax.tick_params(labelsize=9)
+        if "top" in ax.spines:
+            ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes
 
 
-def colormap(name):
-    import matplotlib
-    return matplotlib.colormaps[name]
-
-
-def tidy(ax):
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def plot(ax, rows, x, y, **style):
+def plot_rows(ax, rows, x, y, **settings):
     """A line through the points (row[x], row[y])."""
-    ax.plot([row[x] for row in rows], [row[y] for row in rows], **style)
+    ax.plot([row[x] for row in rows], [row[y] for row in rows], **settings)
+
+
+def plain(text):
+    """The text as it is: matplotlib takes what follows a dollar sign for mathematics."""
+    return text.replace("$", r"\$")
+
+
+def legend(fig, axes, below=False):
+    """One legend for several axes, each label once, right of them or below."""
+    handles = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    place = dict(loc="outside lower center", ncols=min(3, len(handles))) if below else dict(loc="outside right upper")
+    if handles:
+        fig.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **place)
+
+
+def png(fig, dpi):
+    """The bytes of a PNG file, cut to what is drawn."""
+    file = io.BytesIO()
+    fig.savefig(file, format="png", dpi=dpi, bbox_inches="tight")
+    return file.getvalue()
+
+
+def principal_plane(h):
+    """The centre (D,) of h (N, D), its top two principal axes (2, D), and each axis's share of the variance."""
+    centre = h.mean(0)
+    _, s, axes = np.linalg.svd(h - centre, full_matrices=False)
+    first = metrics.explained_variance(s, 1)
+    return centre, axes[:2], (first, metrics.explained_variance(s, 2) - first)
 
 # -----------------------------------------------------------------------------
 # a run's folder
 
 
+@contextmanager
+def readable(path):
+    """Whatever may go wrong while this file is read becomes a ValueError with its path."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile,
+            pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} cannot be read ({type(e).__name__})") from None
+
+
 def read_config(out_dir):
     """The contents of config.json. Raises ValueError where the folder is not that of a run."""
     path = os.path.join(out_dir, "config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            info = json.load(f)
-        known = info["script"] in PICTURES
-    except FileNotFoundError:
-        raise ValueError(f"{out_dir} is not a run's folder: it has no config.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is not that of a run ({type(e).__name__}: {e})") from None
-    if not known:
-        raise ValueError(f"{path}: there are no pictures of runs of {info['script']!r}, only of {', '.join(PICTURES)}")
+    if not os.path.exists(path):
+        raise ValueError(f"{out_dir} is not a run's folder: it has no config.json")
+    with readable(path), open(path, encoding="utf-8") as f:
+        info = json.load(f)
+        script = info["script"]
+    if script not in PICTURES:
+        raise ValueError(f"{path}: a run of {script!r} has no pictures, only those of {', '.join(PICTURES)} have")
     return info
 
 
@@ -85,27 +128,17 @@ def read_log(out_dir):
 def read_probe(out_dir):
     """The arrays of probe.npz by name: h (N, D), y (N,), and in some runs class_means (K, D). Raises ValueError."""
     path = os.path.join(out_dir, "probe.npz")
-    try:
-        with np.load(path) as f:
-            arrays = dict(f)
-        h, y = arrays.pop("h"), arrays.pop("y")
-        return dict(h=h.astype(np.float64), y=y, **arrays)
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}: it is written when a run ends") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path} cannot be read ({type(e).__name__})") from None
+    with readable(path), np.load(path) as f:
+        arrays = dict(f)
+        return {**arrays, "h": arrays["h"].astype(np.float64), "y": arrays["y"]}
 
 
 def read_prototypes(out_dir):
     """head.weight (V, D) of best.pt, as a float32 array. Raises ValueError."""
     path = os.path.join(out_dir, "best.pt")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        return state["head.weight"].float().numpy()
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}, whose prototypes would be drawn") from None
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} cannot be read ({type(e).__name__})") from None
+    with readable(path):
+        model = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        return model["head.weight"].float().numpy()
 
 
 def head_in_words(info):
@@ -120,8 +153,13 @@ def head_in_words(info):
     return f"{arguments['distance']} ({variant}), {c['link']}, n={info['n']:.4g}" + " learned" * c["learn_n"]
 
 
-def save(fig, path, **settings):
-    fig.savefig(path, **{"dpi": 150, **settings})
+def title(info, *words):
+    """What was trained on what, and the head, in lines that fit over a picture."""
+    return textwrap.fill(", ".join([info["config"]["dataset"], *words, f"head {head_in_words(info)}"]), 80)
+
+
+def save(fig, path):
+    fig.savefig(path, dpi=150)
     return path
 
 
@@ -130,8 +168,8 @@ def loss(out_dir):
     info, (logs, evals) = read_config(out_dir), read_log(out_dir)
     fig, ax = new_figure(7, 4.2)
     from matplotlib.ticker import EngFormatter
-    plot(ax, logs, "tokens", "loss", color="0.7", lw=1, label="training")
-    plot(ax, evals, "tokens", "val_loss", color="C0", lw=2, marker="o", ms=4, label="validation")
+    plot_rows(ax, logs, "tokens", "loss", color="0.7", lw=1, label="training")
+    plot_rows(ax, evals, "tokens", "val_loss", color="C0", lw=2, marker="o", ms=4, label="validation")
     end, val_loss = evals[-1]["tokens"], evals[-1]["val_loss"]
     ax.annotate(f"{val_loss:.3f}", (end, val_loss), (6, 0), textcoords="offset points", va="center", color="C0",
                 annotation_clip=False)
@@ -140,9 +178,8 @@ def loss(out_dir):
     ax.annotate("uniform guess", (end, uniform), (0, 3), textcoords="offset points", ha="right", color="0.5",
                 fontsize=8)
     ax.set(xlabel="training tokens", ylabel="loss (nats per token)")
-    ax.set_title(f"{info['config']['dataset']}, head {head_in_words(info)}", fontsize=9)
+    ax.set_title(title(info), fontsize=9)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    tidy(ax)
     ax.legend(frameon=False, loc="center right")
     return save(fig, os.path.join(out_dir, "loss.png"))
 
@@ -156,7 +193,7 @@ def curves(out_dir):
         steps_per_epoch = last["step"] / last["epoch"]
         epochs = [row["step"] / steps_per_epoch for row in logs]
         left.plot(epochs, [row["loss"] for row in logs], color="0.7", lw=1, label="training")
-    plot(left, evals, "epoch", "val_loss", color="C0", lw=2, label="validation")
+    plot_rows(left, evals, "epoch", "val_loss", color="C0", lw=2, label="validation")
     left.set(xlabel="epoch", ylabel="loss (nats)")
     left.legend(frameon=False)
     best = next(row for row in evals if row["val_accuracy"] == last["best_accuracy"])
@@ -164,9 +201,7 @@ def curves(out_dir):
     right.plot(best["epoch"], 100 * best["val_accuracy"], "o", color="C0")
     right.set_title(f"best {best['val_accuracy']:.2%} at epoch {best['epoch']}", fontsize=9, color="C0")
     right.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    for ax in (left, right):
-        tidy(ax)
-    fig.suptitle(f"{info['config']['dataset']}, {info['config']['model']}, head {head_in_words(info)}", fontsize=9)
+    fig.suptitle(title(info, info["config"]["model"]), fontsize=9)
     return save(fig, os.path.join(out_dir, "curves.png"))
 
 
@@ -183,7 +218,7 @@ def learned(out_dir):
     else:
         directions = parse_head(c["distance"])["distance"] == "cosine"
         fig = plane(prototypes, directions=directions, **read_probe(out_dir))
-    fig.suptitle(f"{c['dataset']}, {c['model']}, {head_in_words(info)}", fontsize=9)
+    fig.suptitle(title(info, c["model"]), fontsize=9)
     return save(fig, os.path.join(out_dir, "learned.png"))
 
 
@@ -217,28 +252,27 @@ def plane(prototypes, h, y, class_means=None, directions=False):
         class_means = metrics.class_means(h, y, num_classes)
     if directions:
         h, class_means, prototypes = unit(h), unit(class_means), unit(prototypes)
-    centre = h.mean(0)
-    _, s, components = np.linalg.svd(h - centre, full_matrices=False)
-    first = metrics.explained_variance(s, 1)
-    second = metrics.explained_variance(s, 2) - first
-    points, means, stars = ((x - centre) @ components[:2].T for x in (h, class_means, prototypes))
+    centre, axes, shares = principal_plane(h)
+    points, means, stars = ((x - centre) @ axes.T for x in (h, class_means, prototypes))
     fig, ax = new_figure(6, 5)
     few = num_classes <= 10
-    colours = colormap("tab10") if few else colormap("gist_ncar").resampled(num_classes)
-    for k in range(num_classes):
-        colour = colours(k)
+    colours = [f"C{k}" for k in range(10)]
+    if not few:
+        from matplotlib import colormaps
+        colours = colormaps["gist_ncar"](np.arange(num_classes) / num_classes)
+    for k, colour in zip(range(num_classes), colours):
         ax.scatter(*points[y == k].T, s=7, color=colour, alpha=0.5, lw=0)
         ax.plot(*zip(means[k], stars[k]), color=colour, lw=1)
         ax.scatter(*means[k], s=40, color=colour, edgecolor="k", lw=0.8, zorder=3)
         ax.scatter(*stars[k], s=90, color=colour, edgecolor="k", lw=0.8, marker="*", zorder=4)
         if few:
-            ax.annotate(k, stars[k], (6, 4), textcoords="offset points", fontsize=9)
+            away = -1 if means[k, 0] < stars[k, 0] else 1 # the number stands where the prototype is not
+            ax.annotate(k, means[k], (8 * away, 4), textcoords="offset points", fontsize=9, ha="center", zorder=5)
     marks = (".", 6, "test images", "0.6"), ("o", 6, "class mean", "k"), ("*", 10, "prototype", "k")
     for marker, size, name, edge in marks:
         ax.plot([], [], marker, color="0.6", mec=edge, mew=0.8, ms=size, label=name)
     ax.legend(frameon=False, fontsize=8)
-    ax.set(xlabel=f"first component ({first:.0%} of the variance)", ylabel=f"second component ({second:.0%})")
-    tidy(ax)
+    ax.set(xlabel=f"first component ({shares[0]:.0%} of the variance)", ylabel=f"second component ({shares[1]:.0%})")
     return fig
 
 
@@ -249,7 +283,7 @@ PICTURES = {"train.py": (loss,), "train_vision.py": (curves, learned)}
 def draw(out_dir):
     """
     Draw every picture of the run in this folder and return their paths. Raises ValueError where the folder is not that
-    of a run, or lacks what a picture shows, and ImportError without matplotlib.
+    of a run, or lacks what a picture shows, and ImportError where matplotlib is missing.
     """
     return [picture(out_dir) for picture in PICTURES[read_config(out_dir)["script"]]]
 
@@ -277,21 +311,270 @@ def growth(rows, base, path):
         cases.sort(key=itemgetter("size"))
         sizes = sorted({case["size"] for case in cases})
         fixed = ", ".join(f"{'NVD'[k]} = {base[k]:,}" for k in others)
-        for ax, key, title in zip(axes[:, j], ("ms", "MiB"), ("ms, forward and backward", "peak memory, MiB")):
-            for name in names:
-                mine = [case for case in cases if case["head"] == name]
-                plot(ax, mine, "size", key, ms=5, lw=1.5, label=name, **styles[name])
+        for ax, key, name in zip(axes[:, j], ("ms", "MiB"), ("ms, forward and backward", "peak memory, MiB")):
+            for head in names:
+                mine = [case for case in cases if case["head"] == head]
+                plot_rows(ax, mine, "size", key, ms=5, lw=1.5, label=head, **styles[head])
             low = min(case[key] for case in cases) / 2
             ax.plot(sizes, [low * size / sizes[0] for size in sizes], color="0.6", lw=1, ls=":", label="proportional")
-            ax.set(xscale="log", yscale="log", ylabel=title if j == 0 else "")
+            ax.set(xscale="log", yscale="log", ylabel=name if j == 0 else "")
             ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
             ax.minorticks_off()
-            tidy(ax)
             ax.grid(color="0.92")
         axes[1, j].set_xlabel(f"{letter} ({fixed})")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    legend(fig, [axes[0, 0]])
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     return save(fig, path)
+
+
+# -----------------------------------------------------------------------------
+# the report's figures: each returns a Figure of a results.Section, for the heads that report.py names
+
+# of different lightness, to be told apart in grey; the baseline is black
+COLOURS = dict(baseline="#000000", euclidean="#d55e00", manhattan="#14397d", chebyshev="#8c564b", minkowski="#9acd32",
+               cosine="#56b4e9", hamming="#e377c2", canberra="#e6c229", bray_curtis="#009e73", mahalanobis="#6a3d9a",
+               offset_l2="#b2182b")
+
+
+def style(head):
+    """Colour by distance, line and marker by variant, hollow markers for the softmin link: the same in every figure."""
+    variants = list(DISTANCES.get(head.distance, ()))
+    i = variants.index(head.variant) % 4 if head.variant in variants else 0
+    colour = COLOURS.get(head.distance, "#777777")
+    face = "w" if head.link == "softmin" else colour
+    width = 2.2 if head.distance == "baseline" else 1.6
+    return dict(color=colour, ls=("-", "--", ":", "-.")[i], lw=width, marker="os^D"[i], ms=5, mfc=face)
+
+
+def log_if_wide(ax, x):
+    """A logarithmic x axis for numbers that lie far apart."""
+    if len(x) and max(x) > 8 * min(x) > 0:
+        ax.set_xscale("log")
+
+
+def radar(section, heads, axes):
+    """
+    The means of heads, an axis for each (sector, metric), the axes of a sector side by side. On each axis the values
+    are scaled so that the best head is at the outer ring and the worst at the innermost.
+    """
+    values = np.empty((len(heads), len(axes)))
+    for j, (_, key) in enumerate(axes):
+        sign = -1 if METRICS[key].lower else 1
+        values[:, j] = [sign * section.mean(head, key) for head in heads]
+    low, spread = values.min(0), np.ptp(values, 0)
+    scaled = np.where(spread > 0, (values - low) / np.where(spread > 0, spread, 1), 1)
+    angles = np.linspace(0, 2 * np.pi, len(axes), endpoint=False)
+    fig, ax = new_figure(8, 5.2, subplot_kw=dict(projection="polar"))
+    for i, sector in enumerate(dict.fromkeys(sector for sector, _ in axes)):
+        mine = [angle for angle, (other, _) in zip(angles, axes) if other == sector]
+        width = np.ptp(mine) + 2 * np.pi / len(axes)
+        ax.bar(np.mean(mine), 1.2, width=width, bottom=-0.2, color=("0.96", "0.9")[i % 2], lw=0, zorder=0)
+    for head, row in zip(heads, scaled):
+        ax.plot([*angles, angles[0]], [*row, row[0]], **style(head), label=plain(section.labels[head]), clip_on=False)
+    ax.set(ylim=(-0.2, 1), theta_offset=np.pi / 2, theta_direction=-1, yticks=[0, 0.5, 1], yticklabels=[])
+    ax.set_xticks(angles, [])
+    for angle, (sector, key) in zip(angles, axes):
+        up, right = np.cos(angle) > 0.5, np.sin(angle)
+        side = "center"
+        if abs(right) > 0.1:
+            side = "left" if right > 0 else "right"
+        place = dict(textcoords="offset points", ha=side, va="bottom" if up else "top", annotation_clip=False)
+        ax.annotate(METRICS[key].title.split(" (")[0], (angle, 1.06), (0, 12 if up else -4), fontsize=10, **place)
+        ax.annotate(sector, (angle, 1.06), (0, 0 if up else -18), fontsize=8, color="0.45", **place)
+    ax.spines["polar"].set_visible(False)
+    ax.grid(color="0.75", lw=0.6)
+    legend(fig, [ax])
+    return fig
+
+
+def draw_course(ax, section, heads, key, over=None, scale=1):
+    """
+    Lines of the evaluations' number `key`, a mean over seeds per head, over epochs or steps, or over the mean of
+    another number, `over`. Returns {head: (x (T,), values (seeds, T))}, both scaled.
+    """
+    drawn = {}
+    for head in heads:
+        x, values = section.course(head, key)
+        if over:
+            steps, others = section.course(head, over)
+            x = list(1000 * others.mean(0)) if steps == x else []
+        if x:
+            drawn[head] = x, scale * values
+            ax.plot(x, scale * values.mean(0), **style(head), markevery=max(1, len(x) // 8),
+                    label=plain(section.labels[head]))
+    ax.set_xlabel("energy (Wh)" if over else section.x)
+    ax.set_ylabel(METRICS[key].title if key in METRICS else key)
+    return drawn
+
+
+def section_curves(section, heads):
+    """Validation accuracy and loss over epochs, or validation loss over steps and energy, with bands over the seeds."""
+    panels = ("val_accuracy", None), ("val_loss", None)
+    if section.family == "language":
+        panels = ("val_loss", None), ("val_loss", "energy_kwh_total")
+    fig, axes = new_figure(10, 4.3, 1, 2)
+    for ax, (key, over) in zip(axes, panels):
+        drawn = draw_course(ax, section, heads, key, over, METRICS[key].scale)
+        limits = []
+        for head, (x, values) in drawn.items():
+            ax.fill_between(x, values.min(0), values.max(0), color=style(head)["color"], alpha=0.15, lw=0)
+            if len(x) > 2: # the untrained model would press the rest together
+                limits += [values[:, 1:].min(), values[:, 1:].max()]
+        if limits:
+            margin = 0.05 * (max(limits) - min(limits) or 1)
+            ax.set_ylim(min(limits) - margin, max(limits) + margin)
+        if over:
+            log_if_wide(ax, [x[-1] for x, _ in drawn.values()])
+    legend(fig, axes, below=True)
+    return fig
+
+
+def geometry(section, heads):
+    """The course of the prototypes' norm, the effective rank, and the variance and active ratios."""
+    fig, axes = new_figure(10, 6.8, 2, 2)
+    for ax, key in zip(axes.flat, ("prototype_norm", "effective_rank", "variance_ratio", "active_ratio")):
+        draw_course(ax, section, heads, key)
+    axes[0, 0].set_ylabel("mean prototype norm |w|")
+    legend(fig, axes.flat, below=True)
+    return fig
+
+
+def bars(panels, width=8):
+    """
+    Panels side by side of horizontal bars with texts at their ends, the first on top. panels: (xlabel, rows) each, with
+    rows (label, head, value, std or None, text). A row whose value is None has only its text.
+    """
+    height = 1.2 + 0.34 * max(len(rows) for _, rows in panels)
+    fig, axes = new_figure(width, height, 1, len(panels), squeeze=False)
+    for ax, (xlabel, rows) in zip(axes.flat, panels):
+        for i, (_, head, value, std, text) in enumerate(rows):
+            end, right = 0, True
+            if value is not None:
+                end, right = value + math.copysign(std or 0, value), value >= 0
+                ax.barh(i, value, color=style(head)["color"], height=0.65, xerr=std,
+                        error_kw=dict(ecolor="0.35", lw=1, capsize=2))
+            ax.annotate(text, (end, i), (4 if right else -4, 0), textcoords="offset points", va="center",
+                        ha="left" if right else "right", fontsize=8, color="0.4" if value is None else "k")
+        ax.set_yticks(range(len(rows)), [plain(label) for label, *_ in rows], fontsize=9)
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.set_xlabel(xlabel)
+        ax.margins(x=0.2)
+        ax.axvline(0, color="k", lw=0.8)
+    return fig
+
+
+def pareto(section, points, front):
+    """points: {head: (Wh, quality)}; a step line through the heads `front`, from the least energy on."""
+    fig, ax = new_figure(7.5, 4.8)
+    steps = sorted(points[head] for head in front)
+    ax.step(*zip(*steps), where="post", color="0.6", lw=1.2, zorder=0)
+    for head, point in points.items():
+        ax.plot(*point, **{**style(head), "ls": "", "ms": 8})
+    log_if_wide(ax, [wh for wh, _ in points.values()])
+    ax.margins(0.16)
+    ax.set(xlabel="energy per run (Wh)", ylabel=METRICS[section.quality].title)
+    place_labels(ax, [(section.labels[head], point) for head, point in points.items()], steps)
+    return fig
+
+
+def place_labels(ax, labelled, steps):
+    """
+    Each label beside its point, at the nearest place that holds no other label or point, nor the line through `steps`.
+    A label that lies far from its point is joined to it by a thin line.
+    """
+    from matplotlib.transforms import Bbox
+    ax.figure.canvas.draw() # until then nothing has its place
+    frame, renderer = ax.get_window_extent(), ax.figure.canvas.get_renderer()
+    pixels = ax.transData.transform([point for _, point in labelled])
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in pixels]
+    for (x0, y0), (x1, y1) in zip(steps, steps[1:]):
+        start, corner, end = ax.transData.transform([(x0, y0), (x1, y0), (x1, y1)])
+        taken += [Bbox([start, corner]).padded(1), Bbox([end, corner]).padded(1)]
+    directions = [(1, 0, "left"), (-1, 0, "right"), (0.7, 0.7, "left"), (0.7, -0.7, "left"), (-0.7, 0.7, "right"),
+                  (-0.7, -0.7, "right"), (0, 1, "center"), (0, -1, "center")]
+    places = [(r, r * x, r * y, side) for r in (9, 16, 26, 38, 52, 70) for x, y, side in directions]
+    for text, point in labelled:
+        for place in places:
+            r, dx, dy, side = place
+            line = dict(arrowstyle="-", color="0.6", lw=0.6, shrinkA=0, shrinkB=3) if r > 20 else None
+            note = ax.annotate(plain(text), point, (dx, dy), textcoords="offset points", fontsize=8, va="center",
+                               ha=side, arrowprops=line)
+            note.update_positions(renderer)
+            box = super(type(note), note).get_window_extent(renderer) # the text without its line
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if (inside and not any(map(box.overlaps, taken))) or place == places[-1]:
+                taken.append(box)
+                break
+            note.remove()
+
+
+def spectra(section, probes):
+    """The singular values of each head's hidden states, divided by the largest. probes: {head: (h (N, D), y (N,))}."""
+    fig, ax = new_figure(8, 4.4)
+    for head, (h, _) in probes.items():
+        s = metrics.spectrum(h)
+        s = s[s > 1e-7 * s[0]] / s[0]
+        ax.loglog(range(1, len(s) + 1), s, **{**style(head), "marker": None}, label=plain(section.labels[head]))
+    ax.set(xlabel="component", ylabel="singular value / the largest")
+    legend(fig, [ax])
+    return fig
+
+
+def pca(section, probes, classes):
+    """
+    Hidden states on their first two principal components, a panel per head on its own scale. probes: {head: (h (N, D),
+    y (N,))}. classes: {class: name} of those that are coloured; the rest is grey.
+    """
+    columns = min(3, len(probes))
+    rows = -(-len(probes) // columns)
+    fig, axes = new_figure(3.5 * columns + 1.4, 3.2 * rows, rows, columns, squeeze=False)
+    for ax in axes.flat[len(probes):]:
+        ax.axis("off")
+    for ax, (head, (h, y)) in zip(axes.flat, probes.items()):
+        centre, directions, shares = principal_plane(h)
+        points = (h - centre) @ directions.T
+        rest = ~np.isin(y, list(classes))
+        ax.scatter(*points[rest].T, s=5, color="0.8", lw=0, label="others" if rest.any() else None)
+        for i, (k, name) in enumerate(classes.items()):
+            ax.scatter(*points[y == k].T, s=11, color=f"C{i}", lw=0, label=plain(name))
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(f"{plain(section.labels[head])} ({sum(shares):.0%})", fontsize=9)
+        ax.spines[:].set(color="0.7", visible=True)
+    legend(fig, axes.flat)
+    return fig
+
+
+def exponents(section, by_link):
+    """Quality over n, a panel per link. by_link: {link: {label: heads that differ in n}}; a star is a learned n."""
+    from matplotlib.ticker import NullLocator
+    m = METRICS[section.quality]
+    fig, axes = new_figure(1.8 + 5.2 * len(by_link), 4, 1, len(by_link), squeeze=False, sharey=True)
+    for ax, (link, lines) in zip(axes.flat, by_link.items()):
+        ticks = set()
+        for label, heads in lines.items():
+            points = []
+            for head in heads:
+                quality, n_at_end = m.scale * section.mean(head, section.quality), section.n_at_end(head)
+                if head.setting != "learned":
+                    points.append((section.heads[head][0].info["n"], quality))
+                elif n_at_end is not None:
+                    star = {**style(head), "marker": "*", "ms": 13, "ls": ""}
+                    ax.plot(n_at_end, quality, **star)
+            if points:
+                ax.plot(*zip(*sorted(points)), **style(heads[0]), label=plain(label))
+                ticks |= {float(f"{n:.3g}") for n, _ in points}
+        if section.baseline:
+            ax.axhline(m.scale * section.mean(section.baseline, section.quality), color="k", lw=1, ls=":",
+                       label="baseline")
+        ax.plot([], [], "*", color="w", mec="k", ms=11, label="learned n")
+        ax.set(xscale="log", xlabel="n", title=f"{link} link" if len(by_link) > 1 else "")
+        ax.set_xticks(sorted(ticks), [f"{n:g}" for n in sorted(ticks)], minor=False)
+        ax.xaxis.set_minor_locator(NullLocator())
+    axes[0, 0].set_ylabel(m.title)
+    legend(fig, axes.flat)
+    return fig
+
+# -----------------------------------------------------------------------------
 
 
 def main(argv):

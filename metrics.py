@@ -1,22 +1,28 @@
 """
-The definition of every reported number, as pure functions of numpy arrays: no files, no torch (convert tensors first: h.float().cpu().numpy()).
+The definition of every reported number, as pure functions of numpy arrays. They read no files and need no torch:
+convert tensors first, with h.float().cpu().numpy().
 
-    s = metrics.spectrum(h)                                 # one SVD of the hidden states h (N, D),
-    ev, rank = metrics.explained_variance(s, 5), metrics.effective_rank(s)            # then everything that follows from it
+    s = metrics.spectrum(h) # one SVD of the hidden states h (N, D); the rest follows from it
+    ev, rank = metrics.explained_variance(s, 5), metrics.effective_rank(s)
     pca90 = metrics.components_for(metrics.spectrum(metrics.standardised(h)), cap=50)
 
-"The paper" is Non-Euclidean Harmonic Losses. It names most of these numbers and gives formulas for none, so that each docstring says
-whose definition it is; compare with the paper's tables in direction, not digit by digit.
+The table METRICS at the end gives each number of the report its title, its direction and its definition in words.
 
-Everything is computed in float64. Input that is empty, not finite (nan from a diverged run, None from a missing one) or of another
-shape than the docstring says is a ValueError, in every function, and not repeated below. A number that its formula leaves undefined
-for good input (0/0) is nan, or None where there is no test to report; where that is so, the docstring says it.
+"The paper" is Non-Euclidean Harmonic Losses. It names most of these numbers and gives formulas for none, so that each
+docstring says whose definition it is; compare with the paper's tables in direction, not digit by digit.
+
+Everything is computed in float64. Every function raises ValueError for input that is empty, not finite (nan from a
+diverged run, None from a missing one) or of another shape than its docstring says; this is not repeated below. A number
+that its formula leaves undefined for good input (0/0) is nan, or None where there is no test to report; the docstring
+says where that can happen.
 """
+from collections import namedtuple
+
 import numpy as np
 
 
 def array(x, what, ndim=1):
-    """x as a finite float64 array of `ndim` dimensions, none of them empty; ValueError with `what` in it otherwise"""
+    """x as a finite float64 array of `ndim` dimensions, none of them empty. The ValueError's message names `what`."""
     try:
         x = np.asarray(x, dtype=np.float64)
     except (TypeError, ValueError) as e:
@@ -29,7 +35,7 @@ def array(x, what, ndim=1):
 
 
 def labels(y, what, size=None, num_classes=None):
-    """y as an int64 array (N,) of class ids >= 0, size of them, below num_classes; ValueError otherwise"""
+    """y as an int64 array (N,) of class ids from 0 to num_classes - 1, with N = size where a size is given."""
     y = np.asarray(y)
     if y.ndim != 1 or y.size == 0 or y.dtype.kind not in "iu":
         raise ValueError(f"{what} must be integers of shape (N,), N > 0, got {y.dtype} of shape {y.shape}")
@@ -37,12 +43,17 @@ def labels(y, what, size=None, num_classes=None):
         raise ValueError(f"{what} must have one entry per sample, got {len(y)} for {size}")
     y = y.astype(np.int64)
     if y.min() < 0 or (num_classes is not None and y.max() >= num_classes):
-        raise ValueError(f"{what} must be class ids from 0 to {'...' if num_classes is None else num_classes - 1}, got {y.min()} to {y.max()} (drop ignored positions first)")
+        last = "..." if num_classes is None else num_classes - 1
+        raise ValueError(f"{what} must be class ids from 0 to {last}, got {y.min()} to {y.max()} "
+                         "(drop ignored positions first)")
     return y
 
 
 def rows(h):
-    """h (N, D) with N >= 2, finite, less its first row: means and variances then lose no digits to a large offset, and rows that are equal give exact zeros"""
+    """
+    h (N, D) with N >= 2, less its first row: means and variances then lose no digits to a large offset, and rows that
+    are equal give exact zeros.
+    """
     h = array(h, "h", 2)
     if len(h) < 2:
         raise ValueError("h has one row, variance needs two")
@@ -54,8 +65,9 @@ def rows(h):
 
 def spectrum(h):
     """
-    Singular values (min(N, D),) of the centred rows of h (N, D), descending, in the units of h. s_i^2 / N are the variances along the
-    principal components. By SVD: the Gram matrix would square the condition number and drown the tail below 1e-8 s_0.
+    The singular values (min(N, D),) of the centred rows of h (N, D), descending, in the units of h. s_i^2 / N are the
+    variances along the principal components. They come from an SVD, as the Gram matrix would square the condition
+    number and drown the tail below 1e-8 s_0.
     """
     h = rows(h)
     return np.linalg.svd(h - h.mean(0), compute_uv=False)
@@ -63,8 +75,9 @@ def spectrum(h):
 
 def standardised(h):
     """
-    (N, D): every feature of h (N, D) centred and divided by its standard deviation (ddof 0), as sklearn's StandardScaler. A constant
-    feature has no variance to standardise and becomes 0, which is the same as dropping it.
+    (N, D): every feature of h (N, D) centred and divided by its standard deviation (ddof 0), as sklearn's
+    StandardScaler does. A constant feature has no variance to standardise and becomes 0, which is the same as
+    dropping it.
     """
     h = rows(h)
     h = h - h.mean(0)
@@ -73,22 +86,22 @@ def standardised(h):
 
 
 def shares(s):
-    """variance shares (K,) of the principal components, s_i^2 / sum s^2, or None when all of s (K,) is 0"""
+    """The principal components' shares of the variance (K,), s_i^2 / sum s^2, or None when all of s (K,) is 0."""
     s = array(s, "the spectrum")
     if s.min() < 0 or (np.diff(s) > 0).any():
         raise ValueError("the spectrum must be singular values in descending order, take them from spectrum(h)")
     if s[0] == 0:
         return None
-    v = (s / s[0]) ** 2 # of s_0 first: the squares of large values overflow
+    v = (s / s[0]) ** 2 # divided first, as the squares of large values overflow
     return v / v.sum()
 
 
 def explained_variance(s, k):
     """
-    Share of the variance in the top k principal components, sum_{i<k} s_i^2 / sum_i s_i^2, in [0, 1], of s = spectrum(h). 1 for k >= len(s).
-    The paper's names are PCA5 (k=5, final hidden states) and PC2 EV (k=2, penultimate features); the definition, PCA's, and that the
-    features are not standardised first, are ours.
-    All rows of h equal: nan. There is no variance to share out, and 1 would give a collapsed model the best score there is.
+    The top k principal components' share of the variance, sum_{i<k} s_i^2 / sum_i s_i^2, in [0, 1], of s = spectrum(h).
+    It is 1 for k >= len(s). The paper's names are PCA5 (k=5, final hidden states) and PC2 EV (k=2, penultimate
+    features); the definition, which is PCA's, and that the features are not standardised first, are ours. nan when
+    all rows of h are equal: there is no variance to share out, and 1 would give a collapsed model the best score.
     """
     if k < 1 or k != int(k):
         raise ValueError(f"k must be an integer of 1 or more, got {k}")
@@ -98,8 +111,9 @@ def explained_variance(s, k):
 
 def components_for(s, share=0.9, cap=None):
     """
-    The least number of principal components that together hold `share` of the variance, min {k: sum_{i<k} s_i^2 >= share sum_i s_i^2};
-    no more than cap are counted (the paper's tables stop at 50). An int; 0 when there is no variance.
+    The least number of principal components that together hold `share` of the variance, an int:
+    min {k: sum_{i<k} s_i^2 >= share sum_i s_i^2}. No more than cap are counted (the paper's tables stop at 50). 0 when
+    there is no variance.
     The paper's PCA@90% is s = spectrum(standardised(h)), share=0.9; the paper names it, the definition is ours.
     """
     if not 0 < share <= 1:
@@ -110,15 +124,17 @@ def components_for(s, share=0.9, cap=None):
     if v is None:
         return 0
     total = np.cumsum(v)
-    k = int(np.searchsorted(total, share * total[-1] * (1 - 1e-12))) + 1 # nine of ten equal components hold 0.9, whatever the rounding
+    wanted = share * total[-1] * (1 - 1e-12) # nine of ten equal components hold 0.9, whatever the rounding
+    k = int(np.searchsorted(total, wanted)) + 1
     return k if cap is None else min(k, cap)
 
 
 def effective_rank(s):
     """
-    exp(H(p)), p_i = s_i / sum s, H the entropy in nats, of s = spectrum(h): between 1 and the rank of the centred features (Roy and
-    Vetterli 2007, whose p it is: of singular values, not of variances). The paper names it, that it is this one is our reading.
-    0 when all of s is 0, the rank of the zero matrix, for which Roy and Vetterli define none.
+    exp(H(p)) with p_i = s_i / sum s and H the entropy in nats, of s = spectrum(h): between 1 and the rank of the
+    centred features. The definition is Roy and Vetterli's (2007), who take the singular values, not the variances,
+    for p. The paper names an effective rank; that it is this one is our reading. 0 when all of s is 0: this is the
+    rank of the zero matrix, for which Roy and Vetterli define none.
     """
     if shares(s) is None:
         return 0.0
@@ -130,8 +146,9 @@ def effective_rank(s):
 
 def collapse_score(s):
     """
-    1 - effective_rank(s) / min(N, D), in [0, 1], of s = spectrum(h), whose length is min(N, D); 1 is complete collapse. The paper names
-    it, the definition is ours. Compare only at equal N and D: with N <= D it cannot reach 0, as centring takes one dimension.
+    1 - effective_rank(s) / min(N, D), in [0, 1], of s = spectrum(h), whose length is min(N, D); 1 is complete collapse.
+    The paper names it, the definition is ours. Compare it at equal N and D only: with N <= D it cannot reach 0, as
+    centring takes one dimension.
     """
     return 1 - effective_rank(s) / len(s)
 
@@ -140,7 +157,8 @@ def collapse_score(s):
 
 
 def gradient_norms(norms):
-    norms = array(norms, "the gradient norms") # steps that a loss scaler skipped have inf: leave them out, they were not taken
+    """The norms (T,) as an array. Leave out steps that a loss scaler skipped: they have inf, and were not taken."""
+    norms = array(norms, "the gradient norms")
     if norms.min() < 0:
         raise ValueError(f"gradient norms cannot be negative, got {norms.min()}")
     return norms
@@ -148,8 +166,9 @@ def gradient_norms(norms):
 
 def gradient_stability(norms):
     """
-    1 / (1 + std/mean), ddof 0, of the gradient norms before clipping (T,), in (0, 1]; 1 is constant. Pass the logged steps after warm-up,
-    whose large first gradients are no instability. The paper names it, the definition is ours. nan when every norm is 0.
+    1 / (1 + std/mean), ddof 0, of the gradient norms before clipping (T,), in (0, 1]; 1 is constant. Pass the logged
+    steps after warm-up, as the large first gradients are no instability. The paper names it, the definition is ours.
+    nan when every norm is 0.
     """
     norms = gradient_norms(norms)
     if norms.max() == 0:
@@ -160,8 +179,9 @@ def gradient_stability(norms):
 
 def clipping_quality(norms, grad_clip):
     """
-    Mean over the logged steps of min(1, grad_clip / g_t), the factor that clipping leaves of each gradient, norms g (T,) before clipping;
-    in (0, 1], 1 when nothing was clipped. grad_clip=0 is no clipping: 1. The paper names it, the definition is ours.
+    The mean over the logged steps of min(1, grad_clip / g_t), the factor that clipping leaves of each gradient, with
+    the norms g (T,) before clipping. It is in (0, 1], and 1 when nothing was clipped or grad_clip is 0 (no clipping).
+    The paper names it, the definition is ours.
     """
     norms = gradient_norms(norms)
     if not 0 <= grad_clip < float("inf"):
@@ -171,23 +191,26 @@ def clipping_quality(norms, grad_clip):
 
 def learning_quality(loss_0, loss_best, num_classes):
     """
-    Mean of (L_0 - L_best) / L_0, the share of its first loss that the run took off, and 1 - L_best / log V, how far it came from guessing
-    among V = num_classes; each clipped to [0, 1]. Validation losses in nats. The second does not depend on the initial loss, which
-    differs between heads. The paper names it, the definition is ours.
+    The mean of two numbers, each clipped to [0, 1]: (L_0 - L_best) / L_0, the share of its first loss that the run took
+    off, and 1 - L_best / log V, how far it came from guessing among V = num_classes. L are validation losses in nats.
+    The second number does not depend on the initial loss, which differs between heads. The paper names it, the
+    definition is ours.
     """
     loss_0, loss_best = float(array(loss_0, "loss_0", 0)), float(array(loss_best, "loss_best", 0))
     if loss_0 <= 0 or loss_best < 0 or num_classes < 2:
-        raise ValueError(f"it takes loss_0 > 0, loss_best >= 0 and two classes, got {loss_0}, {loss_best} and {num_classes}")
+        raise ValueError("it takes loss_0 > 0, loss_best >= 0 and two classes, "
+                         f"got {loss_0}, {loss_best} and {num_classes}")
     parts = (loss_0 - loss_best) / loss_0, 1 - loss_best / np.log(num_classes)
     return float(np.clip(parts, 0, 1).mean())
 
 
 def time_to(steps, values, share=0.9):
     """
-    The first of steps (T,) whose value v (T,) is at most v_0 - share (v_0 - v_best): when `share` of all progress was made. Lower v is
-    better: validation loss, or error rate = 1 - accuracy for vision. v_0 is the first value, v_best the least. None when v never falls
-    below v_0. In the units of steps, which may be anything that does not fall: tokens, seconds, or kWh for the energy of that progress,
-    time_to(energies, losses). The paper names a time to 90%, the definition is ours.
+    The first of the steps (T,) at which the values v (T,) have come down to v_0 - share (v_0 - v_best): when `share` of
+    all progress was made. Lower v is better: the validation loss, or the error rate = 1 - accuracy for vision. v_0 is
+    the first value, v_best the least. The steps may be anything that does not fall: tokens, seconds, or kWh for the
+    energy of that progress, time_to(energies, losses). None when v never falls below v_0. The paper names a time to
+    90%, the definition is ours.
     """
     t, v = array(steps, "steps"), array(values, "values")
     if len(t) != len(v):
@@ -206,7 +229,7 @@ def time_to(steps, values, share=0.9):
 
 
 def sums_by_class(h, y):
-    """(classes (C,) ascending, the class index (N,) of each sample, counts (C,), sums (C, D))"""
+    """(classes (C,) ascending, the index (N,) of each sample's class among them, counts (C,), sums of h (C, D))"""
     classes, index, counts = np.unique(y, return_inverse=True, return_counts=True)
     order = np.argsort(index, kind="stable")
     return classes, index, counts, np.add.reduceat(h[order], np.cumsum(counts) - counts, axis=0)
@@ -214,8 +237,9 @@ def sums_by_class(h, y):
 
 def class_means(h, y, num_classes):
     """
-    (num_classes, D): the mean of the features h (N, D) of each class, y (N,). A class without samples has no mean: a row of nan, which
-    goes through a head as nan and which prototype_alignment leaves out; zeros would be a point like any other.
+    (num_classes, D): the mean of the features h (N, D) over each class, y (N,). A class without samples has no mean.
+    Its row is nan, which goes through a head as nan and which prototype_alignment leaves out; zeros would be a point
+    like any other.
     """
     h = array(h, "h", 2)
     classes, _, counts, sums = sums_by_class(h, labels(y, "y", len(h), num_classes))
@@ -226,10 +250,11 @@ def class_means(h, y, num_classes):
 
 def prototype_alignment(scores):
     """
-    Share of the classes whose mean feature is nearest to their own prototype: scores (K, K), row j the head's scores z at the mean feature
-    of class j, counted when z_jj is larger than every other of its row. z falls with the distance, so that this is nearest in the head's
-    own distance, and the linear head is judged alike. A tie is a miss, or prototypes that are all the same would be aligned.
-    Rows of nan only are classes without samples (class_means), and do not count. The paper names it, the definition is ours.
+    The share of the classes whose mean feature is nearest to their own prototype. Row j of the scores (K, K) holds the
+    head's scores z at the mean feature of class j, and counts when z_jj is larger than every other score of the row. z
+    falls with the distance, so that "nearest" is meant in the head's own distance, and the linear head is judged
+    alike. A tie is a miss, or prototypes that are all the same would be aligned. Rows of nan only belong to classes
+    without samples (class_means) and do not count. The paper names it, the definition is ours.
     """
     scores = np.array(scores, dtype=np.float64) # a copy, changed below
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or len(scores) < 2:
@@ -245,13 +270,15 @@ def prototype_alignment(scores):
 
 def class_variance(h, y):
     """
-    How tight the classes are in feature space: dict of
-      intra     mean over samples of |h_i - mu_{y_i}|^2, h (N, D), y (N,), mu_c the mean of class c
-      inter     mean over samples of |mu_{y_i} - mu|^2, mu the mean of all samples that count; intra + inter is their total variance
+    How tight the classes are in feature space, for features h (N, D) of the classes y (N,): dict of
+      intra     the mean over samples of |h_i - mu_{y_i}|^2, with mu_c the mean of class c
+      inter     the mean over samples of |mu_{y_i} - mu|^2, with mu the mean of all samples that count
       ratio     intra / inter, lower is tighter; nan when there is one class, or all means coincide
       samples, classes   how many counted
-    Only classes of two samples and more count: one sample is its own mean, and a language model's rare tokens would look like collapse.
-    Without such a class all three are nan. It is the "variance" of Variance & Greediness (arXiv 2601.21450), whose exact formulas are not public: the definition is ours.
+    intra + inter is the total variance. Only classes of two samples and more count: one sample is its own mean, and a
+    language model's rare tokens would look like collapse. Without such a class all three numbers are nan.
+    This stands for the "variance" of Variance & Greediness (arXiv 2601.21450), whose exact formulas are not available
+    to us: the definition is ours.
     """
     h = rows(h)
     y = labels(y, "y", len(h))
@@ -259,19 +286,21 @@ def class_variance(h, y):
     keep = counts[index] >= 2
     if not keep.any():
         return dict(intra=float("nan"), inter=float("nan"), ratio=float("nan"), samples=0, classes=0)
-    h = h[keep] - h[keep][0] # its own first row, for the same reason
+    h = h[keep] - h[keep][0] # as rows() does, now that the first row may be another
     classes, index, counts, sums = sums_by_class(h, y[keep])
     means = sums / counts[:, None]
     intra = float(((h - means[index]) ** 2).sum(1).mean())
     inter = float(((means - h.mean(0)) ** 2).sum(1) @ counts / len(h)) if len(classes) > 1 else 0.0
-    return dict(intra=intra, inter=inter, ratio=intra / inter if inter > 0 else float("nan"), samples=len(h), classes=len(classes))
+    ratio = intra / inter if inter > 0 else float("nan")
+    return dict(intra=intra, inter=inter, ratio=ratio, samples=len(h), classes=len(classes))
 
 
 def active_ratio(nll, threshold=0.01):
     """
-    Share of the samples that still pull: |dL/dz|_1 = |p - onehot(y)|_1 = 2 (1 - p_y) > 2 threshold, with p_y = exp(-nll), nll (N,) in nats,
-    z the scores before the softmax, whichever the head. It is the "greediness" of Variance & Greediness (arXiv 2601.21450), whose exact formulas
-    are not public: the definition is ours.
+    The share of the samples that still pull on the scores z before the softmax, whichever the head:
+    |dL/dz|_1 = |p - onehot(y)|_1 = 2 (1 - p_y) > 2 threshold, with p_y = exp(-nll) and nll (N,) in nats.
+    This stands for the "greediness" of Variance & Greediness (arXiv 2601.21450), whose exact formulas are not
+    available to us: the definition is ours.
     """
     nll = array(nll, "nll")
     if nll.min() < -1e-3: # float32 may round a perfect one to just below 0
@@ -283,15 +312,17 @@ def active_ratio(nll, threshold=0.01):
 
 def classification(y, predicted, num_classes):
     """
-    dict of accuracy, f1_macro (both in [0, 1]) and confusion (K, K), a list of lists of counts, rows the true class y (N,), columns the
-    predicted (N,). f1_macro is the plain mean of 2 TP / (2 TP + FP + FN) over the classes that occur in y or predicted, sklearn's default.
-    Standard definitions; the paper reports accuracy and F1, that its F1 is the macro average is our reading. Needs sklearn.
+    dict of accuracy and f1_macro (both in [0, 1]) and confusion (K, K), a list of lists of counts with a row for each
+    true class of y (N,) and a column for each predicted (N,). f1_macro is the plain mean of 2 TP / (2 TP + FP + FN)
+    over the classes that occur in y or predicted, which is sklearn's default. The definitions are standard; the paper
+    reports accuracy and F1, and that its F1 is the macro average is our reading. Needs sklearn.
     """
     from sklearn.metrics import confusion_matrix, f1_score
     y = labels(y, "y", None, num_classes)
     predicted = labels(predicted, "predicted", len(y), num_classes)
-    return dict(accuracy=float((y == predicted).mean()), f1_macro=float(f1_score(y, predicted, average="macro", zero_division=0)),
-                confusion=confusion_matrix(y, predicted, labels=np.arange(num_classes)).tolist())
+    f1 = f1_score(y, predicted, average="macro", zero_division=0)
+    confusion = confusion_matrix(y, predicted, labels=np.arange(num_classes))
+    return dict(accuracy=float((y == predicted).mean()), f1_macro=float(f1), confusion=confusion.tolist())
 
 # -----------------------------------------------------------------------------
 # comparisons
@@ -299,9 +330,9 @@ def classification(y, predicted, num_classes):
 
 def percent_change(value, base, lower_is_better=False):
     """
-    100 (value - base) / |base| in percent, or 100 (base - value) / |base| where lower is better, so that positive is always better: the
-    paper's sign conventions, the first for accuracy, F1 and explained variance, the second for emissions, duration and PCA@90%.
-    nan for base 0.
+    100 (value - base) / |base| in percent, or 100 (base - value) / |base| where lower is better, so that positive is
+    always better. These are the paper's conventions: the first sign for accuracy, F1 and explained variance, the second
+    for emissions, duration and PCA@90%. nan for base 0.
     """
     value, base = float(array(value, "value", 0)), float(array(base, "base", 0))
     if base == 0:
@@ -311,37 +342,42 @@ def percent_change(value, base, lower_is_better=False):
 
 def paired(values, baseline):
     """
-    The paired t test, two-sided, of the differences d_i = value_i - baseline_i over seeds, both (n,) in the order of the same seeds. dict of
+    The paired t test, two-sided, of the differences d_i = value_i - baseline_i over seeds, both (n,) in the order of
+    the same seeds: dict of
       n, mean, std    of d, ddof 1
       t, p            scipy.stats.ttest_rel: t = mean / (std / sqrt n), n - 1 degrees of freedom
       effect_size     Cohen's d_z = mean / std
       low, high       95% interval of the mean difference, mean -+ t_{0.975, n-1} std / sqrt n
-    One pair has n and mean, and None for the rest: no test. Where all differences are equal (up to rounding) std is 0, and t, p,
-    effect_size, low and high are None: t would be infinite and the interval a point, certainty that n equal numbers do not give.
-    Standard definitions, ours to apply. p is for one comparison, see corrected(). Needs scipy.
+    One pair has n and mean, and None for the rest: there is no test. Where all differences are equal (up to rounding)
+    std is 0, and t, p, effect_size, low and high are None: t would be infinite and the interval a point, a certainty
+    that n equal numbers do not give. The definitions are standard, to apply them here is our choice. p is for one
+    comparison, see corrected(). Needs scipy.
     """
     values, baseline = array(values, "values"), array(baseline, "baseline")
     if len(values) != len(baseline):
-        raise ValueError(f"pairs need the same seeds on both sides, got {len(values)} values and {len(baseline)} of the baseline")
+        raise ValueError("pairs need the same seeds on both sides, "
+                         f"got {len(values)} values and {len(baseline)} of the baseline")
     d, n = values - baseline, len(values)
     result = dict(n=n, mean=float(d.mean()), std=None, t=None, p=None, effect_size=None, low=None, high=None)
     if n == 1:
         return result
     std = float(d.std(ddof=1))
-    if np.ptp(d) <= 1e-14 * max(np.abs(values).max(), np.abs(baseline).max()): # 0.3 - 0.2 and 0.5 - 0.4 differ in the last bits
+    rounding = 1e-14 * max(np.abs(values).max(), np.abs(baseline).max()) # 0.3 - 0.2 is not quite 0.5 - 0.4
+    if np.ptp(d) <= rounding:
         return result | dict(std=0.0)
     from scipy import stats
     test = stats.ttest_rel(values, baseline)
     half = float(stats.t.ppf(0.975, n - 1)) * std / n ** 0.5
     mean = result["mean"]
-    return result | dict(std=std, t=float(test.statistic), p=float(test.pvalue), effect_size=mean / std, low=mean - half, high=mean + half)
+    return result | dict(std=std, t=float(test.statistic), p=float(test.pvalue), effect_size=mean / std,
+                         low=mean - half, high=mean + half)
 
 
 def corrected(p_values):
     """
-    The p values of a table (a sequence) adjusted for their number by Benjamini and Hochberg 1995 (false discovery rate), as a list of
-    floats: min_{j >= i} p_(j) m / j in the order of size. None, a comparison without test, stays None in place and is not counted in m.
-    scipy.stats.false_discovery_control. Needs scipy.
+    The p values of a table (a sequence) adjusted for their number by Benjamini and Hochberg 1995 (false discovery
+    rate), as a list of floats: min_{j >= i} p_(j) m / j in the order of size. None, a comparison without test, stays
+    None in its place and is not counted in m. This is scipy.stats.false_discovery_control. Needs scipy.
     """
     p_values = list(p_values)
     given = [p for p in p_values if p is not None]
@@ -353,3 +389,153 @@ def corrected(p_values):
     from scipy import stats
     adjusted = iter(stats.false_discovery_control(p, method="bh").tolist())
     return [None if p is None else next(adjusted) for p in p_values]
+
+# -----------------------------------------------------------------------------
+# the report's numbers in words
+
+
+# spec: the format of a value times `scale`, which brings it to the unit of the title; lower: whether lower is better
+Metric = namedtuple("Metric", "title spec scale lower definition")
+METRICS = {
+    "test_accuracy": Metric(
+        "test accuracy (%)", ".2f", 100, False,
+        "The share of the test set that is classified correctly, with the weights of the epoch of the best validation "
+        "accuracy. Standard."),
+    "f1_macro": Metric(
+        "macro F1", ".4f", 1, False,
+        "The mean over classes of 2 TP / (2 TP + FP + FN) on the test set, with the same weights. Standard; that the "
+        "paper's F1 is the macro average is our reading."),
+    "test_loss": Metric(
+        "test loss (nats)", ".4f", 1, True,
+        "The mean -log p_y on the test set, the exact loss, with the same weights."),
+    "val_accuracy": Metric(
+        "validation accuracy (%)", ".2f", 100, False,
+        "The share of the validation split that is classified correctly, at the best epoch."),
+    "val_loss": Metric(
+        "validation loss (nats)", ".4f", 1, True,
+        "The mean -log p_y at the end over a fixed part of the validation split, the exact loss; for BERT over masked "
+        "tokens."),
+    "perplexity": Metric(
+        "perplexity", ".4g", 1, True,
+        "exp(validation loss)."),
+    "gradient_stability": Metric(
+        "gradient stability", ".3f", 1, False,
+        "1 / (1 + std/mean) of the gradient norms before clipping (ddof 0), over the log lines after warm-up "
+        "(vision: after the first epoch), in (0, 1]; 1 is constant. The paper names it, the definition is ours."),
+    "clipping_quality": Metric(
+        "clipping quality", ".3f", 1, False,
+        "The mean over the same log lines of min(1, grad_clip / norm), the factor that clipping leaves of a "
+        "gradient, in (0, 1]; 1 when nothing was clipped. The paper names it, the definition is ours."),
+    "learning_quality": Metric(
+        "learning quality", ".3f", 1, False,
+        "The mean of (L_0 - L_best) / L_0, the share of its first loss that the run took off, and 1 - L_best / log "
+        "V, how far it came from guessing among the V tokens; L are validation losses, and each of the two is "
+        "clipped to [0, 1]. The paper names it, the definition is ours."),
+    "model_health": Metric(
+        "model health", "+.4f", 1, False,
+        "-(collapse score - the baseline's of the same seed): positive collapses less. The paper names it, the "
+        "definition is ours."),
+    "pc2_ev": Metric(
+        "PC2 EV", ".3f", 1, False,
+        "The share of the variance in the top 2 principal components, (s_1^2 + s_2^2) / sum s_i^2, with s the "
+        "singular values of the centred penultimate features, not standardised; in [0, 1]. The paper names it, the "
+        "definition is PCA's and the choice ours."),
+    "pca90": Metric(
+        "PCA@90% (to 50)", ".1f", 1, True,
+        "The least number of principal components of the standardised features that together hold 90% of the variance, "
+        "where no more than 50 are counted, as in the paper's tables. The paper names it, the definition is ours."),
+    "pca90_uncapped": Metric(
+        "PCA@90%", ".1f", 1, True,
+        "As above, where all are counted."),
+    "prototype_alignment": Metric(
+        "prototype alignment", ".3f", 1, False,
+        "The share of the classes whose mean feature has its highest score, which is its least distance, at the "
+        "class's own prototype; a tie is a miss. The paper names it, the definition is ours."),
+    "pca5": Metric(
+        "PCA5", ".3f", 1, False,
+        "The share of the variance in the top 5 principal components, sum_{i<=5} s_i^2 / sum s_i^2, with s the "
+        "singular values of the centred final hidden states, not standardised; in [0, 1]. The paper names it, the "
+        "definition is PCA's and the choice ours."),
+    "effective_rank": Metric(
+        "effective rank", ".1f", 1, False,
+        "exp(H(p)) with p_i = s_i / sum s and H the entropy in nats, s the singular values of the centred hidden "
+        "states: between 1 and their rank, and 0 where all are equal. The definition is Roy and Vetterli's (2007); "
+        "that the paper means this one is our reading."),
+    "collapse_score": Metric(
+        "collapse score", ".3f", 1, True,
+        "1 - effective rank / min(N, D) of N hidden states of D dimensions, in [0, 1]; 1 is complete collapse. The "
+        "paper names it, the definition is ours."),
+    "variance_ratio": Metric(
+        "variance ratio", ".3f", 1, True,
+        "The mean |h_i - mu_y|^2 within classes over the mean |mu_y - mu|^2 between them, of validation samples at "
+        "the last evaluation, in classes of two samples and more. It stands for the variance of Variance & "
+        "Greediness (arXiv 2601.21450), whose exact formulas are not available to us: the definition is ours."),
+    "active_ratio": Metric(
+        "active ratio", ".3f", 1, True,
+        "The share of the validation samples that still pull: |dL/dz|_1 = 2 (1 - p_y) > 0.02, with z the scores "
+        "before the softmax, at the last evaluation. It stands for the greediness of Variance & Greediness (arXiv "
+        "2601.21450), whose exact formulas are not available to us: the definition is ours. That lower is better is "
+        "a convention of this table."),
+    "energy_kwh": Metric(
+        "energy (kWh)", ".3g", 1, True,
+        "CPU, GPU and RAM of the machine from step 0 to the last evaluation, evaluations included (emissions.py)."),
+    "emissions_g": Metric(
+        "emissions (g CO2eq)", ".3g", 1, True,
+        "kWh times the g CO2eq per kWh of the grid, one factor for a run."),
+    "seconds_per_epoch": Metric(
+        "s per epoch", ".3g", 1, True,
+        "The median over epochs, evaluations not included."),
+    "seconds_per_step": Metric(
+        "s per step", ".3g", 1, True,
+        "The median over log lines, evaluations not included."),
+    "seconds_to_90": Metric(
+        "time to 90% (s)", ".3g", 1, True,
+        "Seconds to the first evaluation at which 90% of all progress was made: v <= v_0 - 0.9 (v_0 - v_best), with "
+        "v the validation loss, or 1 - validation accuracy for vision. Each head has a 90% of its own. The paper "
+        "names a time to 90%, the definition is ours."),
+    "speed": Metric(
+        "speed (s)", "+.3g", 1, False,
+        "-(time to 90% - the baseline's of the same seed): positive is faster. The paper names it, the definition is "
+        "ours."),
+    "wh_to_90": Metric(
+        "energy to 90% (Wh)", ".3g", 1, True,
+        "The energy to the same evaluation as the time to 90%. The definition is ours."),
+    "wh_to_target": Metric(
+        "energy to target (Wh)", ".3g", 1, True,
+        "The energy to the first evaluation as good as the target, which is the same for all heads: where the "
+        "baseline's mean over seeds has made 90% of its progress. Runs that never get there have none. The "
+        "definition is ours."),
+    "quality_per_wh": Metric(
+        "quality per Wh", ".3g", 1, False,
+        "Vision: points of test accuracy above chance (100/K) per Wh. Language: (log V - validation loss) per Wh. The "
+        "definition is ours."),
+}
+# the tables of a family of runs, and the sectors of its radar plot
+_TO_TARGET = ("seconds_to_90", "speed", "wh_to_90", "wh_to_target", "quality_per_wh")
+TABLES = {
+    "vision": {
+        "quality": ("test_accuracy", "f1_macro", "test_loss", "gradient_stability", "clipping_quality"),
+        "interpretability": ("test_accuracy", "pc2_ev", "pca90", "pca90_uncapped", "prototype_alignment",
+                             "variance_ratio", "active_ratio"),
+        "sustainability": ("energy_kwh", "emissions_g", "seconds_per_epoch", *_TO_TARGET),
+    },
+    "language": {
+        "quality": ("val_loss", "perplexity", "gradient_stability", "clipping_quality", "learning_quality",
+                    "model_health"),
+        "interpretability": ("val_loss", "pca5", "effective_rank", "collapse_score", "variance_ratio", "active_ratio"),
+        "sustainability": ("energy_kwh", "emissions_g", "seconds_per_step", *_TO_TARGET),
+    },
+}
+RADAR = {
+    "vision": {"model quality": ("f1_macro", "test_accuracy"), "interpretability": ("pc2_ev", "pca90"),
+               "sustainability": ("seconds_per_epoch", "emissions_g")},
+    "language": {"model quality": ("val_loss", "model_health", "gradient_stability", "learning_quality",
+                                   "clipping_quality"),
+                 "interpretability": ("pca5",), "sustainability": ("emissions_g",)},
+}
+PAIRED_TEST = (
+    "The test is the paired t test, two-sided, of the differences over seeds: t = mean / (std / sqrt n) with n - 1 "
+    "degrees of freedom, d_z = mean / std (Cohen), and the 95% interval of the mean difference. There is none for a "
+    "single pair, nor where all differences are equal. The p values of a table are corrected for their number by "
+    "Benjamini and Hochberg 1995 (false discovery rate). The definitions are standard, to apply them here is our "
+    "choice.")

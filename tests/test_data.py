@@ -1,5 +1,6 @@
 """
-The data format: what is written is what is read, killed or not, and in which order Blocks gives it out. No network, no real corpus.
+The data format: what is written is what is read, even after a kill, and Blocks gives it out in a fixed order. The tests
+need no network and no real corpus.
 
 $ pytest tests/test_data.py
 """
@@ -14,19 +15,18 @@ import subprocess
 import sys
 import time
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1") # before datasets is imported
-
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 import data
 import prepare_openwebtext
 import prepare_stdlib
 from data import EOT, Blocks, load_encoding, load_meta
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TEXT = "The cat sat on the mat.\nIt's 3 o'clock, naïve café owners sing: ♪ 日本 🙂!\n\n\tdef f(x):\n\t\treturn x  # done   \n"
+TEXT = ("The cat sat on the mat.\nIt's 3 o'clock, naïve café owners sing: ♪ 日本 🙂!\n\n"
+        "\tdef f(x):\n\t\treturn x  # done   \n")
 MERGES = [b"th", b"the", b" t", b" th", b" the", b"at", b"\xc3\xa9", b"  "]
 
 
@@ -38,7 +38,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ranks_file(tmp_path):
-    """256 bytes and a few merges: 264 ranks, so that end-of-text is 264"""
+    """The ranks of 256 bytes and a few merges: they are 264, so that end-of-text is 264."""
     return write_ranks(tmp_path / "own.tiktoken", [bytes([b]) for b in range(256)] + MERGES)
 
 
@@ -63,7 +63,7 @@ def prepare(*args):
 
 
 def file_bytes(folder):
-    """{file name: its bytes}; nothing temporary may be left"""
+    """{file name: its bytes}. Nothing temporary may be left."""
     found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert sorted(found) == sorted(os.listdir(folder)) == ["meta.pkl", "tokenizer.tiktoken", "train.bin", "val.bin"]
     return found
@@ -78,7 +78,8 @@ def write_folder(folder, train, val=(), dtype="uint16", **meta):
     np.array(train, dtype).tofile(folder / "train.bin")
     np.array(val, dtype).tofile(folder / "val.bin")
     if meta:
-        (folder / "meta.pkl").write_bytes(pickle.dumps({"dtype": dtype, "encoding": "gpt2", "eot": None, "source": "test"} | meta))
+        meta = {"dtype": dtype, "encoding": "gpt2", "eot": None, "source": "test"} | meta
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     return folder
 
 # -----------------------------------------------------------------------------
@@ -117,6 +118,7 @@ def test_round_trip_of_documents_drawn_at_random(tmp_path, ranks_file):
     def decode(ids):
         ends = [i for i, t in enumerate(ids) if t == meta["eot"]]
         return [load_encoding(meta, outs[0]).decode(ids[a + 1:b]) for a, b in zip([-1] + ends, ends)]
+
     kept = [text for text in texts if text]
     drawn = [data.in_val(5, i, 0.2) for i in range(len(kept))]
     assert decode(val) == [text for text, d in zip(kept, drawn) if d]
@@ -130,7 +132,8 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, ranks_file):
     prepare(*args, "--out_dir", tmp_path / "unbroken", "--num_proc", 2)
 
     out = tmp_path / "killed"
-    command = [sys.executable, os.path.join(ROOT, "prepare_openwebtext.py"), *map(str, args), "--out_dir", str(out), "--num_proc", "2"]
+    script = os.path.join(ROOT, "prepare_openwebtext.py")
+    command = [sys.executable, script, *map(str, args), "--out_dir", str(out), "--num_proc", "2"]
     env = os.environ | {"HF_HOME": str(tmp_path / "home")}
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
@@ -150,7 +153,8 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, ranks_file):
 
     with pytest.raises(SystemExit, match="killed holds a dataset: .*--overwrite"):
         prepare(*args, "--out_dir", out)
-    again = subprocess.run(command[:-1] + ["1", "--overwrite"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    again = subprocess.run(command[:-1] + ["1", "--overwrite"], cwd=tmp_path, env=env, capture_output=True, text=True,
+                           check=False)
     assert again.returncode == 0, again.stderr
     finished = int(again.stdout.split("continuing: ")[1].split()[0])
     assert len(shards) <= finished < 1500 # a worker may have finished its last one after the kill
@@ -163,7 +167,8 @@ def test_parquet_and_streaming_give_what_jsonl_gives(tmp_path, ranks_file):
     write_jsonl(tmp_path / "texts.jsonl", texts)
     datasets.Dataset.from_dict({"text": texts, "n": range(40)}).to_parquet(tmp_path / "texts.parquet")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "lines.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8") # empty lines are no documents
+    lines = "\n\n".join(texts) + "\n" # empty lines are no documents
+    (tmp_path / "folder" / "lines.txt").write_text(lines, encoding="utf-8")
     runs = [["texts.jsonl"], ["texts.parquet"], ["texts.parquet", "--docs", 40], ["folder", "--sample_by", "line"]]
     for i, (name, *args) in enumerate(runs):
         args += ["--ranks", ranks_file, "--val_fraction", 0.2, "--num_proc", 1]
@@ -173,7 +178,8 @@ def test_parquet_and_streaming_give_what_jsonl_gives(tmp_path, ranks_file):
 
 
 def test_a_large_vocabulary_is_uint32(tmp_path):
-    tokens = [bytes([b]) for b in range(256)] + [b"%05d" % i for i in range(65_279)] # 65,535 ranks, end-of-text is 65,535
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [b"%05d" % i for i in range(65_279)] # 65,535 ranks, so that end-of-text is 65,535
     for extra, dtype in ([], "uint16"), ([b"end"], "uint32"):
         ranks = write_ranks(tmp_path / "large.tiktoken", tokens + extra)
         source, out = write_jsonl(tmp_path / "texts.jsonl", documents(20)), tmp_path / dtype
@@ -183,7 +189,8 @@ def test_a_large_vocabulary_is_uint32(tmp_path):
 
 
 def test_ranks_of_a_prepared_folder_bring_their_pattern(tmp_path, ranks_file):
-    source, args = write_jsonl(tmp_path / "texts.jsonl", documents(20)), ["--val_fraction", 0.2, "--num_proc", 1, "--out_dir"]
+    source = write_jsonl(tmp_path / "texts.jsonl", documents(20))
+    args = ["--val_fraction", 0.2, "--num_proc", 1, "--out_dir"]
     prepare(source, "--ranks", ranks_file, "--pat_str", r"\w+|\W+", *args, tmp_path / "first")
     prepare(source, "--ranks", tmp_path / "first" / "tokenizer.tiktoken", *args, tmp_path / "second")
     assert load_meta(tmp_path / "second")["pat_str"] == r"\w+|\W+"
@@ -211,9 +218,9 @@ def test_mistakes_are_named(tmp_path, ranks_file, monkeypatch, name, args, messa
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     write_ranks(tmp_path / "partial.tiktoken", [bytes([b]) for b in range(255)])
     (tmp_path / "damaged.tiktoken").write_text("no base64 0\n")
+    if not set(args) & {"--ranks", "--encoding"}:
+        args = [*args, "--ranks", ranks_file]
     with pytest.raises(SystemExit, match=message):
-        if not set(args) & {"--ranks", "--encoding"}:
-            args = [*args, "--ranks", ranks_file]
         prepare(name, *args, "--out_dir", "out", "--num_proc", 1)
     assert not os.path.exists("out/train.bin")
 
@@ -222,7 +229,8 @@ def test_no_network_is_one_line_within_seconds(tmp_path):
     with socket.socket() as silent: # takes a connection and never answers, like a network that drops packets
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path), "no_proxy": "127.0.0.1"}
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "no_proxy": "127.0.0.1"}
         del env["HF_HUB_OFFLINE"]
         started = time.time()
         run = subprocess.run([sys.executable, os.path.join(ROOT, "prepare_openwebtext.py")],
@@ -238,6 +246,7 @@ def test_an_encoding_that_cannot_be_downloaded(monkeypatch):
 
     def no_network(name):
         raise requests.exceptions.ConnectionError("a wall\nof text")
+
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(ConnectionError, match="cannot download the encoding 'gpt2'.*python prepare_stdlib.py") as error:
         load_encoding({"encoding": "gpt2", "eot": 50256}, "data/x")
@@ -260,7 +269,8 @@ def test_stdlib_twice_gives_the_same_bytes(tmp_path, capsys):
     (library / "_sysconfigdata_x.py").write_text("not this")
     assert len(prepare_stdlib.python_files(library)) == 30
     for out in "one", "two":
-        prepare_stdlib.main(["--src", str(library), "--out_dir", str(tmp_path / out), "--vocab_size", "300", "--val_fraction", "0.2"])
+        prepare_stdlib.main(["--src", str(library), "--out_dir", str(tmp_path / out), "--vocab_size", "300",
+                             "--val_fraction", "0.2"])
     assert file_bytes(tmp_path / "one") == file_bytes(tmp_path / "two")
     meta = load_meta(tmp_path / "one")
     assert (meta["vocab_size"], meta["eot"], meta["train_docs"] + meta["val_docs"]) == (300, 299, 30)
@@ -277,7 +287,8 @@ def test_the_exported_ranks_cut_text_as_the_trained_tokenizer_does():
     enc = data.own_encoding(prepare_stdlib.train_bpe(texts, 400))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=399, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=399, initial_alphabet=alphabet))
     assert enc.n_vocab == 400
     assert [enc.encode_ordinary(text) for text in texts] == [e.ids for e in tokenizer.encode_batch(texts)]
 
@@ -289,6 +300,7 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path):
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "it ran"),)
+
     folder = write_folder(tmp_path / "x", range(100))
     for content in pickle.dumps({"vocab_size": Malicious()}), pickle.dumps([1]), b"", b"garbage":
         (folder / "meta.pkl").write_bytes(content)
@@ -310,7 +322,8 @@ def test_nanogpt_folders_load_as_they_are(tmp_path):
     chars = sorted(set(TEXT))
     stoi = {c: i for i, c in enumerate(chars)}
     folder = write_folder(tmp_path / "shakespeare_char", [stoi[c] for c in TEXT])
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}))
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     enc = load_encoding(load_meta(folder), folder)
     assert enc.decode(enc.encode(TEXT)) == TEXT == enc.decode(read_bin(folder, "train")) and enc.eot is None
     assert Blocks(folder, "train", 8).vocab_size == len(chars)
@@ -318,8 +331,11 @@ def test_nanogpt_folders_load_as_they_are(tmp_path):
         enc.encode("€")
 
 
-@pytest.mark.parametrize("name, command", [("stdlib", "python prepare_stdlib.py"), ("openwebtext", "python prepare_openwebtext.py"),
-                                           ("mine", "python prepare_openwebtext.py --out_dir data/mine FILES")])
+@pytest.mark.parametrize("name, command", [
+    ("stdlib", "python prepare_stdlib.py"),
+    ("openwebtext", "python prepare_openwebtext.py"),
+    ("mine", "python prepare_openwebtext.py --out_dir data/mine FILES"),
+])
 def test_a_missing_file_names_the_command(tmp_path, monkeypatch, name, command):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"{name}.train.bin is not there. make it with: {command}"):
@@ -372,7 +388,8 @@ def test_ranks_get_different_blocks(folder):
     seen = []
     for step in range(4):
         for rank in range(world_size):
-            seen += Blocks(folder, "train", 16).batch((step * world_size + rank) * batch_size, batch_size)[0][:, 0].tolist()
+            first = (step * world_size + rank) * batch_size
+            seen += Blocks(folder, "train", 16).batch(first, batch_size)[0][:, 0].tolist()
     assert len(set(seen)) == len(seen) == 60
 
 

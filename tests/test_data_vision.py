@@ -1,11 +1,10 @@
 """
-The images: every reader on files in the original formats, every refusal, the order of batches, and each augmentation against an oracle.
-No network, no real data but scikit-learn's digits.
+The images: every reader on files in the original formats, every refusal, the order of batches, and each augmentation
+against an oracle. The tests need no network, and no real data but scikit-learn's digits.
 
 $ pytest tests/test_data_vision.py
 """
 import colorsys
-import gzip
 import os
 import pickle
 import socket
@@ -13,81 +12,50 @@ import struct
 import sys
 import time
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1") # before datasets is imported
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from image_files import TEST, TRAIN, cifar_arrays, idx, images, labels, records, write, write_mnist
 
 import data
 import data_vision
 from data_vision import AUGMENTATIONS, STATS, Batches, augment, draw, load, split
 
-RNG = np.random.RandomState(0)
-TRAIN, TEST = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-
-def images(n, C, H, W):
-    return RNG.randint(256, size=(n, C, H, W)).astype(np.uint8)
-
-
-def labels(n, num_classes=10):
-    return (np.arange(n) * 7 % num_classes).astype(np.uint8) # 7 and 10, 100 have no common divisor: every class
-
 
 def params(**values):
-    """augment's parameters for one image"""
+    """The parameters of augment() for one image."""
     return {name: torch.tensor([value]) for name, value in values.items()}
 
 # -----------------------------------------------------------------------------
 # files in the original formats
 
 
-def idx(a, magic=None):
-    return struct.pack(f">{1 + a.ndim}I", magic or 0x800 + a.ndim, *a.shape) + a.tobytes()
-
-
-def write(path, raw):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(raw, 1) if path.suffix == ".gz" else raw)
-
-
-def write_mnist(root, n=30, m=20, ending="", dot=False, size=(28, 28)):
-    arrays = []
-    for names, count in (TRAIN, n), (TEST, m):
-        x, y = images(count, 1, *size), labels(count)
-        for name, a in zip(names, (x[:, 0], y)):
-            write(root / "mnist" / ((name.replace("-idx", ".idx") if dot else name) + ending), idx(a))
-        arrays += [x, y]
-    return arrays
-
-
-def cifar_arrays(num_classes, n=None, m=10):
-    n = n or 2 * num_classes
-    return [images(n, 3, 32, 32), labels(n, num_classes), images(m, 3, 32, 32), labels(m, num_classes)]
-
-
-def records(x, y, num_classes):
-    """the binary version: the coarse label of CIFAR-100 comes first, and is not the one that is wanted"""
-    head = [y[:, None]] if num_classes == 10 else [np.full((len(y), 1), 99, np.uint8), y[:, None]]
-    return np.concatenate([*head, x.reshape(len(x), 3072)], 1).tobytes()
-
-
 def batch(x, y, num_classes):
-    """the python version"""
-    fine = {b"labels": y.tolist()} if num_classes == 10 else {b"fine_labels": y.tolist(), b"coarse_labels": [0] * len(y)}
-    return pickle.dumps({b"batch_label": b"batch 1", b"data": x.reshape(len(x), 3072), **fine, b"filenames": [b"a.png"] * len(y)}, protocol=2)
+    """Pickle a batch as the python version of CIFAR has it."""
+    if num_classes == 10:
+        fine = {b"labels": y.tolist()}
+    else:
+        fine = {b"fine_labels": y.tolist(), b"coarse_labels": [0] * len(y)}
+    columns = {b"batch_label": b"batch 1", b"data": x.reshape(len(x), 3072), **fine, b"filenames": [b"a.png"] * len(y)}
+    return pickle.dumps(columns, protocol=2)
 
 
 def python2_batch(x, y):
-    """as python 2 has written the originals: strings of bytes, numpy's old names. by hand, opcode by opcode"""
-    s = lambda b: b"T" + struct.pack("<I", len(b)) + b # BINSTRING
-    i = lambda n: b"J" + struct.pack("<i", n) # BININT
-    dtype = b"cnumpy\ndtype\n" + s(b"u1") + i(0) + i(1) + b"\x87R" + b"(" + i(3) + s(b"|") + b"NNN" + i(-1) + i(-1) + i(0) + b"tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + i(0) + b"\x85" + s(b"b") + b"\x87R"
-    array += b"(" + i(1) + i(len(x)) + i(3072) + b"\x86" + dtype + b"\x89" + s(x.tobytes()) + b"tb"
-    return b"\x80\x02}(" + s(b"data") + array + s(b"labels") + b"](" + b"".join(i(int(n)) for n in y) + b"eu."
+    """Pickle a batch as python 2 did, opcode by opcode: strings of bytes, and numpy's old names."""
+    def string(b):
+        return b"T" + struct.pack("<I", len(b)) + b # BINSTRING
+
+    def integer(n):
+        return b"J" + struct.pack("<i", n) # BININT
+
+    dtype = b"cnumpy\ndtype\n" + string(b"u1") + integer(0) + integer(1) + b"\x87R"
+    dtype += b"(" + integer(3) + string(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + integer(0) + b"\x85" + string(b"b") + b"\x87R"
+    array += b"(" + integer(1) + integer(len(x)) + integer(3072) + b"\x86" + dtype
+    array += b"\x89" + string(x.tobytes()) + b"tb"
+    numbers = b"".join(integer(int(n)) for n in y)
+    return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + b"](" + numbers + b"eu."
 
 
 def same(found, arrays):
@@ -113,41 +81,48 @@ def test_mixed_names(tmp_path):
     assert same(load("mnist", str(tmp_path)), arrays)
 
 
-@pytest.mark.parametrize("num_classes, folder", [(10, "cifar10"), (10, "cifar-10-batches-bin"), (100, "cifar100"), (100, "cifar-100-binary")])
+@pytest.mark.parametrize("num_classes, folder", [
+    (10, "cifar10"), (10, "cifar-10-batches-bin"), (100, "cifar100"), (100, "cifar-100-binary")])
 def test_cifar_binary(tmp_path, num_classes, folder):
     arrays = cifar_arrays(num_classes)
     x, y, test_x, test_y = arrays
-    parts = {"data_batch_1.bin": slice(0, 5), "data_batch_2.bin": slice(5, 20)} if num_classes == 10 else {"train.bin": slice(None)}
+    if num_classes == 10:
+        parts, test = {"data_batch_1.bin": slice(0, 5), "data_batch_2.bin": slice(5, 20)}, "test_batch.bin"
+    else:
+        parts, test = {"train.bin": slice(None)}, "test.bin"
     for name, rows in parts.items():
         write(tmp_path / folder / name, records(x[rows], y[rows], num_classes))
-    write(tmp_path / folder / ("test_batch.bin" if num_classes == 10 else "test.bin"), records(test_x, test_y, num_classes))
+    write(tmp_path / folder / test, records(test_x, test_y, num_classes))
     found = load(f"cifar{num_classes}", str(tmp_path))
-    assert same(found, arrays) and found.num_classes == num_classes and all(name in found.source for name in parts)
+    assert same(found, arrays) and found.num_classes == num_classes
+    assert all(name in found.source for name in parts)
 
 
-@pytest.mark.parametrize("num_classes, folder", [(10, "cifar10"), (10, "cifar-10-batches-py"), (100, "cifar100"), (100, "cifar-100-python")])
+@pytest.mark.parametrize("num_classes, folder", [
+    (10, "cifar10"), (10, "cifar-10-batches-py"), (100, "cifar100"), (100, "cifar-100-python")])
 def test_cifar_python(tmp_path, num_classes, folder):
     arrays = cifar_arrays(num_classes)
     x, y, test_x, test_y = arrays
     if num_classes == 10:
         write(tmp_path / folder / "data_batch_1", batch(x[:5], y[:5], 10))
         write(tmp_path / folder / "data_batch_2", python2_batch(x[5:], y[5:]))
+        write(tmp_path / folder / "test_batch", batch(test_x, test_y, 10))
     else:
         write(tmp_path / folder / "train", batch(x, y, 100))
-    write(tmp_path / folder / ("test_batch" if num_classes == 10 else "test"), batch(test_x, test_y, num_classes))
+        write(tmp_path / folder / "test", batch(test_x, test_y, 100))
     assert same(load(f"cifar{num_classes}", str(tmp_path)), arrays)
 
 
 def test_the_hash_is_of_the_data(tmp_path):
-    """the same for both formats of the same images, another one when one pixel changes"""
+    """It is the same for both formats of the same images, and another one when one pixel changes."""
     x, y, test_x, test_y = cifar_arrays(10)
-    for i, changed in enumerate((0, 0, 1)):
-        x[3, 0, 0, 0] += changed
-        make, ending = (batch, "") if i == 1 else (records, ".bin")
-        write(tmp_path / str(i) / "cifar10" / f"data_batch_1{ending}", make(x, y, 10))
-        write(tmp_path / str(i) / "cifar10" / f"test_batch{ending}", make(test_x, test_y, 10))
-    a, b, c = (load("cifar10", str(tmp_path / str(i))).hash for i in range(3))
-    assert a == b != c
+    hashes = []
+    for name, make, ending, change in ("a", records, ".bin", 0), ("b", batch, "", 0), ("c", records, ".bin", 1):
+        x[3, 0, 0, 0] += change
+        write(tmp_path / name / "cifar10" / f"data_batch_1{ending}", make(x, y, 10))
+        write(tmp_path / name / "cifar10" / f"test_batch{ending}", make(test_x, test_y, 10))
+        hashes.append(load("cifar10", str(tmp_path / name)).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 class Evil:
@@ -161,8 +136,9 @@ class Evil:
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     x, y, test_x, test_y = cifar_arrays(10)
     write(tmp_path / "cifar10" / "test_batch", batch(test_x, test_y, 10))
+    evil = {b"data": Evil(str(tmp_path / "ran")), b"labels": y.tolist()}
     for protocol in 2, 4:
-        write(tmp_path / "cifar10" / "data_batch_1", pickle.dumps({b"data": Evil(str(tmp_path / "ran")), b"labels": y.tolist()}, protocol))
+        write(tmp_path / "cifar10" / "data_batch_1", pickle.dumps(evil, protocol))
         with pytest.raises(ValueError, match=r"data_batch_1 was refused.*asks for \w+\.mkdir, only plain values"):
             load("cifar10", str(tmp_path))
     assert not (tmp_path / "ran").exists()
@@ -181,13 +157,23 @@ def test_damaged_pickles(tmp_path):
     path = tmp_path / "cifar10" / "data_batch_1"
     write(tmp_path / "cifar10" / "test_batch", batch(test_x, test_y, 10))
     raw = batch(x, y, 10)
-    for bad, match in ((raw[:5000], "data_batch_1 was refused, 5000 bytes"), (pickle.dumps([1], 2), "was refused"), (pickle.dumps({b"data": 1}, 2), "labels"),
-                       (batch(x, y, 10).replace(b"u1", b"u4"), "was refused"), (batch(x[:3], y, 10), "3 images, but labels of shape .20,"),
-                       (pickle.dumps({b"data": np.zeros((2, 100), np.uint8), b"labels": [0, 1]}, 2), r"shape \(2, 100\), expected \(n, 3072\)"),
-                       (pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}, 2), "no images: float64"),
-                       (pickle.dumps({b"data": x, b"labels": ["a"] * 20}, 2), "data_batch_1"),
-                       (pickle.dumps({b"data": x.reshape(20, -1), b"labels": [0.5] * 20}, 2), "float64"),
-                       (batch(x, y + 5, 10), "data_batch_1: label 12 of image 1 is not in 0..9")):
+
+    def dump(data, labels):
+        return pickle.dumps({b"data": data, b"labels": labels}, 2)
+
+    cases = [
+        (raw[:5000], "data_batch_1 was refused, 5000 bytes"),
+        (raw.replace(b"u1", b"u4"), "was refused"),
+        (pickle.dumps([1], 2), "was refused"),
+        (pickle.dumps({b"data": 1}, 2), "labels"),
+        (batch(x[:3], y, 10), "3 images, but labels of shape .20,"),
+        (dump(np.zeros((2, 100), np.uint8), [0, 1]), r"shape \(2, 100\), expected \(n, 3072\)"),
+        (dump(np.zeros((2, 3072)), [0, 1]), "no images: float64"),
+        (dump(x, ["a"] * 20), "data_batch_1"),
+        (dump(x.reshape(20, -1), [0.5] * 20), "float64"),
+        (batch(x, y + 5, 10), "data_batch_1: label 12 of image 1 is not in 0..9"),
+    ]
+    for bad, match in cases:
         write(path, bad)
         with pytest.raises(ValueError, match=match):
             load("cifar10", str(tmp_path))
@@ -198,25 +184,37 @@ def test_damaged_pickles(tmp_path):
     (TRAIN[0], lambda raw: raw + b"x", "is too long: expected 23536 bytes .* found 23537"),
     (TRAIN[0], lambda raw: raw[:9], "truncated: 9 bytes, its header alone has 16"),
     (TRAIN[0], lambda raw: b"", "truncated: 0 bytes"),
-    (TRAIN[0], lambda raw: b"\x00\x00\x08\x01" + raw[4:], "train-images-idx3-ubyte has the magic number 2049, expected 2051"),
-    (TEST[1], lambda raw: b"\x00\x00\x08\x03" + raw[4:], "t10k-labels-idx1-ubyte has the magic number 2051, expected 2049"),
+    (TRAIN[0], lambda raw: b"\x00\x00\x08\x01" + raw[4:],
+     "train-images-idx3-ubyte has the magic number 2049, expected 2051"),
+    (TEST[1], lambda raw: b"\x00\x00\x08\x03" + raw[4:],
+     "t10k-labels-idx1-ubyte has the magic number 2051, expected 2049"),
     (TRAIN[1], lambda raw: idx(labels(29)), r"30 images, but labels of shape \(29,\)"),
     (TRAIN[1], lambda raw: raw[:-3] + b"\x0a" + raw[-2:], "train-labels.*: label 10 of image 27 is not in 0..9"),
     (TRAIN[1], lambda raw: idx(labels(30) % 9), "no training image of class 9, mnist has 10 classes"),
-    (TEST[0], lambda raw: idx(images(20, 1, 28, 27)[:, 0]), r"training images are \(1, 28, 28\), test images \(1, 28, 27\)"),
+    (TEST[0], lambda raw: idx(images(20, 1, 28, 27)[:, 0]),
+     r"training images are \(1, 28, 28\), test images \(1, 28, 27\)"),
     (TEST[0], lambda raw: idx(np.zeros((0, 28, 28), np.uint8)), "holds no images"),
     (TEST[0], None, "has train-images-idx3-ubyte, but no t10k-images-idx3-ubyte"),
     (TRAIN[0], None, "has t10k-images-idx3-ubyte, but no train-images-idx3-ubyte"),
-    (TRAIN[1], None, "has no labels: there is no train-labels-idx1-ubyte")])
+    (TRAIN[1], None, "has no labels: there is no train-labels-idx1-ubyte"),
+])
 def test_mnist_refusals(tmp_path, name, change, match):
     write_mnist(tmp_path)
     path = tmp_path / "mnist" / name
-    path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=match):
         load("mnist", str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:200], lambda raw: raw[:100] + bytes(100) + raw[200:], lambda raw: raw[:-8] + bytes(8), lambda raw: b"no gzip"])
+@pytest.mark.parametrize("damage", [
+    lambda raw: raw[:200],
+    lambda raw: raw[:100] + bytes(100) + raw[200:],
+    lambda raw: raw[:-8] + bytes(8),
+    lambda raw: b"no gzip",
+])
 def test_damaged_gz(tmp_path, damage):
     write_mnist(tmp_path, ending=".gz")
     path = tmp_path / "mnist" / f"{TRAIN[0]}.gz"
@@ -228,16 +226,25 @@ def test_damaged_gz(tmp_path, damage):
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_cifar_binary_refusals(tmp_path, num_classes):
     x, y, test_x, test_y = cifar_arrays(num_classes)
-    train, test = ("data_batch_1.bin", "test_batch.bin") if num_classes == 10 else ("train.bin", "test.bin")
-    folder, size = tmp_path / f"cifar{num_classes}", 3073 if num_classes == 10 else 3074
+    folder = tmp_path / f"cifar{num_classes}"
+    if num_classes == 10:
+        train, test, size = "data_batch_1.bin", "test_batch.bin", 3073
+    else:
+        train, test, size = "train.bin", "test.bin", 3074
     raw = records(x, y, num_classes)
     write(folder / train, raw)
     with pytest.raises(ValueError, match=f"has {train}, but no {test}"):
         load(f"cifar{num_classes}", str(tmp_path))
     write(folder / test, records(test_x, test_y, num_classes))
-    for bad, match in ((raw[:-1], f"{train} is truncated: expected records of {size} bytes, {len(raw)} in all, found {len(raw) - 1}"), (b"", "holds no images"),
-                       (records(x, np.full_like(y, num_classes), num_classes), f"label {num_classes} of image 0 is not in 0..{num_classes - 1}"),
-                       (records(x, y // 2, num_classes), "no training image of class")):
+    truncated = f"{train} is truncated: expected records of {size} bytes, {len(raw)} in all, found {len(raw) - 1}"
+    beyond = f"label {num_classes} of image 0 is not in 0..{num_classes - 1}"
+    cases = [
+        (raw[:-1], truncated),
+        (b"", "holds no images"),
+        (records(x, np.full_like(y, num_classes), num_classes), beyond),
+        (records(x, y // 2, num_classes), "no training image of class"),
+    ]
+    for bad, match in cases:
         write(folder / train, bad)
         with pytest.raises(ValueError, match=match):
             load(f"cifar{num_classes}", str(tmp_path))
@@ -252,15 +259,21 @@ def test_unknown_dataset():
 
 
 class Hub:
-    """in place of datasets.load_dataset_builder: gives these images, whatever is asked for"""
-    def __init__(self, datasets, arrays, image, label, mode):
+    """It stands in for datasets.load_dataset_builder, and gives these images whatever is asked for."""
+
+    def __init__(self, datasets, arrays, image, label):
         from PIL import Image
 
+        def picture(a): # (C, H, W)
+            return Image.fromarray(a[0] if len(a) == 1 else a.transpose(1, 2, 0))
+
         def part(x, y):
-            features = {"id": datasets.Value("string"), image: datasets.Image(), "coarse_label": datasets.Value("int64"), label: datasets.Value("int64")}
-            pixels = [Image.fromarray(a[0] if mode == "L" else a.transpose(1, 2, 0)) for a in x]
-            columns = {"id": ["a"] * len(y), image: pixels, "coarse_label": [0] * len(y), label: y.tolist()}
+            features = {"id": datasets.Value("string"), image: datasets.Image(),
+                        "coarse_label": datasets.Value("int64"), label: datasets.Value("int64")}
+            columns = {"id": ["a"] * len(y), image: [picture(a) for a in x],
+                       "coarse_label": [0] * len(y), label: y.tolist()}
             return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
         self.parts = datasets.DatasetDict(train=part(*arrays[:2]), test=part(*arrays[2:]))
 
     def __call__(self, hub):
@@ -274,15 +287,19 @@ class Hub:
         return self.parts
 
 
-@pytest.mark.parametrize("dataset, hub, image, label", [("mnist", "ylecun/mnist", "image", "label"), ("cifar10", "uoft-cs/cifar10", "img", "label"),
-                                                        ("cifar100", "uoft-cs/cifar100", "img", "fine_label")])
+@pytest.mark.parametrize("dataset, hub, image, label", [
+    ("mnist", "ylecun/mnist", "image", "label"),
+    ("cifar10", "uoft-cs/cifar10", "img", "label"),
+    ("cifar100", "uoft-cs/cifar100", "img", "fine_label"),
+])
 def test_download(tmp_path, monkeypatch, dataset, hub, image, label):
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("PIL")
-    num_classes, mode = (100 if dataset == "cifar100" else 10), ("L" if dataset == "mnist" else "RGB")
-    n = 2 * num_classes
-    arrays = [images(n, 1, 28, 28), labels(n), images(5, 1, 28, 28), labels(5)] if mode == "L" else cifar_arrays(num_classes)
-    fake = Hub(datasets, arrays, image, label, mode)
+    if dataset == "mnist":
+        arrays = [images(20, 1, 28, 28), labels(20), images(5, 1, 28, 28), labels(5)]
+    else:
+        arrays = cifar_arrays(int(dataset.removeprefix("cifar")))
+    fake = Hub(datasets, arrays, image, label)
     monkeypatch.setattr(datasets, "load_dataset_builder", fake)
     found = load(dataset, str(tmp_path))
     assert same(found, arrays) and fake.asked == hub and hub in found.source
@@ -293,18 +310,22 @@ def test_download(tmp_path, monkeypatch, dataset, hub, image, label):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", fake)
     (tmp_path / dataset / "images.npz").unlink()
-    with monkeypatch.context() as m: # a full disk
-        def savez(f, **arrays):
-            f.write(b"half")
-            raise OSError("no space left")
-        m.setattr(np, "savez", savez)
+
+    def on_a_full_disk(f, **arrays):
+        f.write(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as m:
+        m.setattr(np, "savez", on_a_full_disk)
         with pytest.raises(OSError, match="no space left"):
             load(dataset, str(tmp_path))
     assert os.listdir(tmp_path / dataset) == []
-    for change, match in ((lambda: fake.parts.pop("test"), "has no test split"), (lambda: fake.parts.update(train=fake.parts["train"].remove_columns(label)), "no column")):
-        change()
-        with pytest.raises(ValueError, match=match):
-            load(dataset, str(tmp_path))
+    del fake.parts["test"]
+    with pytest.raises(ValueError, match="has no test split"):
+        load(dataset, str(tmp_path))
+    fake.parts["train"] = fake.parts["train"].remove_columns(label)
+    with pytest.raises(ValueError, match="no column"):
+        load(dataset, str(tmp_path))
 
 
 def test_original_files_come_first(tmp_path):
@@ -318,15 +339,23 @@ def test_damaged_npz(tmp_path):
     path.parent.mkdir()
     x, y = images(20, 1, 28, 28), labels(20).astype(np.int64)
     good = dict(train_x=x, train_y=y, test_x=x, test_y=y)
-    assert np.savez(path, **good) is None and len(load("mnist", str(tmp_path)).train_x) == 20
+    np.savez(path, **good)
+    assert len(load("mnist", str(tmp_path)).train_x) == 20
     raw = path.read_bytes()
     for bad in raw[:1000], b"", b"x" * 100:
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"images.npz is damaged, delete it"):
             load("mnist", str(tmp_path))
-    for change, match in (({"train_x": np.array([Evil("x")] * 20, object)}, "damaged.*allow_pickle"), ({"train_x": x[0]}, "holds no images"), ({"test_x": x + 0.5}, "float64"),
-                          ({"test_y": y[:0]}, "labels of shape .0,"), ({"test_y": y + 1}, "npz, test: label 10 of image 7"), ({"test_y": y - 1}, "label -1 of image 0"),
-                          ({"train_y": y[1:]}, "20 images, but labels of shape .19")):
+    cases = [
+        ({"train_x": np.array([Evil("x")] * 20, object)}, "damaged.*allow_pickle"),
+        ({"train_x": x[0]}, "holds no images"),
+        ({"test_x": x + 0.5}, "float64"),
+        ({"test_y": y[:0]}, "labels of shape .0,"),
+        ({"test_y": y + 1}, "npz, test: label 10 of image 7"),
+        ({"test_y": y - 1}, "label -1 of image 0"),
+        ({"train_y": y[1:]}, "20 images, but labels of shape .19"),
+    ]
+    for change, match in cases:
         np.savez(path, **{**good, **change})
         with pytest.raises(ValueError, match=match):
             load("mnist", str(tmp_path))
@@ -335,9 +364,11 @@ def test_damaged_npz(tmp_path):
         load("mnist", str(tmp_path))
 
 
-@pytest.mark.parametrize("dataset, words", [("mnist", ["ylecun/mnist", "train-images-idx3-ubyte"]),
-                                            ("cifar10", ["cifar-10-batches-bin", "data_batch_1.bin, ... and test_batch.bin"]),
-                                            ("cifar100", ["cifar-100-python", "train.bin and test.bin or train and test"])])
+@pytest.mark.parametrize("dataset, words", [
+    ("mnist", ["ylecun/mnist", "train-images-idx3-ubyte"]),
+    ("cifar10", ["cifar-10-batches-bin", "data_batch_1.bin, ... and test_batch.bin"]),
+    ("cifar100", ["cifar-100-python", "train.bin and test.bin or train and test"]),
+])
 def test_without_network(tmp_path, monkeypatch, dataset, words):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -352,9 +383,15 @@ def test_without_network(tmp_path, monkeypatch, dataset, words):
 def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda hub: asked.append(hub) or time.sleep(60))
-    monkeypatch.setattr(data_vision, "within", lambda seconds, f, *args: data.within(0.2, f, *args)) # it is a minute, else
-    with pytest.raises(ConnectionError, match=r"cannot be downloaded as ylecun/mnist \(TimeoutError\).*--dataset=digits"):
+
+    def silent(hub):
+        asked.append(hub)
+        time.sleep(60)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", silent)
+    monkeypatch.setattr(data_vision, "within", lambda seconds, f, *args: data.within(0.2, f, *args)) # a minute, else
+    message = r"cannot be downloaded as ylecun/mnist \(TimeoutError\).*--dataset=digits"
+    with pytest.raises(ConnectionError, match=message):
         load("mnist", str(tmp_path))
     assert asked == ["ylecun/mnist"]
 
@@ -375,15 +412,17 @@ def digits():
 
 
 def test_digits(digits):
-    assert digits.train_x.shape == (1437, 1, 8, 8) and digits.test_x.shape == (360, 1, 8, 8) and digits.num_classes == 10
-    assert digits.train_x.dtype == torch.uint8 and digits.train_x.max() == 255 and digits.train_y.dtype == torch.int64
+    assert digits.train_x.shape == (1437, 1, 8, 8) and digits.test_x.shape == (360, 1, 8, 8)
+    assert digits.num_classes == 10 and digits.train_x.max() == 255
+    assert digits.train_x.dtype == torch.uint8 and digits.train_y.dtype == torch.int64
     share = torch.bincount(digits.test_y) / (torch.bincount(digits.test_y) + torch.bincount(digits.train_y))
     assert (share - 0.2).abs().max() < 0.01
     assert digits.hash == load("digits").hash == "f6dfd5b7e8248a0f" # for ever, as runs are compared by it
     # the whole set, nothing twice
     from sklearn.datasets import load_digits
-    together = sorted(x.tobytes() for x in np.concatenate([digits.train_x.numpy(), digits.test_x.numpy()]))
-    assert together == sorted(np.rint(x * 255 / 16).astype(np.uint8).tobytes() for x in load_digits().images)
+    together = np.concatenate([digits.train_x.numpy(), digits.test_x.numpy()])
+    originals = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
+    assert sorted(x.tobytes() for x in together) == sorted(x.tobytes() for x in originals)
 
 
 def test_stats(digits):
@@ -450,12 +489,18 @@ def test_train_is_a_pure_function_of_seed_and_step(name):
 def test_every_image_once_per_epoch():
     b = make()
     assert b.steps_per_epoch == 5
-    epochs = [torch.cat([b.train(step)[1] for step in range(5 * e, 5 * e + 5)]).tolist() for e in range(3)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
+
+    def seen(batches, steps):
+        return torch.cat([batches.train(step)[1] for step in steps]).tolist()
+
+    epochs = [seen(b, range(5 * e, 5 * e + 5)) for e in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
     b = make(n=57) # 7 are left out of an epoch, other ones each time
-    assert b.steps_per_epoch == 5 and len(set(torch.cat([b.train(step)[1] for step in range(5)]).tolist())) == 50
+    assert b.steps_per_epoch == 5 and len(set(seen(b, range(5)))) == 50
     b = make(n=7) # fewer than a batch
-    assert b.steps_per_epoch == 1 and all(sorted(b.train(step)[1].tolist()) == list(range(7)) for step in range(3))
+    assert b.steps_per_epoch == 1
+    assert all(sorted(seen(b, [step])) == list(range(7)) for step in range(3))
 
 
 @pytest.mark.parametrize("name", list(AUGMENTATIONS))
@@ -499,7 +544,8 @@ def test_normalised_digits_have_mean_0_and_variance_1(digits):
 def test_resize():
     for C, channels in (3, 0), (1, 3):
         b = make(C=C, H=9, W=7, image_size=16, channels=channels)
-        expected = F.interpolate(b.x.float(), (16, 16), mode="bilinear", align_corners=False, antialias=False).expand(-1, 3, -1, -1)
+        expected = F.interpolate(b.x.float(), (16, 16), mode="bilinear", align_corners=False, antialias=False)
+        expected = expected.expand(-1, 3, -1, -1)
         torch.testing.assert_close(b.fixed(0, 50)[0], (expected / 255 - 0.5) / 0.5, rtol=0, atol=1e-5)
     # augmentation comes first, at the images' own size
     b, small = make(image_size=16, augment="strong"), make(augment="strong")
@@ -509,11 +555,18 @@ def test_resize():
 
 def test_batches_refusals():
     x, y = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
-    for args, options, match in (((x.float(), y, 2, 0), {}, "uint8.*torch.float32"), ((x[0], y, 2, 0), {}, "are to be"), ((x, y[:3], 2, 0), {}, "3 labels"),
-                                 ((x[:0], y[:0], 2, 0), {}, "0 labels"), ((x, y, 0, 0), {}, "batch_size must be at least 1, got 0"),
-                                 ((x, y, 2, 0), {"normalize": "x"}, "got 'x' and 'none'"), ((x, y, 2, 0), {"augment": "x"}, "augment one of none, crop, standard, strong"),
-                                 ((x, y, 2, 0), {"normalize": "cifar10"}, "for 3 channels, the images have 1"),
-                                 ((x.expand(-1, 3, -1, -1), y, 2, 0), {"channels": 1}, "3 channels cannot become images of 1")):
+    cases = [
+        ((x.float(), y, 2, 0), {}, "uint8.*torch.float32"),
+        ((x[0], y, 2, 0), {}, "are to be"),
+        ((x, y[:3], 2, 0), {}, "3 labels"),
+        ((x[:0], y[:0], 2, 0), {}, "0 labels"),
+        ((x, y, 0, 0), {}, "batch_size must be at least 1, got 0"),
+        ((x, y, 2, 0), {"normalize": "x"}, "got 'x' and 'none'"),
+        ((x, y, 2, 0), {"augment": "x"}, "augment one of none, crop, standard, strong"),
+        ((x, y, 2, 0), {"normalize": "cifar10"}, "for 3 channels, the images have 1"),
+        ((x.expand(-1, 3, -1, -1), y, 2, 0), {"channels": 1}, "3 channels cannot become images of 1"),
+    ]
+    for args, options, match in cases:
         with pytest.raises(ValueError, match=match):
             Batches(*args, **options)
     b = Batches(x, y, 2, 0)
@@ -548,8 +601,9 @@ def test_identity_flip_and_crop_are_exact(H, W):
     flipped = F.pad(x.flip(3), (4, 4, 4, 4))
     for dy, dx in (-4, 4), (3, -1), (0, 2), (4, 0):
         rows, cols = slice(4 + dy, 4 + dy + H), slice(4 + dx, 4 + dx + W)
-        assert torch.equal(augment(x, **params(dy=float(dy), dx=float(dx))), padded[:, :, rows, cols])
-        assert torch.equal(augment(x, **params(flip=True, dy=float(dy), dx=float(dx))), flipped[:, :, rows, cols]) # flip, then crop
+        crop = params(dy=float(dy), dx=float(dx))
+        assert torch.equal(augment(x, **crop), padded[:, :, rows, cols])
+        assert torch.equal(augment(x, **params(flip=True), **crop), flipped[:, :, rows, cols]) # flip, then crop
     assert torch.equal(x, before)
 
 
@@ -565,7 +619,8 @@ def test_each_image_has_its_own_parameters():
 @pytest.mark.parametrize("quarter", [1, 2, 3, -1])
 def test_quarter_turns(quarter):
     x = picture(3, 28, 28)
-    torch.testing.assert_close(augment(x, **params(degrees=90.0 * quarter)), torch.rot90(x, quarter, (2, 3)), rtol=0, atol=1e-3)
+    a = augment(x, **params(degrees=90.0 * quarter))
+    torch.testing.assert_close(a, torch.rot90(x, quarter, (2, 3)), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("H, W", SIZES)
@@ -582,7 +637,7 @@ def test_rotation(H, W, degrees):
 
 
 def test_flip_crop_and_rotation_compose():
-    """against the three of them one after another: the same where the crop has cut nothing off"""
+    """One after another they give the same, where the crop has cut nothing off."""
     ndimage = pytest.importorskip("scipy.ndimage")
     x = F.pad(picture(1, 12, 12), (10, 10, 10, 10))
     a = augment(x, **params(flip=True, dy=3.0, dx=-2.0, degrees=12.0))[0, 0].numpy()
@@ -596,11 +651,13 @@ def test_jitter_against_pil(name, factor):
     pytest.importorskip("PIL")
     from PIL import Image, ImageEnhance
     x = picture(3, 16, 16)
-    expected = getattr(ImageEnhance, name)(Image.fromarray(x[0].byte().permute(1, 2, 0).numpy())).enhance(factor)
-    a = augment(x, **params(**{"saturation" if name == "Color" else name.lower(): factor}))
+    picture_of_pil = Image.fromarray(x[0].byte().permute(1, 2, 0).numpy())
+    expected = getattr(ImageEnhance, name)(picture_of_pil).enhance(factor)
+    our_name = "saturation" if name == "Color" else name.lower()
+    a = augment(x, **params(**{our_name: factor}))
     assert a.min() >= 0 and a.max() <= 255
-    # PIL rounds the grey value and the result to whole numbers
-    assert np.abs(a[0].permute(1, 2, 0).numpy() - np.asarray(expected, np.float32)).max() < 1 + 0.5 * abs(1 - factor) + 0.01
+    difference = a[0].permute(1, 2, 0).numpy() - np.asarray(expected, np.float32)
+    assert np.abs(difference).max() < 1 + 0.5 * abs(1 - factor) + 0.01 # PIL rounds the grey value and the result
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.1, 0.03, 0.1, 0.4])
@@ -612,7 +669,8 @@ def test_hue_against_colorsys(shift):
     for i in range(8):
         for j in range(8):
             h, s, v = colorsys.rgb_to_hsv(*(x[0, :, i, j].double() / 255).tolist())
-            assert a[0, :, i, j].tolist() == pytest.approx([255 * c for c in colorsys.hsv_to_rgb((h + shift) % 1, s, v)], abs=1e-2)
+            expected = torch.tensor(colorsys.hsv_to_rgb((h + shift) % 1, s, v), dtype=torch.float64) * 255
+            assert a[0, :, i, j].tolist() == pytest.approx(expected.tolist(), abs=1e-2)
 
 
 def test_jitter_of_grey_images():
@@ -635,28 +693,31 @@ def test_order_of_jitter():
 def test_drawn_parameters(name):
     spec, n = AUGMENTATIONS[name], 20000
     drawn = draw(np.random.RandomState(1), n, spec)
-    assert set(drawn) == {"none": set(), "crop": {"dy", "dx", "degrees"}, "standard": {"flip", "dy", "dx", "degrees"},
-                          "strong": {"flip", "dy", "dx", "degrees", "brightness", "contrast", "saturation", "hue"}}[name]
-    limits = {"degrees": (0, spec["degrees"]), "hue": (0, spec["hue"]), **{k: (1, spec[k]) for k in ("brightness", "contrast", "saturation")}}
+    expected_names = {
+        "none": set(), "crop": {"dy", "dx", "degrees"}, "standard": {"flip", "dy", "dx", "degrees"},
+        "strong": {"flip", "dy", "dx", "degrees", "brightness", "contrast", "saturation", "hue"}}
+    assert set(drawn) == expected_names[name]
+    centres = {"degrees": 0, "hue": 0, "brightness": 1, "contrast": 1, "saturation": 1}
     for key, p in drawn.items():
         assert p.shape == (n,)
         if key == "flip":
-            assert p.dtype == torch.bool and abs(p.float().mean() - 0.5) < 4 * 0.5 / n**0.5
+            assert p.dtype == torch.bool and abs(p.float().mean() - 0.5) < 4 * 0.5 / n ** 0.5
         elif key in ("dy", "dx"): # -4..4, each as often
             counts = torch.bincount((p + 4).long(), minlength=9)
-            assert torch.equal(p, p.round()) and len(counts) == 9 and (counts - n / 9).abs().max() < 4.5 * (n * 8 / 81)**0.5
+            assert torch.equal(p, p.round()) and len(counts) == 9
+            assert (counts - n / 9).abs().max() < 4.5 * (n * 8 / 81) ** 0.5
         else: # uniform in centre +- width, and close to both ends
-            centre, width = limits[key]
-            u = (p - centre) / width
+            u = (p - centres[key]) / spec[key] # in -1..1
             assert -1 - 1e-5 <= u.min() < -0.999 and 0.999 < u.max() <= 1 + 1e-5
-            assert abs(u.mean()) < 4 / (3 * n)**0.5 and abs(u.square().mean() - 1 / 3) < 4 * (4 / 45 / n)**0.5
+            assert abs(u.mean()) < 4 / (3 * n) ** 0.5
+            assert abs(u.square().mean() - 1 / 3) < 4 * (4 / 45 / n) ** 0.5
     if len(drawn) > 1: # each its own
         r = torch.corrcoef(torch.stack([p.float() for p in drawn.values()])).fill_diagonal_(0)
-        assert r.abs().max() < 4.5 / n**0.5
+        assert r.abs().max() < 4.5 / n ** 0.5
 
 
 def test_augmentation_of_batches():
-    """train() is draw() and augment() on the images of the step; grey images with 'crop' are never mirrored"""
+    """train() is draw() and augment() on the images of the step. Grey images with "crop" are never mirrored."""
     b = make(C=1, H=28, W=28, augment="crop", normalize="mnist")
     x, y = b.train(6)
     drawn = draw(np.random.RandomState([7, 6, 1]), 10, AUGMENTATIONS["crop"])

@@ -257,7 +257,7 @@ def test_precision_of_the_euclidean_identity_in_fp32():
         nll = head.loss(h32, torch.arange(V), reduction="none").double()
         oracle = F.cross_entropy(-exact.log(), torch.arange(V), reduction="none")
         assert (nll - oracle).abs().max() < 3e-6, ratio
-        s = distances._all_pairs(head.core, h32, w32).double()
+        s = distances.all_pairs(head.core, h32, w32).double()
         scale = (h32 ** 2).sum(-1, dtype=torch.float64)[:, None] + (w32 ** 2).sum(-1, dtype=torch.float64)
         assert ((s - exact ** 2).abs() / scale).max() < 16 * 2 ** -24 # 9 seen
         # the gradient of the target's term, which a matrix product would lose as well

@@ -1,19 +1,31 @@
 """
-What train.py, sample.py and export_hf.py promise holds for BERT and Qwen2 as it does for GPT (tests/test_train.py).
+BERT and Qwen2 are trained, sampled and exported as GPT is, whose training is tested in test_train.py.
 
 $ pytest tests/test_families.py
 """
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HARD, SETTINGS, assert_close_runs, assert_same_training, load, metrics, refused, run_script, train, train_processes
+from helpers import (
+    HARD,
+    SETTINGS,
+    assert_close_runs,
+    assert_same_training,
+    load,
+    metrics,
+    refused,
+    run_script,
+    train,
+    train_processes,
+)
 
-import data as data_module
+import data
 from distances import DistanceHead
 from families import load_run
 from model_bert import BERT, mask_tokens
@@ -41,7 +53,8 @@ def test_it_learns_and_resumes_to_the_last_bit(family):
 def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
     settings = dict(max_iters=4, eval_interval=2, dropout=0.1, distance="euclidean")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    train_processes(here, *(dict(out_dir=f"{name}2", **settings, **own) for name, own in FAMILY.items()), launcher=launcher)
+    runs = [dict(out_dir=f"{name}2", **settings, **own) for name, own in FAMILY.items()]
+    train_processes(here, *runs, launcher=launcher)
     for name, own in FAMILY.items():
         train(out_dir=f"{name}1", **settings, **own)
         assert_close_runs(f"{name}2", f"{name}1")
@@ -49,25 +62,34 @@ def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
 
 @both
 def test_heads_share_batches_masks_and_backbone(family):
-    runs = {distance: train(out_dir=distance, distance=distance, max_iters=1, learning_rate=0, min_lr=0, **FAMILY[family])[1]
-            for distance in ("baseline", "cosine", "offset_l2")}
-    base = runs["baseline"]
+    settings = dict(max_iters=1, learning_rate=0, min_lr=0, **FAMILY[family])
+    _, baseline = train(out_dir="baseline", distance="baseline", **settings)
+    expected = load("baseline")["model"]
+    parts = 3 if family == "bert" else 2 # inputs, labels, positions; or inputs, targets
     for distance in ("cosine", "offset_l2"):
-        a, b = load(distance)["model"], load("baseline")["model"]
-        assert all(torch.equal(a[name], b[name]) for name in a if name.startswith("transformer."))
+        _, script = train(out_dir=distance, distance=distance, **settings)
+        found = load(distance)["model"]
+        assert all(torch.equal(found[name], expected[name]) for name in found if name.startswith("transformer."))
         for i in (0, 7):
-            ours, theirs = runs[distance]["train_batch"](i), base["train_batch"](i)
-            assert len(ours) == (3 if family == "bert" else 2) and all(torch.equal(x, y) for x, y in zip(ours, theirs))
-    assert not torch.equal(base["train_batch"](0)[0], base["train_batch"](1)[0])
+            batch, expected_batch = script["train_batch"](i), baseline["train_batch"](i)
+            assert len(batch) == len(expected_batch) == parts
+            assert all(torch.equal(x, y) for x, y in zip(batch, expected_batch))
+    assert not torch.equal(baseline["train_batch"](0)[0], baseline["train_batch"](1)[0])
 
 
 @both
 def test_the_optimizer_has_every_parameter_once(family):
     _, script = train(out_dir="out", max_iters=2, distance="offset_l2", **FAMILY[family])
-    names = {id(p): n for n, p in script["raw_model"].named_parameters()}
-    decay, other = [[names[id(p)] for p in group["params"]] for group in script["optimizer"].param_groups]
-    assert sorted(decay + other) == sorted(names.values()) and "head.alpha" in other and "head.weight" in decay
-    assert all(n.endswith("bias") or ".ln_" in n or n.startswith("head.") for n in other) and not any(n.endswith("bias") for n in decay)
+    names = {id(p): name for name, p in script["raw_model"].named_parameters()}
+
+    def names_in(group):
+        return [names[id(p)] for p in group["params"]]
+
+    decay, other = map(names_in, script["optimizer"].param_groups)
+    assert sorted(decay + other) == sorted(names.values())
+    assert "head.alpha" in other and "head.weight" in decay
+    assert all(name.endswith("bias") or ".ln_" in name or name.startswith("head.") for name in other)
+    assert not any(name.endswith("bias") for name in decay)
 
 
 # -----------------------------------------------------------------------------
@@ -75,20 +97,27 @@ def test_the_optimizer_has_every_parameter_once(family):
 
 def test_the_head_works_at_masked_positions_only(monkeypatch):
     shapes, loss = [], DistanceHead.loss
-    monkeypatch.setattr(DistanceHead, "loss", lambda self, h, y, *a, **k: shapes.append((h.shape, y.shape)) or loss(self, h, y, *a, **k))
+
+    def seen_loss(head, h, targets, *args, **options):
+        shapes.append((h.shape, targets.shape))
+        return loss(head, h, targets, *args, **options)
+
+    monkeypatch.setattr(DistanceHead, "loss", seen_loss)
     train(out_dir="out", max_iters=1, model="bert", batch_size=5, eval_iters=1)
     assert set(shapes) == {((5, 2, 16), (5, 2))} # 15% of 16 tokens
 
 
 def test_validation_loss_by_hand():
-    """All 21 blocks, each with the masks of its own number, whatever the batch size and the seed."""
+    """It is the mean over all 21 blocks, each with the masks of its number, whatever the batch size and the seed."""
     train(out_dir="out", max_iters=2, eval_interval=2, model="bert", distance="cosine")
     model, _, step = load_run("out", "ckpt.pt", "cpu")
-    x = torch.from_numpy(np.fromfile("data/tiny/val.bin", np.uint16).astype(np.int64))[:21 * 16].view(21, 16)
+    ids = np.fromfile("data/tiny/val.bin", np.uint16).astype(np.int64)
+    x = torch.from_numpy(ids)[:21 * 16].view(21, 16)
     total = 0.0
     for i in range(21):
         inputs, labels, positions = mask_tokens(x[i:i + 1], np.random.RandomState([0, i, 2]), model.mask_id, 97)
-        assert ((inputs != x[i]).nonzero()[:, 1][:, None] == positions).any(1).all() # nothing else is changed
+        changed = (inputs != x[i]).nonzero()[:, 1]
+        assert torch.isin(changed, positions).all() # nothing else is
         with torch.no_grad():
             z = model.head(model.features(inputs))[0, positions[0]]
         total += F.cross_entropy(z, x[i, positions[0]]).item() / 21
@@ -96,16 +125,19 @@ def test_validation_loss_by_hand():
     for settings in (dict(batch_size=9), dict(seed=5)):
         _, script = train(out_dir="other", overwrite=True, max_iters=0, model="bert", **settings)
         _, again = train(out_dir="again", overwrite=True, max_iters=0, model="bert", batch_size=2)
-        parts = zip(*(script["val_batch"](i, 3) for i in (0, 3)))
-        assert all(torch.equal(torch.cat(a), b) for a, b in zip(parts, again["val_batch"](0, 6)))
+        halves = zip(script["val_batch"](0, 3), script["val_batch"](3, 3))
+        for half, whole in zip(halves, again["val_batch"](0, 6), strict=True):
+            assert torch.equal(torch.cat(half), whole)
 
 
 def test_bert_fills_in_masks():
-    train(out_dir="out/bert", max_iters=500, eval_interval=250, log_interval=50, model="bert", distance="euclidean", lr_decay_iters=500, n_layer=1, n_embd=32,
-          batch_size=32, gradient_accumulation_steps=1)
-    printed, _ = run_script("sample.py", "--out_dir=out/bert", "--device=cpu", '--start=!"#[MASK]%&[MASK]()*+', "--num_nearest=3")
+    train(out_dir="out/bert", max_iters=500, eval_interval=250, log_interval=50, lr_decay_iters=500, model="bert",
+          distance="euclidean", n_layer=1, n_embd=32, batch_size=32, gradient_accumulation_steps=1)
+    printed, _ = run_script("sample.py", "--out_dir=out/bert", "--device=cpu", '--start=!"#[MASK]%&[MASK]()*+',
+                            "--num_nearest=3")
     lines = [line for line in printed.splitlines() if line.startswith("[MASK] ")]
-    assert len(lines) == 2 and lines[0].startswith("[MASK] 1: '$' 0.") and lines[1].startswith('[MASK] 2: "\'" 0.') # the alphabet goes on
+    assert len(lines) == 2
+    assert lines[0].startswith("[MASK] 1: '$' 0.") and lines[1].startswith('[MASK] 2: "\'" 0.') # the alphabet goes on
     model, _, _ = load_run("out/bert", "best.pt", "cpu")
     assert isinstance(model, BERT) and model.mask_id == 97 # the first id beyond the 97 characters
     for start, message in (("abc", "there is none in"), ("[MASK]" * 17, "start has 17 tokens, block_size is 16")):
@@ -114,20 +146,40 @@ def test_bert_fills_in_masks():
     assert "nearest prototypes, euclidean distance" in printed
 
 
+class Letters:
+    """An encoding that knows single characters only."""
+
+    @staticmethod
+    def encode(text):
+        return [ord(c) for c in text]
+
+    @staticmethod
+    def decode(ids):
+        return chr(ids[0])
+
+
+class Words(Letters):
+    """A space belongs to the word behind it, as in GPT-2's tokens."""
+
+    @staticmethod
+    def encode(text):
+        words = text.replace(" ", "| ").split("|")
+        return [ord(word[-1]) for word in words if word]
+
+
+class Echo(torch.nn.Module):
+    """A model that predicts, at every position, the letter with the position's number."""
+    mask_id, head = 200, torch.nn.Linear(1, 1)
+    config = SimpleNamespace(block_size=9, vocab_size=128)
+
+    def forward(self, idx, positions):
+        assert idx.tolist() == [[200, 97, 200, 200, 98, 200]]
+        return F.one_hot(65 + positions, 128).float() * 9, None
+
+
 def test_masks_next_to_each_other_and_at_the_ends():
-    class Letters:
-        encode, decode = staticmethod(lambda text: [ord(c) for c in text]), staticmethod(lambda ids: chr(ids[0]))
-
-    class Echo(torch.nn.Module): # at every position, the number of the position
-        mask_id, config, head = 200, type("", (), dict(block_size=9, vocab_size=128)), torch.nn.Linear(1, 1)
-
-        def forward(self, idx, positions):
-            assert idx.tolist() == [[200, 97, 200, 200, 98, 200]]
-            return F.one_hot(65 + positions, 128).float() * 9, None
-    assert [line[:3] for line in fill_masks(Echo(), Letters, "[MASK]a[MASK][MASK]b[MASK]", 2)] == ["'A'", "'C'", "'D'", "'F'"]
-
-    class Words(Letters): # a space belongs to the word behind it, as in GPT-2's tokens
-        encode = staticmethod(lambda text: [ord(word[-1]) for word in text.replace(" ", "| ").split("|") if word])
+    lines = fill_masks(Echo(), Letters, "[MASK]a[MASK][MASK]b[MASK]", 2)
+    assert [line[:3] for line in lines] == ["'A'", "'C'", "'D'", "'F'"]
     assert len(fill_masks(Echo(), Words, "[MASK] a [MASK] [MASK] b [MASK]", 2)) == 4 # Echo sees no space of its own
 
 
@@ -138,9 +190,11 @@ def test_scale_sets_the_shape():
     shape = [f"--{key}={SETTINGS[key]}" for key in ("dataset", "block_size", "compile", "device", "track_emissions")]
     with open("mine.py", "w") as f:
         f.write("n_layer = 9\nn_embd = 999\n")
-    run_script("train.py", "mine.py", *shape, "--model=qwen2", "--scale=tiny", "--n_layer=1", "--max_iters=0", "--out_dir=out")
+    run_script("train.py", "mine.py", *shape, "--model=qwen2", "--scale=tiny", "--n_layer=1", "--max_iters=0",
+               "--out_dir=out")
     config = json.load(open("out/config.json"))
-    assert config["model_args"]["n_embd"] == config["config"]["n_embd"] == 128 and config["model_args"]["n_layer"] == 1 # a flag beats the scale
+    assert config["model_args"]["n_embd"] == config["config"]["n_embd"] == 128
+    assert config["model_args"]["n_layer"] == 1 # a flag beats the scale
 
 
 def test_prototypes_that_never_occur_are_noted():
@@ -151,16 +205,17 @@ def test_prototypes_that_never_occur_are_noted():
 # -----------------------------------------------------------------------------
 # export
 
-@pytest.mark.parametrize("settings", [dict(bias=True, tie_weights=True), dict(bias=False, feature_scale=0.5), *FAMILY.values()],
-                         ids=["gpt", "gpt-nobias", *FAMILY])
+@pytest.mark.parametrize("settings", [
+    dict(bias=True, tie_weights=True), dict(bias=False, feature_scale=0.5), *FAMILY.values()],
+    ids=["gpt", "gpt-nobias", *FAMILY])
 def test_transformers_scores_an_exported_run_the_same(settings):
     transformers = pytest.importorskip("transformers")
     train(out_dir="out", max_iters=5, **settings)
     printed, _ = run_script("export_hf.py", "--out_dir=out", "--checkpoint=ckpt.pt", "--to=hf")
     assert "at step 5, logits differ by at most" in printed
     model, _, _ = load_run("out", "ckpt.pt", "cpu")
-    auto = transformers.AutoModelForMaskedLM if isinstance(model, BERT) else transformers.AutoModelForCausalLM
-    hf, idx = auto.from_pretrained("hf").eval(), torch.arange(14)[None]
+    Auto = transformers.AutoModelForMaskedLM if isinstance(model, BERT) else transformers.AutoModelForCausalLM
+    hf, idx = Auto.from_pretrained("hf").eval(), torch.arange(14)[None]
     with torch.no_grad():
         torch.testing.assert_close(hf(idx).logits[..., :97], model.head(model.features(idx)), rtol=1e-4, atol=1e-4)
     assert "hf exists" in refused("--out_dir=out", "--to=hf", script="export_hf.py")
@@ -170,7 +225,8 @@ def test_transformers_scores_an_exported_run_the_same(settings):
 @pytest.mark.parametrize("family", [dict(), *FAMILY.values()], ids=["gpt", *FAMILY])
 def test_a_distance_head_is_not_exported(family):
     train(out_dir="out", max_iters=1, distance="cosine", **family)
-    assert "transformers has no layer for the cosine head" in refused("--out_dir=out", "--checkpoint=ckpt.pt", "--to=hf", script="export_hf.py")
+    message = refused("--out_dir=out", "--checkpoint=ckpt.pt", "--to=hf", script="export_hf.py")
+    assert "transformers has no layer for the cosine head" in message
     assert not os.path.exists("hf")
 
 
@@ -178,20 +234,27 @@ def test_a_distance_head_is_not_exported(family):
 # what cannot run
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(model="bort"), "model is 'bort': use gpt, bert, qwen2"), (dict(scale="huge", model="qwen2"), "scale is 'huge': it is for model=qwen2, and one of tiny"),
-    (dict(scale="tiny"), "scale is 'tiny': it is for model=qwen2"), (dict(model="qwen2", n_kv_head=3), "n_head 2 must be a multiple of n_kv_head 3"),
-    (dict(model="bert", mask_id=97), "mask_id 97 is beyond the 97 tokens"), (dict(model="bert", mlm_probability=1.0), "mlm_probability is 1.0"),
-    (dict(model="qwen2", n_embd=6, n_head=2), "n_embd / n_head is 3, it must be even"), (dict(model="bert", init_from="gpt2"), "with model=bert, bert*"),
-    (dict(model="qwen2", init_from="bert-base-uncased"), "with model=qwen2, Qwen/Qwen2*"), (dict(init_from="Qwen/Qwen2-0.5B"), "with model=gpt, gpt2")])
+    (dict(model="bort"), "model is 'bort': use gpt, bert, qwen2"),
+    (dict(scale="huge", model="qwen2"), "scale is 'huge': it is for model=qwen2, and one of tiny"),
+    (dict(scale="tiny"), "scale is 'tiny': it is for model=qwen2"),
+    (dict(model="qwen2", n_kv_head=3), "n_head 2 must be a multiple of n_kv_head 3"),
+    (dict(model="bert", mask_id=97), "mask_id 97 is beyond the 97 tokens"),
+    (dict(model="bert", mlm_probability=1.0), "mlm_probability is 1.0"),
+    (dict(model="qwen2", n_embd=6, n_head=2), "n_embd / n_head is 3, it must be even"),
+    (dict(model="bert", init_from="gpt2"), "with model=bert, bert*"),
+    (dict(model="qwen2", init_from="bert-base-uncased"), "with model=qwen2, Qwen/Qwen2*"),
+    (dict(init_from="Qwen/Qwen2-0.5B"), "with model=gpt, gpt2"),
+])
 def test_refused(settings, message):
     assert message in refused(**{**SETTINGS, "out_dir": "out", **settings})
 
 
 def test_a_checkpoint_of_another_family_or_head_is_refused():
     train(out_dir="out", max_iters=1, eval_interval=1, model="bert", distance="cosine")
-    for settings, message in ((dict(model="gpt"), "cannot resume out: it holds a bert, model is gpt here"),
-                              (dict(distance="euclidean"), "cannot resume out: distance is 'euclidean' here, 'cosine' in the checkpoint")):
-        assert message in refused(init_from="resume", out_dir="out", **settings)
+    message = refused(init_from="resume", out_dir="out", model="gpt")
+    assert "cannot resume out: it holds a bert, model is gpt here" in message
+    message = refused(init_from="resume", out_dir="out", distance="euclidean")
+    assert "cannot resume out: distance is 'euclidean' here, 'cosine' in the checkpoint" in message
 
 
 # -----------------------------------------------------------------------------
@@ -202,11 +265,13 @@ TEXT = "The cat sat on the mat, and the dog ran after the cat. " * 60
 
 @pytest.fixture
 def wordpiece():
-    """A small one like BERT's, in the file that its library writes."""
+    """A small tokenizer like BERT's, in the file that its library writes."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator([TEXT], trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.save("wordpiece.json")
     return tokenizer
 
@@ -214,11 +279,14 @@ def wordpiece():
 def test_bert_on_wordpiece(wordpiece):
     with open("text.txt", "w") as f:
         f.write(TEXT + " [MASK]")
-    printed, _ = run_script("prepare_openwebtext.py", "text.txt", "--out_dir=own/words", "--tokenizer=wordpiece.json", "--split=tail", "--val_fraction=0.2", "--num_proc=1")
-    meta = data_module.load_meta("own/words")
-    assert meta["vocab_size"] == wordpiece.get_vocab_size() and meta["mask_id"] == 4 and meta["special_ids"] == [0, 1, 2, 3, 4] and meta["eot"] == 3
+    run_script("prepare_openwebtext.py", "text.txt", "--out_dir=own/words", "--tokenizer=wordpiece.json",
+               "--split=tail", "--val_fraction=0.2", "--num_proc=1")
+    meta = data.load_meta("own/words")
+    assert meta["vocab_size"] == wordpiece.get_vocab_size()
+    assert (meta["mask_id"], meta["special_ids"], meta["eot"]) == (4, [0, 1, 2, 3, 4], 3)
     ids = np.concatenate([np.fromfile(f"own/words/{split}.bin", np.uint16) for split in ("train", "val")])
-    assert ids[:3].tolist() == wordpiece.encode("The cat sat", add_special_tokens=False).ids and ids[-1] == 3
+    assert ids[:3].tolist() == wordpiece.encode("The cat sat", add_special_tokens=False).ids
+    assert ids[-1] == 3
     assert 4 not in ids # the marker in a text stays text
     settings = dict(data_dir="own", dataset="words", model="bert", distance="cosine", max_iters=3, out_dir="out")
     _, script = train(**settings)
@@ -226,13 +294,18 @@ def test_bert_on_wordpiece(wordpiece):
     assert model.mask_id == config["mask_id"] == 4 and model.num_ids == meta["vocab_size"]
     assert json.load(open("out/summary.json")).get("bits_per_byte") is None
     inputs = torch.cat([script["train_batch"](i)[0] for i in range(50)])
-    assert (inputs == 4).any() and not torch.isin(inputs, torch.tensor([0, 1, 2])).any() # [MASK], and no special token for a random one
-    printed, _ = run_script("sample.py", "--out_dir=out", "--checkpoint=ckpt.pt", "--device=cpu", "--start=the [MASK] sat")
+    assert (inputs == 4).any() # [MASK]
+    assert not torch.isin(inputs, torch.tensor([0, 1, 2])).any() # no special token takes the place of a random one
+    printed, _ = run_script("sample.py", "--out_dir=out", "--checkpoint=ckpt.pt", "--device=cpu",
+                            "--start=the [MASK] sat")
     assert "[MASK] 1: " in printed
 
 
-@pytest.mark.parametrize("name, message", [("nowhere", "neither a file nor to be had from the huggingface hub"), ("broken.json", "not a tokenizer.json"),
-                                           ("endless.json", "has no <|endoftext|>, [SEP] or </s>")])
+@pytest.mark.parametrize("name, message", [
+    ("nowhere", "neither a file nor to be had from the huggingface hub"),
+    ("broken.json", "not a tokenizer.json"),
+    ("endless.json", "has no <|endoftext|>, [SEP] or </s>"),
+])
 def test_tokenizers_that_cannot_be_used(name, message, wordpiece):
     with open("broken.json", "w") as f:
         f.write("{}")
@@ -246,6 +319,7 @@ def test_tokenizers_that_cannot_be_used(name, message, wordpiece):
 def test_a_large_vocabulary_takes_uint32():
     from tokenizers import Tokenizer, models
     words = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
-    tokenizer = data_module.JsonTokenizer(Tokenizer(models.WordLevel(words, unk_token="w0")).to_str())
-    assert tokenizer.n_vocab == 70_001 and data_module.token_dtype(tokenizer.n_vocab) == "uint32"
-    assert tokenizer.encode_to_numpy("w69999").tolist() == [69999] and tokenizer.decode([69999]) == "w69999"
+    tokenizer = data.JsonTokenizer(Tokenizer(models.WordLevel(words, unk_token="w0")).to_str())
+    assert tokenizer.n_vocab == 70_001 and data.token_dtype(tokenizer.n_vocab) == "uint32"
+    assert tokenizer.encode_to_numpy("w69999").tolist() == [69999]
+    assert tokenizer.decode([69999]) == "w69999"

@@ -68,7 +68,7 @@ def test_norms_are_those_of_the_rounded_operands():
     """s of two bf16 vectors is their own distance to fp32's accuracy; norms of the unrounded vectors would be off by 2^-9."""
     h, w = rand(20, 256), rand(30, 256, seed=1)
     h16, w16 = h.bfloat16(), w.bfloat16()
-    s = distances._all_pairs(SquaredL2(), h16, w16)
+    s = distances.all_pairs(SquaredL2(), h16, w16)
     assert s.dtype == torch.float32
     exact = torch.cdist(h16.double(), w16.double()) ** 2
     assert ((s - exact).abs() / exact).max() < 2e-6
@@ -172,7 +172,7 @@ def test_heads_on_the_gpu_kernels(distance, variant, monkeypatch):
     d = head.distances(h)
     head.core.triton, calls = True, []
     if device == "cpu":
-        monkeypatch.setattr(Tiles, "_kernels", lambda core, h: calls.append(h) or distances_triton)
+        monkeypatch.setattr(Tiles, "gpu_kernels", lambda core, h: calls.append(h) or distances_triton)
     check(loss_and_gradients(head, h, y), eager, 1e-5)
     torch.testing.assert_close(head.distances(h), d, rtol=1e-5, atol=1e-6)
     assert calls or device == "cuda"

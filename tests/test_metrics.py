@@ -23,14 +23,19 @@ def close(x, **kwargs):
 
 
 def features(N, D, seed=0):
-    """anisotropic, off the origin, and with features of very different scale, so that centring and standardising each change the answer"""
+    """
+    (N, D) of anisotropic features, off the origin and of very different scale, so that centring and standardising each
+    change the answer.
+    """
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(N, D)) * 0.9 ** np.arange(D)) @ rng.normal(size=(D, D)) * 10.0 ** rng.uniform(-2, 2, D) + rng.normal(size=D) * 30
+    mixed = (rng.normal(size=(N, D)) * 0.9 ** np.arange(D)) @ rng.normal(size=(D, D))
+    return mixed * 10.0 ** rng.uniform(-2, 2, D) + rng.normal(size=D) * 30
 
 
 def test_importing_it_costs_numpy_only():
     code = "import sys, metrics; print(sorted({'scipy', 'sklearn', 'torch', 'pandas'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 # -----------------------------------------------------------------------------
 # the shape of the features
@@ -51,21 +56,26 @@ def test_the_spectrum_and_its_shares_are_pca_s(N, D):
 @shapes
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 def test_components_are_those_of_pca_on_standardised_features(N, D, share):
-    decomposition, preprocessing = pytest.importorskip("sklearn.decomposition"), pytest.importorskip("sklearn.preprocessing")
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
     h = features(N, D)
     x = metrics.standardised(h)
     np.testing.assert_allclose(x, preprocessing.StandardScaler().fit_transform(h), rtol=1e-7, atol=1e-9)
     k = metrics.components_for(metrics.spectrum(x), share)
     assert type(k) is int and k == decomposition.PCA(n_components=share, svd_solver="full").fit(x).n_components_
     assert k > metrics.components_for(metrics.spectrum(h), share) # standardising decides
-    assert metrics.components_for(metrics.spectrum(x), share, cap=2) == 2 and metrics.components_for(metrics.spectrum(x), share, cap=50) == min(k, 50)
+    assert metrics.components_for(metrics.spectrum(x), share, cap=2) == 2
+    assert metrics.components_for(metrics.spectrum(x), share, cap=50) == min(k, 50)
 
 
 def test_components_at_the_edges():
     s = np.full(10, 0.3)
-    assert [metrics.components_for(s, share) for share in (0.05, 0.1, 0.11, 0.3, 0.7, 0.9, 0.91, 1.0)] == [1, 1, 2, 3, 7, 9, 10, 10]
-    assert metrics.components_for([2, 1], 0.8) == 1 and metrics.components_for([2, 1], 0.81) == 2 # 4/5 of the variance, not 2/3
-    assert metrics.components_for([3, 1, 0, 0], 1.0) == 2 and metrics.explained_variance([3e200, 1e200], 1) == close(0.9)
+    shares = (0.05, 0.1, 0.11, 0.3, 0.7, 0.9, 0.91, 1.0)
+    assert [metrics.components_for(s, share) for share in shares] == [1, 1, 2, 3, 7, 9, 10, 10]
+    assert metrics.components_for([2, 1], 0.8) == 1
+    assert metrics.components_for([2, 1], 0.81) == 2 # 4/5 of the variance, not 2/3
+    assert metrics.components_for([3, 1, 0, 0], 1.0) == 2
+    assert metrics.explained_variance([3e200, 1e200], 1) == close(0.9)
     for n in range(2, 40): # whatever the rounding of 1/n and of its sums
         assert [metrics.components_for(np.full(n, 0.3), k / n) for k in range(1, n + 1)] == list(range(1, n + 1))
 
@@ -98,14 +108,17 @@ def test_effective_rank():
     line = metrics.spectrum(np.outer(np.arange(9.0), np.arange(1.0, 6.0)) + 7)
     assert metrics.effective_rank(line) == close(1) and metrics.collapse_score(line) == close(0.8)
     assert metrics.effective_rank([3, 1]) == close(0.75 ** -0.75 * 0.25 ** -0.25) # 3/4 and 1/4, not their squares
-    assert metrics.effective_rank([3, 1, 0]) == close(metrics.effective_rank([3e200, 1e200])) and metrics.collapse_score([5, 0]) == close(0.5)
+    assert metrics.effective_rank([3, 1, 0]) == close(metrics.effective_rank([3e200, 1e200]))
+    assert metrics.collapse_score([5, 0]) == close(0.5)
 
 
 def test_collapsed_features_have_nothing_to_explain():
     h = np.full((50, 7), 0.1, dtype=np.float32) + np.arange(7, dtype=np.float32) # no mean of it is exact
     s = metrics.spectrum(h)
     assert s.shape == (7,) and not s.any()
-    assert math.isnan(metrics.explained_variance(s, 5)) and metrics.effective_rank(s) == 0 and metrics.collapse_score(s) == 1
+    assert math.isnan(metrics.explained_variance(s, 5))
+    assert metrics.effective_rank(s) == 0
+    assert metrics.collapse_score(s) == 1
     assert metrics.components_for(metrics.spectrum(metrics.standardised(h))) == 0
 
 # -----------------------------------------------------------------------------
@@ -115,7 +128,8 @@ def test_collapsed_features_have_nothing_to_explain():
 def test_gradient_stability():
     assert metrics.gradient_stability([0.1] * 7) == 1 and metrics.gradient_stability([3.0]) == 1
     assert metrics.gradient_stability([1, 3]) == close(1 / 1.5) # mean 2, std 1 (ddof 0)
-    assert metrics.gradient_stability([1, 1, 4]) == close(1 / (1 + 2 ** 0.5 / 2)) == metrics.gradient_stability([10, 10, 40])
+    assert metrics.gradient_stability([1, 1, 4]) == close(1 / (1 + 2 ** 0.5 / 2))
+    assert metrics.gradient_stability([10, 10, 40]) == close(1 / (1 + 2 ** 0.5 / 2))
     assert math.isnan(metrics.gradient_stability([0, 0]))
 
 
@@ -151,7 +165,8 @@ def test_time_to():
 def test_prototype_alignment():
     eye = np.eye(5)
     assert metrics.prototype_alignment(eye) == 1 == metrics.prototype_alignment(-10 - 1 / (eye + 0.1))
-    assert metrics.prototype_alignment(eye[[1, 0, 2, 3, 4]]) == close(3 / 5) and metrics.prototype_alignment(eye[[1, 2, 3, 4, 0]]) == 0
+    assert metrics.prototype_alignment(eye[[1, 0, 2, 3, 4]]) == close(3 / 5)
+    assert metrics.prototype_alignment(eye[[1, 2, 3, 4, 0]]) == 0
     assert metrics.prototype_alignment([[3, 2, 1], [3, 2, 1], [0, 0, 1]]) == close(2 / 3) # by rows; by columns it is 1
     assert metrics.prototype_alignment(np.zeros((4, 4))) == 0 # all prototypes the same
     eye[1] = np.nan
@@ -197,22 +212,31 @@ def test_class_variance_by_a_loop():
 
 def test_class_variance_by_hand():
     h = [[0, 0], [2, 0], [10, 0], [12, 0], [14, 0]] # means 1 and 12, of all 7.6
-    assert metrics.class_variance(h, [0, 0, 1, 1, 1]) == close(dict(intra=2, inter=(2 * 6.6 ** 2 + 3 * 4.4 ** 2) / 5, ratio=2 / 29.04, samples=5, classes=2))
+    expected = dict(intra=2, inter=(2 * 6.6 ** 2 + 3 * 4.4 ** 2) / 5, ratio=2 / 29.04, samples=5, classes=2)
+    assert metrics.class_variance(h, [0, 0, 1, 1, 1]) == close(expected)
     one = metrics.class_variance(np.array(h) + 0.1, [4] * 5)
-    assert one["inter"] == 0 and math.isnan(one["ratio"]) and one["intra"] == close(np.var([0, 2, 10, 12, 14])) and one["classes"] == 1
-    assert math.isnan(metrics.class_variance(np.random.default_rng(0).normal(size=(1001, 50)), [4] * 1001)["ratio"]) # where a sum and a mean round differently
+    assert one["inter"] == 0
+    assert math.isnan(one["ratio"])
+    assert one["intra"] == close(np.var([0, 2, 10, 12, 14]))
+    assert one["classes"] == 1
+    # where a sum and a mean round differently
+    assert math.isnan(metrics.class_variance(np.random.default_rng(0).normal(size=(1001, 50)), [4] * 1001)["ratio"])
     apart = metrics.class_variance([[0.1], [0.1], [0.3], [0.3]], [0, 0, 1, 1])
     assert apart["intra"] == 0 == apart["ratio"] and apart["inter"] == close(0.01)
-    collapsed = metrics.class_variance([[5]] + [[0.1]] * 7, [9, 0, 0, 0, 1, 1, 1, 1]) # all but a row that does not count
+    # all rows are the same, but for one that does not count
+    collapsed = metrics.class_variance([[5]] + [[0.1]] * 7, [9, 0, 0, 0, 1, 1, 1, 1])
     assert collapsed["intra"] == collapsed["inter"] == 0 and math.isnan(collapsed["ratio"])
-    assert metrics.class_variance(h, range(5)) == close(dict(intra=math.nan, inter=math.nan, ratio=math.nan, samples=0, classes=0)) # no class has two samples
+    # no class has two samples
+    nothing = dict(intra=math.nan, inter=math.nan, ratio=math.nan, samples=0, classes=0)
+    assert metrics.class_variance(h, range(5)) == close(nothing)
 
 
 def test_active_ratio():
     assert metrics.active_ratio([0.0, 1e-12, 50, 1000]) == 0.5
     assert metrics.active_ratio([0.0, 1e-17, 1e-12], threshold=0) == close(2 / 3) # 1 - exp(-1e-17) is 0
     edge = -math.log1p(-0.01) # p_y = 0.99
-    assert metrics.active_ratio([edge * 0.999, edge * 1.001]) == 0.5 and metrics.active_ratio([edge * 0.999, edge * 1.001], 0.02) == 0
+    assert metrics.active_ratio([edge * 0.999, edge * 1.001]) == 0.5
+    assert metrics.active_ratio([edge * 0.999, edge * 1.001], 0.02) == 0
     assert metrics.active_ratio([math.log(2) * 0.99, math.log(2) * 1.01, 3], threshold=0.5) == close(2 / 3)
     assert metrics.active_ratio(np.array([-1e-7, 1], dtype=np.float32), threshold=0) == 0.5
 
@@ -228,17 +252,21 @@ def test_active_ratio_is_the_gradient_s():
 
 def test_classification_by_hand():
     pytest.importorskip("sklearn")
-    got = metrics.classification([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2], 4) # class 3 occurs nowhere: a row of zeros, no part of F1
-    assert got == dict(accuracy=close(4 / 6), f1_macro=close((4 / 5 + 1 / 2 + 2 / 3) / 3), confusion=[[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+    # class 3 occurs nowhere: it has a row of zeros, and no part in F1
+    got = metrics.classification([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2], 4)
+    assert got == dict(accuracy=close(4 / 6), f1_macro=close((4 / 5 + 1 / 2 + 2 / 3) / 3),
+                       confusion=[[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
     assert type(got["confusion"]) is list and json.loads(json.dumps(got)) == got
-    assert metrics.classification([0, 0, 0, 1], [0, 0, 0, 0], 2)["f1_macro"] == close((6 / 7 + 0) / 2) # a class that is never predicted has F1 0
+    # a class that is never predicted has F1 0
+    assert metrics.classification([0, 0, 0, 1], [0, 0, 0, 0], 2)["f1_macro"] == close((6 / 7 + 0) / 2)
 
 # -----------------------------------------------------------------------------
 # comparisons
 
 
 @pytest.mark.parametrize("value, base, lower_is_better, expected", [
-    (50, 9, True, -455.56), (9, 50, True, 82.0), (0.81, 0.9, False, -10.0), (0.99, 0.9, False, 10.0), (3, 2, True, -50.0), (2, 2, True, 0.0), (-1, -2, False, 50.0)])
+    (50, 9, True, -455.56), (9, 50, True, 82.0), (0.81, 0.9, False, -10.0), (0.99, 0.9, False, 10.0),
+    (3, 2, True, -50.0), (2, 2, True, 0.0), (-1, -2, False, 50.0)])
 def test_percent_change(value, base, lower_is_better, expected):
     assert metrics.percent_change(value, base, lower_is_better) == pytest.approx(expected, abs=0.005)
 
@@ -256,22 +284,27 @@ def test_paired_by_hand():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 8)) + 5
     got, test = metrics.paired(a, b), stats.ttest_rel(a, b)
-    assert (got["t"], got["p"]) == close((test.statistic, test.pvalue)) and (got["low"], got["high"]) == close(tuple(test.confidence_interval(0.95)))
-    assert got["effect_size"] == close((a - b).mean() / (a - b).std(ddof=1)) and got["p"] != pytest.approx(stats.ttest_ind(a, b).pvalue)
+    assert (got["t"], got["p"]) == close((test.statistic, test.pvalue))
+    assert (got["low"], got["high"]) == close(tuple(test.confidence_interval(0.95)))
+    assert got["effect_size"] == close((a - b).mean() / (a - b).std(ddof=1))
+    assert got["p"] != pytest.approx(stats.ttest_ind(a, b).pvalue)
     assert metrics.paired(b, a)["t"] == close(-got["t"])
     json.dumps(got, allow_nan=False)
 
 
 def test_paired_without_a_test():
-    assert metrics.paired([3], [1.5]) == dict(n=1, mean=1.5, std=None, t=None, p=None, effect_size=None, low=None, high=None)
-    for values, baseline, mean in (([2, 3, 4], [1, 2, 3], 1), ([0.3, 0.5], [0.2, 0.4], 0.1), ([7, 8], [7, 8], 0)): # 0.1 up to rounding
-        assert metrics.paired(values, baseline) == dict(n=len(values), mean=close(mean), std=0, t=None, p=None, effect_size=None, low=None, high=None)
+    no_test = dict(t=None, p=None, effect_size=None, low=None, high=None)
+    assert metrics.paired([3], [1.5]) == dict(n=1, mean=1.5, std=None, **no_test)
+    for values, baseline, mean in (([2, 3, 4], [1, 2, 3], 1), ([0.3, 0.5], [0.2, 0.4], 0.1), ([7, 8], [7, 8], 0)):
+        # the differences are equal up to rounding
+        assert metrics.paired(values, baseline) == dict(n=len(values), mean=close(mean), std=0, **no_test)
     assert metrics.paired([0.3, 0.5 + 1e-9], [0.2, 0.4])["p"] < 1e-6 # small, and real
 
 
 def test_corrected_is_the_example_of_benjamini_and_hochberg():
     pytest.importorskip("scipy")
-    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1.0]
+    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590,
+         1.0]
     expected = [0.0015, 0.003, 0.0095, 0.035625, 0.0603, 0.0298 * 15 / 7, 0.0298 * 15 / 7, 0.0645, 0.0765, 0.486,
                 0.4262 * 15 / 11, 0.714875, 0.6528 * 15 / 13, 0.759 * 15 / 14, 1.0]
     assert metrics.corrected(p) == close(expected) and sum(q < 0.05 for q in metrics.corrected(p)) == 4
@@ -290,29 +323,54 @@ def test_corrected_is_the_example_of_benjamini_and_hochberg():
 
 NAN, INF, H = float("nan"), float("inf"), [[0, 1], [1, 0], [2, 2]]
 
-BAD = { # function: arguments, and what the message says
-    "spectrum": [(([[0, NAN], [1, 1]],), "finite"), ((np.zeros((0, 3)),), "empty"), ((np.zeros((3, 0)),), "empty"), (([1, 2, 3],), "2-dimensional"),
-        (([[1, 2]],), "one row"), (([[1, 2], [3]],), "numbers"), (({},), "numbers"), (([["a"]],), "numbers")],
+BAD = {
+    "spectrum": [
+        (([[0, NAN], [1, 1]],), "finite"), ((np.zeros((0, 3)),), "empty"), ((np.zeros((3, 0)),), "empty"),
+        (([1, 2, 3],), "2-dimensional"), (([[1, 2]],), "one row"), (([[1, 2], [3]],), "numbers"), (({},), "numbers"),
+        (([["a"]],), "numbers")],
     "standardised": [(([[INF], [1]],), "finite")],
-    "explained_variance": [((H, 2), "1-dimensional"), (([1, 2], 1), "descending"), (([1, -1], 1), "singular"), (([2, 1], 0), "k must"), (([2, 1], 1.5), "k must")],
+    "explained_variance": [
+        ((H, 2), "1-dimensional"), (([1, 2], 1), "descending"), (([1, -1], 1), "singular"), (([2, 1], 0), "k must"),
+        (([2, 1], 1.5), "k must")],
     "components_for": [(([2, 1], 90), "share"), (([2, 1], 0), "share"), (([2, 1], 0.9, 0), "cap"), (([],), "empty")],
     "effective_rank": [(([NAN, 1],), "finite"), (([],), "empty")],
     "collapse_score": [(([1, 2],), "descending")],
-    "gradient_stability": [(([],), "empty"), (([1, INF],), "finite"), (([1, -1],), "negative"), (([1, None],), "finite")],
-    "clipping_quality": [(([1, NAN], 1), "finite"), (([1], -1), "grad_clip"), (([1], INF), "grad_clip"), (([-1], 1), "negative")],
-    "learning_quality": [((NAN, 1, 10), "finite"), ((1, [1], 10), "0-dimensional"), ((0, 0, 10), "loss_0"), ((1, -1, 10), "loss_best"), ((1, 1, 1), "two classes")],
-    "time_to": [(([0, 1], [1]), "2 steps"), (([0, 1], [1, NAN]), "finite"), (([], []), "empty"), (([1, 0], [2, 1]), "ascending"), (([0, 1], [2, 1], 90), "share")],
-    "class_means": [((H, [0, 1], 3), "2 for 3"), ((H, [0, 1, 3], 3), "0 to 2"), ((H, [0, 1, -1], 3), "ignored"), ((H, [0., 1., 1.], 3), "integers")],
-    "prototype_alignment": [(([[1, 0, 0], [0, 1, 0]],), r"\(K, K\)"), (([[1]],), "K >= 2"), (([[1, NAN], [0, 1]],), "finite"), (([[NAN, NAN]] * 2,), "all scores")],
+    "gradient_stability": [
+        (([],), "empty"), (([1, INF],), "finite"), (([1, -1],), "negative"), (([1, None],), "finite")],
+    "clipping_quality": [
+        (([1, NAN], 1), "finite"), (([1], -1), "grad_clip"), (([1], INF), "grad_clip"), (([-1], 1), "negative")],
+    "learning_quality": [
+        ((NAN, 1, 10), "finite"), ((1, [1], 10), "0-dimensional"), ((0, 0, 10), "loss_0"),
+        ((1, -1, 10), "loss_best"), ((1, 1, 1), "two classes")],
+    "time_to": [
+        (([0, 1], [1]), "2 steps"), (([0, 1], [1, NAN]), "finite"), (([], []), "empty"),
+        (([1, 0], [2, 1]), "ascending"), (([0, 1], [2, 1], 90), "share")],
+    "class_means": [
+        ((H, [0, 1], 3), "2 for 3"), ((H, [0, 1, 3], 3), "0 to 2"), ((H, [0, 1, -1], 3), "ignored"),
+        ((H, [0., 1., 1.], 3), "integers")],
+    "prototype_alignment": [
+        (([[1, 0, 0], [0, 1, 0]],), r"\(K, K\)"), (([[1]],), "K >= 2"), (([[1, NAN], [0, 1]],), "finite"),
+        (([[NAN, NAN]] * 2,), "all scores")],
     "class_variance": [((H, [0, 1]), "2 for 3"), (([[NAN], [1]], [0, 0]), "finite"), ((H, [0, 0, -100]), "ignored")],
-    "active_ratio": [(([],), "empty"), (([1, INF],), "finite"), (([-1],), "negative"), (([1], 1.0), "threshold"), (([[1]],), "1-dimensional")],
-    "classification": [(([], [], 2), "integers"), (([0, 1], [0], 2), "1 for 2"), (([0, 2], [0, 1], 2), "y must"), (([0, 1], [0, 2], 2), "predicted must")],
+    "active_ratio": [
+        (([],), "empty"), (([1, INF],), "finite"), (([-1],), "negative"), (([1], 1.0), "threshold"),
+        (([[1]],), "1-dimensional")],
+    "classification": [
+        (([], [], 2), "integers"), (([0, 1], [0], 2), "1 for 2"), (([0, 2], [0, 1], 2), "y must"),
+        (([0, 1], [0, 2], 2), "predicted must")],
     "percent_change": [((NAN, 1), "value"), ((1, INF), "base"), ((1, None), "base"), (([1], 1), "0-dimensional")],
-    "paired": [(([1, 2], [1]), "2 values and 1"), (([], []), "empty"), (([1, NAN], [1, 2]), "finite"), (([1, 2], [1, None]), "baseline")],
-    "corrected": [(([],), "empty"), (([0.5, NAN],), "finite"), (([0.5, 1.5],), r"\[0, 1\]"), (([None, -0.1],), r"\[0, 1\]")]}
+    "paired": [
+        (([1, 2], [1]), "2 values and 1"), (([], []), "empty"), (([1, NAN], [1, 2]), "finite"),
+        (([1, 2], [1, None]), "baseline")],
+    "corrected": [
+        (([],), "empty"), (([0.5, NAN],), "finite"), (([0.5, 1.5],), r"\[0, 1\]"), (([None, -0.1],), r"\[0, 1\]")],
+}
 
 
-@pytest.mark.parametrize("function, args, message", [(function, *case) for function, cases in BAD.items() for case in cases])
+BAD_CASES = [(function, *case) for function, cases in BAD.items() for case in cases]
+
+
+@pytest.mark.parametrize("function, args, message", BAD_CASES)
 def test_bad_input_is_refused(function, args, message):
     if function == "classification":
         pytest.importorskip("sklearn")
@@ -323,6 +381,9 @@ def test_bad_input_is_refused(function, args, message):
 def test_nothing_given_is_changed():
     h, y, scores, norms = features(9, 3), np.arange(9) % 3, np.eye(4), np.array([2.0, 1.0])
     before = [x.copy() for x in (h, y, scores, norms)]
-    metrics.spectrum(h), metrics.standardised(h), metrics.class_means(h, y, 3), metrics.class_variance(h, y), metrics.prototype_alignment(scores)
-    metrics.gradient_stability(norms), metrics.clipping_quality(norms, 1.0), metrics.explained_variance(norms, 1), metrics.effective_rank(norms)
+    for function, args in ((metrics.spectrum, (h,)), (metrics.standardised, (h,)), (metrics.class_means, (h, y, 3)),
+                           (metrics.class_variance, (h, y)), (metrics.prototype_alignment, (scores,)),
+                           (metrics.gradient_stability, (norms,)), (metrics.clipping_quality, (norms, 1.0)),
+                           (metrics.explained_variance, (norms, 1)), (metrics.effective_rank, (norms,))):
+        function(*args)
     assert all(np.array_equal(a, b) for a, b in zip((h, y, scores, norms), before))

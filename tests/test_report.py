@@ -1,51 +1,75 @@
 """
-report.py on run folders with known numbers, which are written here: what is averaged, what is tested, what is marked, and what is said.
+report.py on run folders with known numbers, which are written here: what is averaged, what is tested, what is marked,
+and what is said.
 
 $ pytest tests/test_report.py
 """
+import copy
 import csv
 import json
 import math
+import os
 import re
 import statistics
 
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+import metrics
+import page
 import report
+import results
 
-BASE, GOOD, SAME = (0.900, 0.920, 0.911, 0.905), (0.951, 0.969, 0.962, 0.953), (0.905, 0.915, 0.912, 0.903) # test accuracy by seed
+# test accuracy by seed
+BASE, GOOD, SAME = (0.900, 0.920, 0.911, 0.905), (0.951, 0.969, 0.962, 0.953), (0.905, 0.915, 0.912, 0.903)
 
 
-def write_run(folder, seed=1, distance="baseline", accuracy=0.9, kwh=0.002, val_accuracy=None, ended=True, train=(), n=1.0, source="default", git="abc", data="d1",
-              dataset="digits", script="train_vision.py", loss=5.0, end_n=None, **config):
+def write_run(folder, seed=1, distance="baseline", accuracy=0.9, kwh=0.002, val_accuracy=None, ended=True, n=1.0,
+              source="default", git="abc", data="d1", dataset="digits", script="train_vision.py", loss=5.0, end_n=None,
+              **config):
     """A run folder of train_vision.py, or train.py: five evaluations, whose error halves, and six log lines"""
     folder.mkdir(parents=True)
     vision, val_accuracy = script == "train_vision.py", accuracy if val_accuracy is None else val_accuracy
-    config = dict(dict(dataset=dataset, model="mlp" if vision else "gpt", distance=distance, variant="", distance_params="", link="harmonic", n=n, learn_n=False, eps=1e-4,
-                       feature_scale=1.0, seed=seed, out_dir=str(folder), data_dir="nowhere", grad_clip=1.0, warmup_iters=2, learning_rate=1e-3), **config)
-    info = dict(config=config, sources={**dict.fromkeys(config, "default"), "n": source}, script=script, n=n, git=git, dtype="float32", device="cpu", device_name="a CPU",
-                cpus=2, threads=1, world_size=1, versions=dict(python="3", torch="2.9", cuda=None, numpy="2"), data=dict(num_classes=10, hash=data),
-                model_args=dict(vocab_size=100), command=f"{script} --distance={distance} --seed={seed} --out_dir={folder}")
+    config = dict(dict(dataset=dataset, model="mlp" if vision else "gpt", distance=distance, variant="",
+                       distance_params="", link="harmonic", n=n, learn_n=False, eps=1e-4, feature_scale=1.0, seed=seed,
+                       out_dir=str(folder), data_dir="nowhere", grad_clip=1.0, warmup_iters=2, learning_rate=1e-3),
+                  **config)
+    info = dict(config=config, sources={**dict.fromkeys(config, "default"), "n": source}, script=script, n=n, git=git,
+                dtype="float32", device="cpu", device_name="a CPU", cpus=2, threads=1, world_size=1,
+                versions=dict(python="3", torch="2.9", cuda=None, numpy="2"), data=dict(num_classes=10, hash=data),
+                model_args=dict(vocab_size=100, image_shape=(1, 2, 4)),
+                command=f"{script} --distance={distance} --seed={seed} --out_dir={folder}")
     (folder / "config.json").write_text(json.dumps(info))
     rng = np.random.default_rng(seed)
-    rows, lines = [], [dict(kind="train", step=5 * i, epoch=i, loss=1.0, grad_norm=1.0 + i % 2, ms=20.0) for i in range(6)]
+    rows = []
+    for i in range(6):
+        rows.append(dict(kind="train", step=5 * i, epoch=i, tokens=500 * i, loss=1.0, grad_norm=1.0 + i % 2, ms=20.0))
     for i in range(5):
-        quality = dict(val_accuracy=val_accuracy - 0.8 * 2.0 ** -(i * 2) * (i < 4), val_loss=loss + 4 * 2.0 ** -i * (i < 4))
-        rows.append(dict(kind="eval", step=5 * i, epoch=i, **quality, n=n, prototype_norm=1.0 + 0.1 * i, effective_rank=10.0 - i,
-                         collapse_score=0.5 + (distance == "baseline") / 10, variance_ratio=0.5 - 0.1 * i + 0.01 * seed, active_ratio=1 - 0.1 * i, pca5=0.8,
+        accuracy_now = val_accuracy - 0.8 * 4.0 ** -i * (i < 4)
+        rows.append(dict(kind="eval", step=5 * i, epoch=i, tokens=500 * i, val_accuracy=accuracy_now,
+                         best_accuracy=accuracy_now, val_loss=loss + 4 * 2.0 ** -i * (i < 4), n=n,
+                         prototype_norm=1.0 + 0.1 * i, effective_rank=10.0 - i,
+                         collapse_score=0.5 + (distance == "baseline") / 10,
+                         variance_ratio=0.5 - 0.1 * i + 0.01 * seed, active_ratio=1 - 0.1 * i, pca5=0.8,
                          seconds_total=10.0 * i, energy_kwh_total=kwh * i / 4, emissions_g_total=400 * kwh * i / 4))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sorted(lines + rows, key=lambda row: row["step"])))
+    rows.sort(key=lambda row: row["step"])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     header = "step,g_per_kwh,cpu_source,gpu_source,ram_source,energy_kwh_total\n"
     (folder / "emissions.csv").write_text(header + f"20,400.0,modelled,none,modelled,{kwh}\n")
     y = np.arange(60) % 6
     np.savez(folder / "probe.npz", h=rng.normal(size=(60, 8)) + 3 * np.eye(8)[y], y=y)
+    torch.save({"model": {"head.weight": torch.tensor(3 * np.eye(10, 8))}}, folder / "best.pt")
     if ended:
-        result = dict(test_accuracy=accuracy, f1_macro=accuracy - 0.01, test_loss=1 - accuracy, val_accuracy=val_accuracy, pc2_ev=0.5, pca90=50, pca90_uncapped=60,
-                      prototype_alignment=1.0, seconds_per_epoch=2.0, confusion=[[1]]) if vision else dict(val_loss=loss, perplexity=math.exp(loss), best_val_loss=loss)
-        (folder / "summary.json").write_text(json.dumps(dict(step=20, n=end_n or n, energy_kwh_total=kwh, emissions_g_total=400 * kwh, **result)))
+        result = dict(val_loss=loss, perplexity=math.exp(loss), best_val_loss=loss)
+        if vision:
+            result = dict(test_accuracy=accuracy, f1_macro=accuracy - 0.01, test_loss=1 - accuracy,
+                          val_accuracy=val_accuracy, pc2_ev=0.5, pca90=50, pca90_uncapped=60, prototype_alignment=1.0,
+                          seconds_per_epoch=2.0, confusion=[[1]])
+        summary = dict(step=20, n=end_n or n, energy_kwh_total=kwh, emissions_g_total=400 * kwh, **result)
+        (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
@@ -70,9 +94,7 @@ def make(folder, *args):
 @pytest.fixture
 def quick(monkeypatch):
     """no figures, for what is not about them"""
-    for name in ("radar", "curves", "pareto", "efficiency", "geometry", "states"):
-        monkeypatch.setattr(report, name, lambda page, section: None)
-    monkeypatch.setattr(report, "emission_bars", lambda page, section: {})
+    monkeypatch.setattr(report, "figure_blocks", lambda section, probes: [])
 
 
 def close(text, value):
@@ -89,36 +111,48 @@ def test_means_percentages_and_tests_by_hand(tmp_path, quick):
     p = {}
     for head, values in (("cosine", GOOD), ("manhattan", SAME)):
         row, d = rows[head], np.subtract(values, BASE)
-        assert close(row["test_accuracy_mean"], np.mean(values)) and close(row["test_accuracy_std"], statistics.stdev(values))
+        assert close(row["test_accuracy_mean"], np.mean(values))
+        assert close(row["test_accuracy_std"], statistics.stdev(values))
         assert close(row["test_accuracy_change_percent"], 100 * (np.mean(values) - np.mean(BASE)) / np.mean(BASE))
         t = d.mean() / (d.std(ddof=1) / 2)
         p[head] = 2 * stats.t.sf(abs(t), 3)
-        assert close(row["test_accuracy_p"], p[head]) and close(row["test_accuracy_effect_size"], t / 2) and close(row["test_accuracy_difference"], d.mean())
+        assert close(row["test_accuracy_p"], p[head])
+        assert close(row["test_accuracy_effect_size"], t / 2)
+        assert close(row["test_accuracy_difference"], d.mean())
         assert row["seeds"] == "1 2 3 4" and row["test_accuracy_pairs"] == "4"
-        assert close(row["test_loss_change_percent"], 100 * (np.mean(values) - np.mean(BASE)) / (1 - np.mean(BASE))) # lower is better: positive where it fell
+        # lower is better: positive where it fell
+        assert close(row["test_loss_change_percent"], 100 * (np.mean(values) - np.mean(BASE)) / (1 - np.mean(BASE)))
     assert p["cosine"] < p["manhattan"] # of Benjamini and Hochberg: the least of two is doubled
-    assert close(rows["cosine"]["test_accuracy_p_corrected"], 2 * p["cosine"]) and close(rows["manhattan"]["test_accuracy_p_corrected"], p["manhattan"])
+    assert close(rows["cosine"]["test_accuracy_p_corrected"], 2 * p["cosine"])
+    assert close(rows["manhattan"]["test_accuracy_p_corrected"], p["manhattan"])
     assert rows["baseline"]["test_accuracy_change_percent"] == rows["baseline"]["test_accuracy_p"] == ""
     # after the first epoch: grad norms 2, 1, 2, 1, 2
-    assert close(rows["cosine"]["gradient_stability_mean"], 1 / (1 + np.std([2, 1, 2, 1, 2]) / 1.6)) and close(rows["cosine"]["clipping_quality_mean"], 0.7)
+    assert close(rows["cosine"]["gradient_stability_mean"], 1 / (1 + np.std([2, 1, 2, 1, 2]) / 1.6))
+    assert close(rows["cosine"]["clipping_quality_mean"], 0.7)
     energy = table("digits_mlp_sustainability")["cosine"]
-    assert close(energy["energy_kwh_mean"], 0.002) and energy["energy_kwh_p"] == "" and close(energy["emissions_g_mean"], 0.8)
+    assert close(energy["energy_kwh_mean"], 0.002)
+    assert energy["energy_kwh_p"] == ""
+    assert close(energy["emissions_g_mean"], 0.8)
     assert close(energy["quality_per_wh_mean"], 100 * (np.mean(GOOD) - 0.1) / 2)
-    assert close(energy["seconds_to_90_mean"], 20) and close(energy["wh_to_90_mean"], 1.0) # errors less their end: 0.8, 0.2, 0.05, ...
+    assert close(energy["seconds_to_90_mean"], 20)
+    assert close(energy["wh_to_90_mean"], 1.0) # errors less their end: 0.8, 0.2, 0.05, ...
     assert close(energy["speed_mean"], 0) and "at 400 g/kWh" in md
 
 
 def test_only_a_supported_best_is_marked(tmp_path, quick):
     study(tmp_path / "a" / "runs", {"baseline": BASE, "cosine": GOOD, "manhattan": SAME})
     md, html, table = make(tmp_path / "a" / "runs")
-    assert {head: row["test_accuracy_best"] for head, row in table("digits_mlp_quality").items()} == {"baseline": "0", "cosine": "1", "manhattan": "0"}
-    assert "<b>95.88 ± 0.83</b>" in html and html.count("<b>") == 1 and "**95.88 ± 0.83" in md and "cosine (p = " in md
+    best = {head: row["test_accuracy_best"] for head, row in table("digits_mlp_quality").items()}
+    assert best == {"baseline": "0", "cosine": "1", "manhattan": "0"}
+    assert "<b>95.88 ± 0.83</b>" in html and html.count("<b>") == 1
+    assert "**95.88 ± 0.83" in md and "cosine (p = " in md
     study(tmp_path / "b" / "runs", {"baseline": BASE, "manhattan": SAME}) # a better mean, by chance
     md, html, table = make(tmp_path / "b" / "runs")
     assert "<b>" not in html and "No value is marked" in md
-    study(tmp_path / "c" / "runs", {"baseline": GOOD, "manhattan": SAME, "cosine": BASE}) # the baseline itself is the best
+    study(tmp_path / "c" / "runs", {"baseline": GOOD, "manhattan": SAME, "cosine": BASE}) # the baseline is the best
     md, html, table = make(tmp_path / "c" / "runs")
-    assert "<b>" not in html and "better than the baseline with corrected p < 0.05: none; worse: " in md.replace("&lt;", "<")
+    assert "<b>" not in html
+    assert "better than the baseline with corrected p < 0.05: none; worse: " in md.replace("&lt;", "<")
 
 
 def test_one_seed_has_no_test(tmp_path, quick):
@@ -126,32 +160,42 @@ def test_one_seed_has_no_test(tmp_path, quick):
     md, html, table = make(tmp_path / "runs")
     row = table("digits_mlp_quality")["cosine"]
     assert "One seed" in md and "no test" in md and "<b>" not in html
-    assert row["test_accuracy_p"] == row["test_accuracy_std"] == row["test_accuracy_p_corrected"] == "" and close(row["test_accuracy_change_percent"], 100 * (0.951 - 0.9) / 0.9)
+    assert row["test_accuracy_p"] == row["test_accuracy_std"] == row["test_accuracy_p_corrected"] == ""
+    assert close(row["test_accuracy_change_percent"], 100 * (0.951 - 0.9) / 0.9)
 
 
 def test_without_baseline(tmp_path):
     study(tmp_path / "runs", {"cosine": GOOD, "manhattan": SAME})
     md, html, table = make(tmp_path / "runs")
     row = table("digits_mlp_quality")["cosine"]
-    assert "no baseline" in md and row["test_accuracy_change_percent"] == "" and "test_accuracy_p" not in row and close(row["test_accuracy_mean"], np.mean(GOOD))
+    assert "no baseline" in md
+    assert row["test_accuracy_change_percent"] == ""
+    assert "test_accuracy_p" not in row
+    assert close(row["test_accuracy_mean"], np.mean(GOOD))
 
 
 def test_only_common_seeds_are_compared(tmp_path, quick):
     study(tmp_path / "runs", {"baseline": BASE, "cosine": GOOD[:3]})
     row = make(tmp_path / "runs")[2]("digits_mlp_quality")["cosine"]
-    assert row["test_accuracy_pairs"] == "3" and close(row["test_accuracy_change_percent"], 100 * (np.mean(GOOD[:3]) / np.mean(BASE[:3]) - 1))
+    assert row["test_accuracy_pairs"] == "3"
+    assert close(row["test_accuracy_change_percent"], 100 * (np.mean(GOOD[:3]) / np.mean(BASE[:3]) - 1))
 
 
 def test_language(tmp_path):
     for seed in (1, 2, 3):
         write_run(tmp_path / "runs" / f"b{seed}", seed, script="train.py", dataset="text", loss=4.0 + 0.1 * seed)
-        write_run(tmp_path / "runs" / f"c{seed}", seed, "cosine", script="train.py", dataset="text", loss=3.5 + 0.11 * seed, kwh=0.001 + 1e-5 * seed)
+        write_run(tmp_path / "runs" / f"c{seed}", seed, "cosine", script="train.py", dataset="text",
+                  loss=3.5 + 0.11 * seed, kwh=0.001 + 1e-5 * seed)
     md, html, table = make(tmp_path / "runs")
     rows = table("text_gpt_quality")
-    assert re.search(r"seeds \| validation loss \(nats\) .* perplexity .* gradient stability", md) # the true loss comes first
-    assert close(rows["cosine"]["val_loss_mean"], 3.72) and rows["cosine"]["val_loss_best"] == "1" and float(rows["cosine"]["val_loss_change_percent"]) > 0
+    # the true loss comes first
+    assert re.search(r"seeds \| validation loss \(nats\) .* perplexity .* gradient stability", md)
+    assert close(rows["cosine"]["val_loss_mean"], 3.72)
+    assert rows["cosine"]["val_loss_best"] == "1"
+    assert float(rows["cosine"]["val_loss_change_percent"]) > 0
     assert close(rows["cosine"]["model_health_mean"], 0.1) and rows["baseline"]["model_health_mean"] == ""
-    assert close(rows["cosine"]["learning_quality_mean"], np.mean([(4 / (4 + v) + 1 - v / math.log(100)) / 2 for v in (3.61, 3.72, 3.83)]))
+    by_seed = [(4 / (4 + v) + 1 - v / math.log(100)) / 2 for v in (3.61, 3.72, 3.83)]
+    assert close(rows["cosine"]["learning_quality_mean"], np.mean(by_seed))
     assert table("text_gpt_sustainability")["cosine"]["energy_kwh_best"] == "1"
     assert "Skipped: baseline: " in md and "nowhere" in md # no dataset, no nearest prototypes
 
@@ -160,7 +204,8 @@ def test_own_best_n_is_chosen_on_validation(tmp_path):
     # the test accuracy would choose 2, the validation accuracy chooses 4
     for distance, shift in (("baseline", 0), ("cosine", 0), ("manhattan", -0.02), ("euclidean", 0.01)):
         for seed in (1, 2):
-            at = lambda name, distance=distance, seed=seed: tmp_path / "runs" / f"{distance}_{name}_{seed}"
+            def at(name, distance=distance, seed=seed):
+                return tmp_path / "runs" / f"{distance}_{name}_{seed}"
             write_run(at("fixed"), seed, distance, 0.90 + shift, val_accuracy=0.90)
             if distance != "baseline":
                 write_run(at("n2"), seed, distance, 0.95 + 2 * shift, val_accuracy=0.91, n=2.0, source="command line")
@@ -168,31 +213,103 @@ def test_own_best_n_is_chosen_on_validation(tmp_path):
                 write_run(at("learned"), seed, distance, 0.92, learn_n=True, end_n=2.0 + seed)
     md, html, table = make(tmp_path / "runs")
     row = table("digits_mlp_n_harmonic")["cosine"]
-    assert row["own_best_n"] == "4" and close(row["own_best_test_accuracy"], 0.93) and row["fixed_n"] == "1" and close(row["fixed_test_accuracy"], 0.90)
+    assert row["own_best_n"] == "4"
+    assert close(row["own_best_test_accuracy"], 0.93)
+    assert row["fixed_n"] == "1"
+    assert close(row["fixed_test_accuracy"], 0.90)
     assert row["learned_n"] == "1, ended at 3.5" and close(row["learned_test_accuracy"], 0.92) and row["tried"] == "3"
-    assert "Spearman's rho between the two is -1.00" in md # fixed: euclidean, cosine, manhattan; at n = 4 the other way round
+    # fixed: euclidean, cosine, manhattan; at n = 4 the other way round
+    assert "Spearman's rho between the two is -1.00" in md
     assert {"cosine", "cosine, n=2", "cosine, n=4", "cosine, learned n"} <= set(table("digits_mlp_quality"))
+
+
+def test_every_number_of_every_run_is_in_one_table(tmp_path, quick):
+    study(tmp_path / "runs", {"baseline": BASE, "cosine": GOOD})
+    write_run(tmp_path / "runs" / "text", script="train.py", dataset="text", loss=1 / 3)
+    write_run(tmp_path / "runs" / "n4", 1, "cosine", n=4.0, source="command line")
+    write_run(tmp_path / "runs" / "unfinished", 9, ended=False)
+    make(tmp_path / "runs")
+    with open(tmp_path / "report" / "tables" / "runs.csv", newline="", encoding="utf-8") as f:
+        rows = {os.path.basename(row["path"]): row for row in csv.DictReader(f)}
+    names = [f"{distance}_{seed}" for distance in ("baseline", "cosine") for seed in (1, 2, 3, 4)]
+    assert set(rows) == {*names, "text", "n4"}
+    for seed, accuracy in enumerate(GOOD, 1):
+        row = rows[f"cosine_{seed}"]
+        about = dict(dataset="digits", model="mlp", head="cosine", n_setting="fixed", n="1.0", seed=str(seed))
+        assert {key: row[key] for key in about} == about
+        assert float(row["test_accuracy"]) == accuracy # to the last digit
+        assert float(row["f1_macro"]) == accuracy - 0.01
+        assert close(row["variance_ratio"], 0.1 + 0.01 * seed) and close(row["model_health"], 0.1)
+        assert close(row["energy_kwh"], 0.002) and row["perplexity"] == ""
+    assert rows["baseline_1"]["n_setting"] == rows["baseline_1"]["n"] == ""
+    assert rows["n4"]["head"] == "cosine, n=4" and rows["n4"]["n_setting"] == "given" and rows["n4"]["n"] == "4.0"
+    assert float(rows["text"]["perplexity"]) == math.exp(1 / 3) and rows["text"]["test_accuracy"] == ""
+    assert set(metrics.METRICS) <= set(rows["text"])
+
+
+def test_what_a_figure_leaves_out_and_which_heads_no_other_beats(tmp_path):
+    runs = []
+    for distance, accuracy, kwh in (("baseline", 0.90, 0.002), ("cosine", 0.92, 0.003), ("manhattan", 0.91, 0.004),
+                                    ("euclidean", 0.90, 0.001), ("canberra", 0.30, 0.0005)):
+        folder = write_run(tmp_path / distance, 1, distance, accuracy, kwh)
+        runs.append(results.measure(results.read_run(str(folder))))
+    section, = results.make_sections(results.group(runs))
+    points, front, outside = results.trade_off(section)
+    assert {head.distance for head in front} == {"cosine", "euclidean"} # the baseline takes more energy
+    assert [head.distance for head in outside] == ["canberra"]
+    found = {head.distance: point for head, point in points.items()}
+    expected = {"baseline": (2, 90), "cosine": (3, 92), "manhattan": (4, 91), "euclidean": (1, 90)}
+    assert found == {distance: pytest.approx(point) for distance, point in expected.items()}
 
 # -----------------------------------------------------------------------------
 # what is read, and what is kept apart
 
 
+def test_a_head_written_in_two_ways_is_one(tmp_path, quick):
+    write_run(tmp_path / "runs" / "a", 1, "minkowski:p=3", 0.90)
+    write_run(tmp_path / "runs" / "b", 2, "minkowski", 0.92, distance_params="p=3")
+    write_run(tmp_path / "runs" / "c", 1, "minkowski", 0.94)
+    write_run(tmp_path / "runs" / "d", 1, "canberra:weighted", 0.80)
+    write_run(tmp_path / "runs" / "e", 2, "canberra", 0.82, variant="weighted")
+    rows = make(tmp_path / "runs")[2]("digits_mlp_quality")
+    assert set(rows) == {"minkowski, p=3", "minkowski", "canberra weighted"}
+    assert close(rows["minkowski, p=3"]["test_accuracy_mean"], 0.91) and rows["minkowski, p=3"]["seeds"] == "1 2"
+    assert close(rows["canberra weighted"]["test_accuracy_mean"], 0.81)
+
+
+def test_what_was_read_stays_as_it_was(tmp_path, quick):
+    study(tmp_path / "runs", {"baseline": BASE, "cosine": GOOD})
+    files = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    read, _ = results.read_runs([str(tmp_path / "runs")])
+    measured = [results.measure(run) for run in read]
+    copies = copy.deepcopy((read, measured))
+    sections = results.make_sections(results.group(measured))
+    results.records(sections)
+    assert (read, measured) == copies
+    assert "speed" not in measured[0].values and all("speed" in run.values for run in sections[0].runs)
+    make(tmp_path / "runs")
+    assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()} == files
+
+
 def test_truncated_metrics_unfinished_and_broken_runs(tmp_path, quick):
     study(tmp_path / "runs", {"baseline": BASE[:2], "cosine": GOOD[:2]})
     with open(tmp_path / "runs" / "cosine_1" / "metrics.jsonl", "a") as f:
-        f.write('{"kind": "eval", "step": 25, "epoch": 5, "val_accuracy": 0.1, "val_loss": 99.0, "variance_ratio": 77.0')
+        f.write('{"kind": "eval", "step": 25, "epoch": 5, "val_accuracy": 0.1, "val_loss": 99.0, "variance_ratio": 77')
     write_run(tmp_path / "runs" / "cosine_3", 3, "cosine", 0.1, ended=False)
     for name, text in (("broken", '{"config": '), ("other", '{"vocab_size": 5}'), ("list", "[]")):
         (tmp_path / "runs" / name).mkdir()
         (tmp_path / "runs" / name / "config.json").write_text(text)
     md, html, table = make(tmp_path / "runs")
     rows = table("digits_mlp_interpretability")
-    assert re.search(r"truncated.*last whole line: \S*cosine_1\n", md) and close(rows["cosine"]["variance_ratio_mean"], 0.1 + 0.015)
+    assert re.search(r"truncated.*last whole line: \S*cosine_1\n", md)
+    assert close(rows["cosine"]["variance_ratio_mean"], 0.1 + 0.015)
     assert re.search(r"Not ended.*cosine_3 \(last evaluation at step 20\)", md) and rows["cosine"]["seeds"] == "1 2"
-    assert all(re.search(rf"Skipped: .*{name}: config.json is not that of a run", md) for name in ("broken", "other", "list"))
+    for name in ("broken", "other", "list"):
+        assert re.search(rf"Skipped: .*{name}: config.json is not that of a run", md)
 
 
-@pytest.mark.parametrize("key, change", [("data hash", dict(data="d2")), ("learning_rate", dict(learning_rate=0.5)), ("git", dict(git="def"))])
+@pytest.mark.parametrize("key, change", [
+    ("data hash", dict(data="d2")), ("learning_rate", dict(learning_rate=0.5)), ("git", dict(git="def"))])
 def test_what_differs_is_split_and_said_at_the_top(tmp_path, quick, key, change):
     study(tmp_path / "runs" / "a", {"baseline": BASE[:2], "cosine": GOOD[:2]})
     study(tmp_path / "runs" / "b", {"baseline": SAME[:2], "cosine": BASE[:2]}, **change)
@@ -202,7 +319,9 @@ def test_what_differs_is_split_and_said_at_the_top(tmp_path, quick, key, change)
     assert set("".join("".join(list(row.values())[1:]) for row in table("wins").values())) <= set("0123456789")
     assert close(table("digits_mlp_1_quality")["cosine"]["test_accuracy_mean"], np.mean(GOOD[:2]))
     assert close(table("digits_mlp_2_quality")["cosine"]["test_accuracy_mean"], np.mean(BASE[:2]))
-    assert table("wins")["cosine"]["quality sections"] == "2" and table("wins")["cosine"]["quality wins"] == "1" and table("wins")["baseline"]["energy top 5"] == "2"
+    assert table("wins")["cosine"]["quality sections"] == "2"
+    assert table("wins")["cosine"]["quality wins"] == "1"
+    assert table("wins")["baseline"]["energy top 5"] == "2"
 
 
 def test_folders_seeds_and_names_do_not_split(tmp_path, quick):
@@ -219,28 +338,64 @@ def test_folders_seeds_and_names_do_not_split(tmp_path, quick):
 
 def test_the_page_stands_alone_and_figures_show_something(tmp_path):
     study(tmp_path / "runs" / "a", {"baseline": BASE[:2], "cosine": GOOD[:2], "euclidean": SAME[:2]})
-    study(tmp_path / "runs" / "b", {"baseline": BASE[:2], "cosine": GOOD[:2], "euclidean": SAME[:2]}, dataset='a|<b>&"$x')
+    study(tmp_path / "runs" / "b", {"baseline": BASE[:2], "cosine": GOOD[:2], "euclidean": SAME[:2]},
+          dataset='a|<b>&"$x')
     md, html, table = make(tmp_path / "runs")
     bare = re.sub('src="data:image/png;base64,[^"]*"', "", html)
-    assert not any(text in bare for text in ("src=", "href", "<link", "<script", "@import", "url(", "//")) # nothing is fetched
+    # nothing is fetched
+    assert not any(text in bare for text in ("src=", "href", "<link", "<script", "@import", "url(", "//"))
     assert "a|&lt;b&gt;&amp;&quot;$x" in html and '<b>&"' not in html and "a|<b>" not in md
     figures = list((tmp_path / "report" / "figures").iterdir())
-    assert html.count('src="data:image/png;base64,') == len(figures) >= 15 and "emissions_all.png" in {f.name for f in figures}
+    assert html.count('src="data:image/png;base64,') == len(figures) >= 15
+    assert "emissions_all.png" in {f.name for f in figures}
     for path in figures:
         picture = matplotlib.image.imread(path)
         assert picture.std() > 0.01 and len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 20, path
         assert f"(figures/{path.name})" in md
 
 
+def test_every_number_of_a_table_is_defined_in_words(tmp_path, quick):
+    study(tmp_path / "runs" / "a", {"baseline": BASE[:2]})
+    write_run(tmp_path / "runs" / "text", script="train.py", dataset="text")
+    md, html, table = make(tmp_path / "runs")
+    rows = table("definitions")
+    for family in metrics.TABLES.values():
+        for keys in family.values():
+            for key in keys:
+                m = metrics.METRICS[key]
+                assert rows[m.title]["definition"] == m.definition and m.definition.endswith(".")
+                assert rows[m.title]["better"] == ("lower" if m.lower else "higher")
+    assert "not available to us" in rows["active ratio"]["definition"]
+    assert metrics.PAIRED_TEST.replace("<", "&lt;") in md
+
+
+def test_markdown_and_html_say_the_same(tmp_path):
+    blocks = [page.Heading("A < b", 1), page.Paragraph("One & two."), page.Pre("x < y", "folded"),
+              page.Table("t", ["head", "a|b"], [["one", page.Cell("1", "small", True)]], [dict(head="one", a=1 / 3)]),
+              page.Picture("p", b"PNG", "What it shows.")]
+    page.write_page(tmp_path, "A < b", blocks)
+    md = (tmp_path / "index.md").read_text()
+    assert md == ("# A &lt; b\n\nOne & two.\n\nfolded\n\n```\nx < y\n```\n\n| head | a\\|b |\n| --- | --- |\n"
+                  "| one | **1 small** |\n\n![p](figures/p.png)\n\n*What it shows.*\n")
+    html = (tmp_path / "index.html").read_text()
+    for text in ("<title>A &lt; b</title>", "<h1>A &lt; b</h1>", "<p>One &amp; two.</p>", "<pre>x &lt; y</pre>",
+                 "<summary>folded</summary>", "<th>a|b</th>", "<td><b>1</b><br><small>small</small></td>",
+                 'src="data:image/png;base64,UE5H"', "<figcaption>What it shows.</figcaption>"):
+        assert text in html
+    assert (tmp_path / "tables" / "t.csv").read_text() == f"head,a\none,{1 / 3}\n"
+    assert (tmp_path / "figures" / "p.png").read_bytes() == b"PNG"
+
+
 def test_commands_are_loops_over_seeds(tmp_path, quick):
     study(tmp_path / "runs", {"baseline": BASE[:3]})
     md = make(tmp_path / "runs")[0]
-    assert f"for seed in 1 2 3; do python train_vision.py --distance=baseline --seed=$seed --out_dir={tmp_path / 'runs' / 'baseline_'}$seed; done" in md
+    line = f"python train_vision.py --distance=baseline --seed=$seed --out_dir={tmp_path / 'runs' / 'baseline_'}$seed"
+    assert f"for seed in 1 2 3; do {line}; done" in md
 
 
 def test_bad_input_is_one_message(tmp_path):
-    for args, message in ((["--dpi=50"], "no folder given"), ([str(tmp_path / "none")], "there is no folder"), ([str(tmp_path)], "no runs below"),
-                          ([str(tmp_path), "--tpo=3"], "unknown key 'tpo'")):
+    for args, message in ((["--dpi=50"], "no folder given"), ([str(tmp_path / "none")], "there is no folder"),
+                          ([str(tmp_path)], "no runs below"), ([str(tmp_path), "--tpo=3"], "unknown key 'tpo'")):
         with pytest.raises(SystemExit, match=message):
             report.main(args)
     write_run(tmp_path / "runs" / "a", ended=False)
@@ -253,4 +408,7 @@ def test_help_lists_the_settings(capsys):
     with pytest.raises(SystemExit) as e:
         report.main(["--help"])
     printed = capsys.readouterr().out
-    assert e.value.code == 0 and "python report.py" in printed and 'out_dir = "report"' in printed and "tokens = " in printed
+    assert e.value.code == 0
+    assert "python report.py" in printed
+    assert 'out_dir = "report"' in printed
+    assert "tokens = " in printed

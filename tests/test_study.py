@@ -1,4 +1,4 @@
-"""study.py, with a training script that only leaves the files of one."""
+"""study.py, mostly with a script that trains nothing and only leaves the files of a run."""
 import json
 import os
 import signal
@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
+from helpers import ROOT
+from small_models import EVERY_HEAD
 
 import study
-from distances import DISTANCES
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FAKE = """
 import json, os, sys, time
 flags = dict(arg.lstrip('-').split('=', 1) for arg in sys.argv[1:] if arg.startswith('--'))
@@ -31,7 +31,10 @@ with open(os.path.join(out, 'summary.json'), 'w') as f:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
-    """A folder with the fake training script; returns a function that runs study.py on it, in this process, and gives what it prints."""
+    """
+    A folder with the fake training script, and a function that runs study.py on it, in this process, and returns the
+    text that it prints.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "_ROOT", str(tmp_path))
     (tmp_path / "train_vision.py").write_text(FAKE)
@@ -47,6 +50,7 @@ def here(tmp_path, monkeypatch, capsys):
         else:
             study.main()
         return "".join(capsys.readouterr()) + message
+
     return run
 
 
@@ -65,13 +69,18 @@ def names(**settings):
 
 
 def test_the_grid_has_every_combination_once():
-    runs = names(heads="baseline,cosine,cosine:stable,minkowski:p=3", links="harmonic,softmin", ns="default,4,learn", seeds="1,2", models="mlp,cnn")
+    runs = names(heads="baseline,cosine,cosine:stable,minkowski:p=3", links="harmonic,softmin", ns="default,4,learn",
+                 seeds="1,2", models="mlp,cnn")
     assert len(runs) == 2 * 2 * (1 + 2 * 2 * 3) # the baseline has neither link nor n, and cosine is its stable variant
-    assert list(runs)[0] == "mlp_baseline_s1" and [name for name in runs if name.endswith("_s1")] == list(runs)[:len(runs) // 2] # seed by seed
-    assert runs["cnn_minkowski_standard_p3_softmin_n4_s2"] == ["--distance=minkowski", "--link=softmin", "--seed=2", "--model=cnn", "--distance_params=p=3", "--n=4"]
-    assert runs["mlp_cosine_stable_nlearn_s1"] == ["--distance=cosine", "--link=harmonic", "--seed=1", "--model=mlp", "--variant=stable", "--learn_n=true"]
+    assert list(runs)[0] == "mlp_baseline_s1"
+    assert [name for name in runs if name.endswith("_s1")] == list(runs)[:len(runs) // 2] # seed by seed
+    assert runs["cnn_minkowski_standard_p3_softmin_n4_s2"] == [
+        "--distance=minkowski", "--link=softmin", "--seed=2", "--model=cnn", "--distance_params=p=3", "--n=4"]
+    assert runs["mlp_cosine_stable_nlearn_s1"] == [
+        "--distance=cosine", "--link=harmonic", "--seed=1", "--model=mlp", "--variant=stable", "--learn_n=true"]
     everything = names(heads="all", seeds="7")
-    assert len(everything) == 2 + sum(map(len, DISTANCES.values())) and all(name.endswith("_s7") for name in everything)
+    assert len(everything) == 1 + len(EVERY_HEAD) # Minkowski comes twice
+    assert all(name.endswith("_s7") for name in everything)
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -93,14 +102,16 @@ def test_runs_are_processes_with_folders_and_what_has_ended_is_skipped(here):
     os.remove("out/baseline_s2/summary.json")
     assert "3 ended, 1 new; 1 to run" in here("--heads=baseline,cosine", "--seeds=1,2", "--settings=--epochs=3")
     assert len(ran()) == 5
-    out = here("--heads=baseline,cosine", "--seeds=1,2", "--settings=--epochs=4", refused=True) # ended runs of other settings are not taken for these
+    # ended runs of other settings are not taken for these
+    out = here("--heads=baseline,cosine", "--seeds=1,2", "--settings=--epochs=4", refused=True)
     assert out.count("was made with other arguments") == 4 and "--epochs=3" in out and len(ran()) == 5
 
 
 def test_a_broken_run_is_reported_and_retried_by_a_flag(here):
     out = here("--heads=baseline,cosine", "--seeds=1,3", refused=True)
-    assert "2 broken, --retry runs them again" in out and "out/cosine_stable_s3: exit status 1: seed 3 is unlucky" in out # and the others have run
-    assert len(ran()) == 4
+    assert "2 broken, --retry runs them again" in out
+    assert "out/cosine_stable_s3: exit status 1: seed 3 is unlucky" in out
+    assert len(ran()) == 4 # the others have run
     out = here("--heads=baseline,cosine", "--seeds=1,3", refused=True)
     assert "2 ended, 2 broken; 0 to run" in out and len(ran()) == 4
     open("mended", "w").close()
@@ -108,27 +119,34 @@ def test_a_broken_run_is_reported_and_retried_by_a_flag(here):
 
 
 def test_dry_run_and_shards(here):
-    out = here("--heads=baseline,cosine,euclidean", "--seeds=1,2", "--dry-run")
-    assert out.count("python train_vision.py") == 6 and not ran() and not os.path.exists("out")
-    parts = [here("--heads=baseline,cosine,euclidean", "--seeds=1,2", f"--shard={i}/4", "--dry-run") for i in (1, 2, 3, 4)]
-    lines = [line for part in parts for line in part.splitlines() if "train_vision.py" in line]
-    assert sorted(lines) == sorted(line for line in out.splitlines() if "train_vision.py" in line) and max(part.count("train_vision.py") for part in parts) == 2
+    def commands(*args):
+        out = here("--heads=baseline,cosine,euclidean", "--seeds=1,2", "--dry-run", *args)
+        return [line for line in out.splitlines() if "python train_vision.py" in line]
+
+    everything = commands()
+    assert len(everything) == 6 and not ran() and not os.path.exists("out")
+    parts = [commands(f"--shard={i}/4") for i in (1, 2, 3, 4)]
+    assert sorted(sum(parts, [])) == sorted(everything)
+    assert max(map(len, parts)) == 2
 
 
 # Ctrl-C reaches the run too; a scheduler's SIGTERM only the study
-@pytest.mark.parametrize("stop", [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("stop", [
+    lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)], ids=["ctrl-c", "sigterm"])
 def test_a_stopped_study_takes_its_run_along_and_goes_on(here, tmp_path, stop):
     for name in ("study.py", "configurator.py", "distances.py"): # a process group of its own
         (tmp_path / name).write_text(open(os.path.join(ROOT, name)).read())
     command = [sys.executable, "study.py", "--out_dir=out", "--heads=baseline", "--seeds=1,4,5"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
     for _ in range(300):
         if os.path.exists("out/baseline_s4/ckpt.pt"):
             break
         time.sleep(0.1)
     stop(process.pid)
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 1 and "stopped after 1 of 3 runs: the same command goes on" in out and "Traceback" not in out
+    assert process.returncode == 1 and "Traceback" not in out
+    assert "stopped after 1 of 3 runs: the same command goes on" in out
     assert not os.path.exists("out/baseline_s4/error.txt") and not os.path.exists("out/baseline_s5")
     with pytest.raises(ProcessLookupError): # the run has stopped too
         os.kill(int(ran()[-1][1]), 0)
@@ -138,16 +156,23 @@ def test_a_stopped_study_takes_its_run_along_and_goes_on(here, tmp_path, stop):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--shard=5/4"], "write i/k with 1 <= i <= k"), (["--shard=x"], "write i/k"), (["--script=bench.py"], "use train.py or train_vision.py"),
-    (["--base=config/none.py"], "there is no config/none.py"), (["--heads=cosin"], "cosin"), (["--seeds="], "the grid is empty"), (["--head=all"], "did you mean 'heads'?")])
+    (["--shard=5/4"], "write i/k with 1 <= i <= k"),
+    (["--shard=x"], "write i/k"),
+    (["--script=bench.py"], "use train.py or train_vision.py"),
+    (["--base=config/none.py"], "there is no config/none.py"),
+    (["--heads=cosin"], "cosin"),
+    (["--seeds="], "the grid is empty"),
+    (["--head=all"], "did you mean 'heads'?"),
+])
 def test_one_clear_message(here, args, message):
     out = here(*args, refused=True)
     assert message in out and not os.path.exists("out")
 
 
 def test_a_real_run(tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "study.py"), "--heads=baseline,cosine", "--seeds=1", f"--out_dir={tmp_path}/out",
-                           "--settings=--epochs=1 --plots=false --track_emissions=false"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    command = [sys.executable, os.path.join(ROOT, "study.py"), "--heads=baseline,cosine", "--seeds=1",
+               f"--out_dir={tmp_path}/out", "--settings=--epochs=1 --plots=false --track_emissions=false"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("baseline_s1", "cosine_stable_s1"):
         with open(tmp_path / "out" / name / "summary.json") as f:

@@ -1,0 +1,592 @@
+"""
+Runs, read from their folders, measured, and grouped into sections that may be averaged.
+
+    runs, broken = results.read_runs(["out/study_digits"])
+    ended = [results.measure(run) for run in runs if run.summary is not None]
+    for section in results.make_sections(results.group(ended)):
+        for head in section.heads:
+            print(section.labels[head], section.mean(head, section.quality), section.std(head, section.quality))
+
+Nothing here writes: neither into a folder, nor into a Run that was read. Each pass makes new Runs or a new Section.
+"""
+import csv
+import json
+import math
+import os
+import re
+import statistics
+from collections import Counter, defaultdict, namedtuple
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+
+import numpy as np
+from tqdm import tqdm
+
+import metrics
+from distances import find, parse_head
+from metrics import METRICS
+from run import read_metrics
+
+QUALITY = {"vision": "test_accuracy", "language": "val_loss"}
+VALIDATION = {"vision": "val_accuracy", "language": "val_loss"}
+# the settings that make a head, and those that decide neither a result nor its energy. All others have to agree where
+# runs are averaged
+HEAD_KEYS = ("distance", "variant", "distance_params", "link", "n", "learn_n", "eps", "feature_scale")
+IGNORED = (*HEAD_KEYS, "seed", "out_dir", "data_dir", "overwrite", "plots", "wandb_log", "wandb_project",
+           "wandb_run_name", "wandb_mode", "device", "dtype")
+# setting: 'fixed', 'given' (on the command line) or 'learned' n
+Head = namedtuple("Head", "distance variant params link setting n eps feature_scale")
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder as it was read. measure() and add_baseline_metrics() make new Runs, with more values."""
+    path: str
+    info: dict # config.json
+    head: Head
+    seed: int
+    dataset: str
+    model: str
+    family: str # 'vision' or 'language'
+    fingerprint: dict # all that has to agree where runs are averaged
+    evals: list # the evaluations in metrics.jsonl
+    logs: list # its log lines
+    whole: bool # whether metrics.jsonl was read to its end
+    summary: dict | None # summary.json, None: the run has not ended
+    emissions: dict | None # the last row of emissions.csv
+    notes: tuple # what a reader should know about this run
+    values: dict = field(default_factory=dict) # numbers by their names in METRICS
+
+
+def finite(x):
+    return isinstance(x, (int, float)) and math.isfinite(x)
+
+
+def find_runs(folders, name="config.json"):
+    """The paths of the folders with a file of that name at or below the given ones, each once."""
+    found = {}
+    for folder in folders:
+        for path, _, files in os.walk(folder):
+            if name in files:
+                found[os.path.realpath(path)] = path
+    return sorted(found.values())
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def head_of(info):
+    """The Head of a config.json. "minkowski:p=3" is the same one as "minkowski" with the parameters "p=3"."""
+    c = info["config"]
+    params = parse_head(c["distance"], c["variant"], c["distance_params"])
+    distance, variant = params.pop("distance"), params.pop("variant")
+    variant, _ = find(distance, variant)
+    if distance == "baseline": # has neither n nor link
+        return Head("baseline", "", "", "", "fixed", 0.0, 0.0, c["feature_scale"])
+    setting = "fixed"
+    if c["learn_n"]:
+        setting = "learned"
+    elif c["n"] and info["sources"]["n"] == "command line":
+        setting = "given"
+    params = ", ".join(f"{name}={value:g}" for name, value in sorted(params.items()))
+    return Head(distance, variant, params, c["link"], setting, c["n"], c["eps"], c["feature_scale"])
+
+
+def fingerprint_of(info):
+    """All settings, versions and devices that have to agree where runs are averaged."""
+    result = {key: value for key, value in info["config"].items() if key not in IGNORED}
+    result["data hash"] = info["data"].get("hash")
+    result["torch"] = info["versions"]["torch"]
+    for key in ("git", "dtype", "device", "device_name", "cpus", "threads", "world_size"):
+        result[key] = info.get(key)
+    return result
+
+
+def read_runs(folders):
+    """(the Runs at and below these folders, messages about the folders that hold none but look like one)"""
+    runs, broken = [], []
+    for path in tqdm(find_runs(folders), desc="reading", leave=False):
+        try:
+            runs.append(read_run(path))
+        except ValueError as e:
+            broken.append(f"{path}: {e}")
+    return runs, broken
+
+
+def read_run(path):
+    """The Run in a folder. Raises ValueError where config.json is not that of a run."""
+    try:
+        info = read_json(os.path.join(path, "config.json"))
+        c = info["config"]
+        family = "vision" if info["script"] == "train_vision.py" else "language"
+        about = dict(info=info, head=head_of(info), seed=c["seed"], dataset=c["dataset"], model=c.get("model", "gpt"),
+                     family=family, fingerprint=fingerprint_of(info))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"config.json is not that of a run ({type(e).__name__}: {e})") from None
+    rows, whole = read_metrics(path)
+    evals = [row for row in rows if row.get("kind") == "eval"]
+    logs = [row for row in rows if row.get("kind") == "train"]
+    summary, notes = None, []
+    try:
+        summary = dict(read_json(os.path.join(path, "summary.json")))
+    except FileNotFoundError:
+        pass
+    except (ValueError, TypeError) as e:
+        notes.append(f"summary.json cannot be read ({e})")
+    if any(name.startswith("emissions_node") for name in os.listdir(path)):
+        notes.append("several nodes: the energy is that of node 0")
+    return Run(path=path, **about, evals=evals, logs=logs, whole=whole, summary=summary,
+               emissions=read_emissions(path), notes=tuple(notes))
+
+
+def read_emissions(path):
+    """The last whole row of emissions.csv, or None."""
+    path = os.path.join(path, "emissions.csv")
+    if not os.path.exists(path):
+        return None
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        rows = [row for row in csv.DictReader(f) if None not in row.values()]
+    return rows[-1] if rows else None
+
+# -----------------------------------------------------------------------------
+# measuring
+
+
+def errors(run):
+    """What falls as the run learns, at each evaluation: 1 - validation accuracy, or the validation loss."""
+    if run.family == "vision":
+        return [1 - row["val_accuracy"] for row in run.evals]
+    return [row["val_loss"] for row in run.evals]
+
+
+def numbers(rows, key):
+    """The finite values of the key."""
+    return [row[key] for row in rows if finite(row.get(key))]
+
+
+def settled_norms(run):
+    """(the gradient norms of the log lines after warm-up, notes)"""
+    if run.family == "vision":
+        late = [row for row in run.logs if row["epoch"] >= 1]
+    else:
+        late = [row for row in run.logs if row["step"] > run.info["config"]["warmup_iters"]]
+    norms = numbers(late, "grad_norm")
+    if len(norms) >= 2 or not numbers(run.logs, "grad_norm"):
+        return norms, ()
+    note = "gradient norms: fewer than 2 log lines after warm-up (vision: the first epoch), all are used"
+    return numbers(run.logs, "grad_norm"), (note,)
+
+
+def measure(run):
+    """The Run with its values: of METRICS those that it has, but for what its section's baseline defines."""
+    vision = run.family == "vision"
+    classes = run.info["data"]["num_classes"] if vision else run.info["model_args"]["vocab_size"]
+    last = run.evals[-1] if run.evals else {}
+    logged = {**last, **run.summary}
+    values = {key: logged[key] for key in METRICS if key in logged}
+    values["energy_kwh"] = run.summary.get("energy_kwh_total")
+    values["emissions_g"] = run.summary.get("emissions_g_total")
+    times = numbers(run.logs, "ms")
+    if times and not vision:
+        values["seconds_per_step"] = statistics.median(times) / 1000
+    norms, notes = settled_norms(run)
+    if norms:
+        values["gradient_stability"] = metrics.gradient_stability(norms)
+        values["clipping_quality"] = metrics.clipping_quality(norms, run.info["config"]["grad_clip"])
+    course = errors(run)
+    if run.evals and not vision:
+        values["learning_quality"] = metrics.learning_quality(course[0], min(course), classes)
+    if run.evals and all("energy_kwh_total" in row for row in run.evals):
+        values["seconds_to_90"] = metrics.time_to([row["seconds_total"] for row in run.evals], course)
+        kwh_to_90 = metrics.time_to([row["energy_kwh_total"] for row in run.evals], course)
+        values["wh_to_90"] = None if kwh_to_90 is None else 1000 * kwh_to_90
+    if values["energy_kwh"]:
+        quality = 100 * (values["test_accuracy"] - 1 / classes) if vision else math.log(classes) - values["val_loss"]
+        values["quality_per_wh"] = quality / (1000 * values["energy_kwh"])
+    values = {key: value for key, value in values.items() if finite(value)}
+    return replace(run, values=values, notes=(*run.notes, *notes))
+
+# -----------------------------------------------------------------------------
+# grouping
+
+
+# kind: the dataset and model; name: the kind, numbered where there are several groups of it; runs: one per head and
+# seed; differ: {key: value} of what tells the groups of a kind apart; repeats: pairs of a run and the one it repeats
+Group = namedtuple("Group", "kind name runs differ repeats")
+
+
+def group(runs):
+    """The Groups of runs that agree in all but head and seed, by name."""
+    parts = defaultdict(dict)
+    for run in runs:
+        kind, fingerprint = f"{run.dataset}, {run.model}", json.dumps(run.fingerprint, sort_keys=True)
+        parts[kind].setdefault(fingerprint, []).append(run)
+    groups = []
+    for kind in sorted(parts):
+        several = list(parts[kind].values())
+        prints = [part[0].fingerprint for part in several]
+        keys = differing_keys(prints)
+        for i, (part, fingerprint) in enumerate(zip(several, prints), 1):
+            name = f"{kind} ({i})" if len(several) > 1 else kind
+            kept, repeats = without_repeats(part)
+            groups.append(Group(kind, name, kept, {key: fingerprint.get(key) for key in keys}, repeats))
+    return groups
+
+
+def differing_keys(prints):
+    """The keys whose values are not the same in all these dicts, in the order in which they appear."""
+    values = defaultdict(set)
+    for fingerprint in prints:
+        for key in fingerprint:
+            values[key] |= {json.dumps(other.get(key)) for other in prints}
+    return [key for key in values if len(values[key]) > 1]
+
+
+def without_repeats(runs):
+    """(the first run of each head and seed, the others as pairs with the one that they repeat)"""
+    first, repeats = {}, []
+    for run in runs:
+        kept = first.setdefault((run.head, run.seed), run)
+        if kept is not run:
+            repeats.append((run, kept))
+    return list(first.values()), repeats
+
+
+def by_head(runs):
+    """{head: its runs by seed}"""
+    heads = defaultdict(list)
+    for run in sorted(runs, key=attrgetter("seed")):
+        heads[run.head].append(run)
+    return dict(heads)
+
+
+def label(head, usual):
+    """The head in words: what is not the default, or not usual in its section, is said."""
+    if head.distance == "baseline":
+        return "baseline"
+    variant = "" if head.variant == find(head.distance)[0] else f" {head.variant}"
+    words = [head.distance + variant, head.params]
+    if head.link != "harmonic":
+        words.append(head.link)
+    if head.setting == "given":
+        words.append(f"n={head.n:g}")
+    elif head.setting == "learned":
+        words.append("learned n")
+    for key, value in usual.items():
+        if getattr(head, key) != value:
+            words.append(f"{key}={getattr(head, key):g}")
+    return ", ".join(word for word in words if word)
+
+
+def usual_settings(runs):
+    """The eps and feature_scale that most runs have."""
+    usual = {}
+    for key in ("eps", "feature_scale"):
+        counts = Counter(getattr(run.head, key) for run in runs if run.head.distance != "baseline")
+        for value, _ in counts.most_common(1):
+            usual[key] = value
+    return usual
+
+
+def make_labels(heads, usual):
+    """{head: its label}, each label once."""
+    labels = {head: label(head, usual) for head in heads}
+    counts = Counter(labels.values())
+    for head, text in labels.items():
+        if counts[text] > 1: # fixed n from several files
+            labels[head] = f"{text} ({head.n:g})"
+    return labels
+
+
+def target_error(baseline_runs):
+    """The error at which the baseline has made 90% of its progress, the mean over its seeds; None without baseline."""
+    targets = []
+    for run in baseline_runs:
+        course = errors(run)
+        if course:
+            targets.append(course[0] - 0.9 * (course[0] - min(course)))
+    return statistics.mean(targets) if targets else None
+
+
+def add_baseline_metrics(runs, baseline_runs, target):
+    """The runs with those values that are defined by the baseline of the same seed, or by its target."""
+    baselines = {run.seed: run for run in baseline_runs}
+    result = []
+    for run in runs:
+        values, base = dict(run.values), baselines.get(run.seed)
+        for key, source in (("model_health", "collapse_score"), ("speed", "seconds_to_90")):
+            if base and source in values and source in base.values:
+                values[key] = base.values[source] - values[source]
+        if target is not None:
+            for row, error in zip(run.evals, errors(run)):
+                if error <= target and "energy_kwh_total" in row:
+                    values["wh_to_target"] = 1000 * row["energy_kwh_total"]
+                    break
+        result.append(replace(run, values=values))
+    return result
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs that may be averaged: heads maps each Head to its runs, a seed each; the baseline first, then the best."""
+    name: str
+    slug: str
+    family: str
+    heads: dict
+    baseline: Head | None
+    target: float | None
+    usual: dict
+    labels: dict
+
+    @property
+    def quality(self):
+        return QUALITY[self.family]
+
+    @property
+    def x(self):
+        """What the evaluations are counted in."""
+        return "epoch" if self.family == "vision" else "step"
+
+    @property
+    def runs(self):
+        return [run for runs in self.heads.values() for run in runs]
+
+    @property
+    def drawn(self):
+        """The heads in figures: those with a fixed n, as n has a section of its own."""
+        fixed = [head for head in self.heads if head.setting == "fixed"]
+        return fixed if len(fixed) > 1 else list(self.heads)
+
+    def few(self, count):
+        """The heads in figures that have room for a few: the baseline, Euclid, and the best others, `count` of them."""
+        first = [self.baseline] if self.baseline else []
+        first += [head for head in self.drawn if head.distance == "euclidean"][:1]
+        others = [head for head in self.drawn if head not in first]
+        return first + others[:count]
+
+    def values(self, head, key):
+        """{seed: value} of the runs that have one"""
+        return {run.seed: run.values[key] for run in self.heads[head] if key in run.values}
+
+    def known(self, key):
+        """Whether any run has the number."""
+        return any(key in run.values for run in self.runs)
+
+    def course(self, head, key):
+        """(x (T,), values (seeds, T)) of an evaluation's number, at the epochs or steps that every seed has"""
+        by_seed = []
+        for run in self.heads[head]:
+            by_seed.append({row[self.x]: row[key] for row in run.evals if finite(row.get(key))})
+        x = sorted(set.intersection(*map(set, by_seed)))
+        return x, np.array([list(map(values.get, x)) for values in by_seed])
+
+    def n_at_end(self, head):
+        """The mean over seeds of the n at which learning ended, or None."""
+        ended = [run.summary["n"] for run in self.heads[head] if finite(run.summary.get("n"))]
+        return statistics.mean(ended) if ended else None
+
+    def mean(self, head, key):
+        values = self.values(head, key).values()
+        return statistics.mean(values) if values else None
+
+    def std(self, head, key):
+        values = self.values(head, key).values()
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def complete(self, head, key):
+        """Whether every run of the head has the number."""
+        return len(self.values(head, key)) == len(self.heads[head])
+
+    def paired(self, head, key):
+        """(values, the baseline's values) of the seeds that both have"""
+        if self.baseline is None or head == self.baseline:
+            return [], []
+        mine, base = self.values(head, key), self.values(self.baseline, key)
+        seeds = [seed for seed in mine if seed in base]
+        return list(map(mine.get, seeds)), list(map(base.get, seeds))
+
+    def change(self, head, key):
+        """The percent of change against the baseline, over the seeds that both have; positive is better. Or None."""
+        mine, base = self.paired(head, key)
+        if not mine:
+            return None
+        change = metrics.percent_change(statistics.mean(mine), statistics.mean(base), METRICS[key].lower)
+        return change if finite(change) else None
+
+    def tests(self, key):
+        """{head: the result of metrics.paired, with p_corrected} over the heads of this section"""
+        tests = {}
+        for head in self.heads:
+            mine, base = self.paired(head, key)
+            if mine:
+                tests[head] = metrics.paired(mine, base)
+        if not tests:
+            return {}
+        adjusted = metrics.corrected([test["p"] for test in tests.values()])
+        return {head: {**test, "p_corrected": p} for (head, test), p in zip(tests.items(), adjusted)}
+
+    def best(self, key, tests, significance):
+        """The head with the best mean, if its difference to the baseline has a lower corrected p; else None."""
+        means = {}
+        for head in self.heads:
+            values = self.values(head, key)
+            lost = self.baseline and not set(values) >= set(self.values(self.baseline, key))
+            if values and not lost: # a head that lost a seed does not compete
+                means[head] = self.mean(head, key)
+        if not means:
+            return None
+        head = (min if METRICS[key].lower else max)(means, key=means.get)
+        supported = significant(tests.get(head), significance) and self.change(head, key) > 0
+        return head if supported else None
+
+
+def significant(test, significance):
+    return test is not None and test["p_corrected"] is not None and test["p_corrected"] < significance
+
+
+def make_section(name, slug, runs):
+    """The Section of these runs: labels, what the baseline defines, and the order of the heads."""
+    heads = by_head(runs)
+    baseline, most = None, 0
+    for head in heads:
+        if head.distance == "baseline" and len(heads[head]) > most:
+            baseline, most = head, len(heads[head])
+    target = target_error(heads.get(baseline, []))
+    usual = usual_settings(runs)
+    heads = by_head(add_baseline_metrics(runs, heads.get(baseline, []), target))
+    section = Section(name, slug, runs[0].family, heads, baseline, target, usual, make_labels(heads, usual))
+    return replace(section, heads=ordered(section))
+
+
+def ordered(section):
+    """The section's heads: the baseline, then from the best mean on."""
+    places = {}
+    for head in section.heads:
+        mean = section.mean(head, section.quality)
+        if mean is None:
+            mean = math.inf
+        elif not METRICS[section.quality].lower:
+            mean = -mean
+        places[head] = (head != section.baseline, mean)
+    return {head: section.heads[head] for head in sorted(section.heads, key=places.get)}
+
+
+def make_sections(groups):
+    """A Section per Group, each with a slug for its files: names may differ in what a file's name cannot hold."""
+    sections, slugs = [], []
+    for i, (_, name, runs, _, _) in enumerate(groups):
+        slug = re.sub(r"\W+", "_", name).strip("_")
+        if slug in slugs:
+            slug += f"_{i}"
+        slugs.append(slug)
+        sections.append(make_section(name, slug, runs))
+    return sections
+
+# -----------------------------------------------------------------------------
+# what follows from a section
+
+
+def records(sections):
+    """A dict per run: what it is, and every number of METRICS that it has."""
+    result = []
+    for section in sections:
+        for run in section.runs:
+            setting, n = run.head.setting, run.info["n"]
+            if run.head.distance == "baseline": # has no n
+                setting = n = ""
+            values = {key: run.values.get(key) for key in METRICS}
+            result.append(dict(dataset=run.dataset, model=run.model, head=section.labels[run.head], n_setting=setting,
+                               n=n, seed=run.seed, path=run.path, section=section.name, **values))
+    return result
+
+
+def emission_differences(section):
+    """{head: metrics.paired} of the emissions against the baseline's, from the least on."""
+    found, means = {}, {}
+    for head in section.drawn:
+        mine, base = section.paired(head, "emissions_g")
+        if mine:
+            found[head] = metrics.paired(mine, base)
+            means[head] = found[head]["mean"]
+    return {head: found[head] for head in sorted(means, key=means.get)}
+
+
+def trade_off(section):
+    """
+    ({head: (energy in Wh, quality)} of means over seeds, the heads that no other beats in both, the heads left out:
+    they are so much worse than the median that a figure with them would show nothing of the rest).
+    """
+    m, points = METRICS[section.quality], {}
+    for head in section.drawn:
+        if section.values(head, "energy_kwh") and section.values(head, section.quality):
+            quality = m.scale * section.mean(head, section.quality)
+            points[head] = (1000 * section.mean(head, "energy_kwh"), quality)
+    if len(points) < 2:
+        return points, [], []
+    qualities = [quality for _, quality in points.values()]
+    best, median = (min if m.lower else max)(qualities), statistics.median(qualities)
+    outside = []
+    for head, (_, quality) in points.items():
+        if abs(quality - best) > 5 * abs(median - best) > 0 and head != section.baseline:
+            outside.append(head)
+    inside = {head: point for head, point in points.items() if head not in outside}
+    front = []
+    for head, point in inside.items():
+        if not any(beats(other, point, m.lower) for other in inside.values()):
+            front.append(head)
+    return inside, front, outside
+
+
+def beats(a, b, lower):
+    """Whether a (energy, quality) is not b, needs no more energy, and is no worse; lower: a lower quality is better."""
+    no_worse = a[1] <= b[1] if lower else a[1] >= b[1]
+    return a[0] <= b[0] and no_worse and a != b
+
+
+def prototype_growth(section):
+    """Records of the mean norm of the prototypes over training, means over seeds."""
+    result = []
+    for head in section.drawn:
+        x, norms = section.course(head, "prototype_norm")
+        if len(x) > 1 and (norms[:, 0] > 0).all():
+            start, middle, end = norms[:, 0], norms[:, len(x) // 2], norms[:, -1]
+            result.append(dict(head=section.labels[head], start=start.mean(), end=end.mean(),
+                               end_over_start=(end / start).mean(), end_over_middle=(end / middle).mean()))
+    return result
+
+
+WINS = ("quality sections", "quality wins", "quality top 5", "energy sections", "energy wins", "energy top 5")
+
+
+def wins(sections):
+    """{label: {column of WINS: count}}: in how many sections a head is the best, or among the five best; best first."""
+    counts = {}
+    for section in sections:
+        for key, what in ((section.quality, "quality"), ("energy_kwh", "energy")):
+            means = {head: section.mean(head, key) for head in section.drawn if section.values(head, key)}
+            best_first = sorted(means, key=means.get, reverse=not METRICS[key].lower)
+            for place, head in enumerate(best_first):
+                count = counts.setdefault(section.labels[head], dict.fromkeys(WINS, 0))
+                count[f"{what} sections"] += 1
+                count[f"{what} wins"] += place == 0
+                count[f"{what} top 5"] += place < 5
+    order = {}
+    for label, count in counts.items():
+        order[label] = [-count[column] for column in ("quality wins", "quality top 5", "energy wins")]
+    return {label: counts[label] for label in sorted(order, key=order.get)}
+
+
+def pooled_emissions(sections):
+    """[(label, head, the mean differences of its emissions to the baseline's, one per section)], from the least on"""
+    pooled = defaultdict(list)
+    for section in sections:
+        for head, test in emission_differences(section).items():
+            head_anywhere = head._replace(n=0.0, eps=0.0, feature_scale=0.0)
+            pooled[section.labels[head], head_anywhere].append(test["mean"])
+    means = {key: statistics.mean(values) for key, values in pooled.items()}
+    return [(*key, pooled[key]) for key in sorted(means, key=means.get)]
