@@ -103,6 +103,9 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
         if arg.startswith("--") and (equals or kind is bool):
             value = text if kind is str else number(text)
             override(key, value if equals else True, "command line")
+        elif arg.startswith("--") and key not in config and (close := get_close_matches(key, config, n=1)):
+            flag = close[0].replace("_", "-") if type(defaults[close[0]]) is bool else f"{close[0]}=value"
+            violations.append(f"command line: unknown flag {arg!r}, did you mean --{flag}?")
         elif arg.startswith("-"):
             violations.append(f"command line: write --{key}={text or 'value'}, got {arg!r}")
     for key, value in (base or {}).items():

@@ -25,6 +25,7 @@ It has four parts: the distances, a table and the small functions that it names;
 loss, which goes through them chunk by chunk; and the modules. """
 import functools
 import math
+import signal
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -1360,6 +1361,8 @@ def parse_head(text, variant="", params=""):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL) # `python distances.py | head` ends without a word
     print(f"{'distance':<12} {'variant':<11} {'parameters':<44} d(h, w)")
     for distance, variants in {"baseline": {"": BASELINE}, **DISTANCES}.items():
         for variant, spec in variants.items():

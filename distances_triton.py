@@ -31,9 +31,15 @@ import sys
 import warnings
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import libdevice
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import libdevice
+except ImportError:
+    if __name__ == "__main__":
+        raise SystemExit("distances_triton.py needs triton, which is for Linux: pip install triton") from None
+    raise
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 

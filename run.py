@@ -109,7 +109,7 @@ def check(config, **choices):
         for key in names.split():
             if key in config and not test(config[key]):
                 problems.append(f"{key} is {config[key]!r}, it must be {legal}")
-    for key, legal in choices.items():
+    for key, legal in {"wandb_mode": ("online", "offline", "disabled"), **choices}.items():
         if config[key] not in legal:
             problems.append(f"{key} is {config[key]!r}: use {', '.join(legal)}")
     n = config["n"] if config["n"] > 0 else 1.0
@@ -289,6 +289,8 @@ def load_checkpoint(out_dir, model, config, data_hash, fixed=()):
     if data_hash != ckpt["data_hash"]:
         differences.append(f"the data are others: hash {data_hash} here, {ckpt['data_hash']} in the checkpoint")
     fail([f"cannot resume {out_dir}: {difference}" for difference in differences])
+    if model.head.kind is not None:
+        ckpt["model"].setdefault("head.kind", model.head.kind) # earlier runs have no mark, their config says the same
     model.load_state_dict(ckpt["model"])
     return ckpt
 
