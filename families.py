@@ -30,6 +30,7 @@ def load_run(out_dir, checkpoint="best.pt", device="cpu"):
     family = FAMILIES[ckpt["config"].get("model", "gpt")]
     model = family.Model(family.Config(**ckpt["model_args"]))
     if model.head.kind is not None:
-        ckpt["model"].setdefault("head.kind", model.head.kind) # earlier runs have no mark, but their config says the same
+        # earlier runs have no such mark, but their config says the same
+        ckpt["model"].setdefault("head.kind", model.head.kind)
     model.load_state_dict(ckpt["model"])
     return model.eval().to(device), ckpt["config"], ckpt["step"]

@@ -25,8 +25,8 @@ from distances import DistanceHead, find, parse_head
 # -----------------------------------------------------------------------------
 # the head of a language model
 
-# Training starts well when the scores z of a new model are spread by about half a nat. Most distances do that with n
-# = sqrt(n_embd) and hidden states of unit norm, the scale at which prototypes start; the two tables hold the
+# Training starts well when the scores z of a new model are spread by about half a nat. Most distances do that with
+# n = sqrt(n_embd) and hidden states of unit norm, the scale at which prototypes start; the two tables hold the
 # exceptions. They were measured on 77,000 tokens only (config/heads.py), so take them for a place to begin: every run
 # can set n and feature_scale, and no formula depends on these numbers.
 N_SCALES = { # (distance, variant): the default n as a multiple of sqrt(n_embd), where that is not 1
@@ -325,12 +325,13 @@ class GPT(LanguageModel):
     @classmethod
     def from_nanogpt(cls, checkpoint, **overrides):
         """
-        Make a GPT of a checkpoint of nanoGPT's train.py, a dict; overrides are those of from_hf. Its names are ours, but
-        for the head's. Raises ValueError for what is no such checkpoint, or does not fit.
+        Make a GPT of a checkpoint of nanoGPT's train.py, a dict; overrides are those of from_hf. Its names are ours,
+        but for the head's. Raises ValueError for what is no such checkpoint, or does not fit.
         """
         weights = {name.removeprefix("_orig_mod."): p for name, p in checkpoint.get("model", {}).items()}
         if "lm_head.weight" not in weights or "model_args" not in checkpoint:
-            raise ValueError("this is no checkpoint of nanoGPT's train.py: it needs model_args, and lm_head.weight in model")
+            raise ValueError("this is no checkpoint of nanoGPT's train.py: "
+                             "it needs model_args, and lm_head.weight in model")
         names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
         config = GPTConfig(**{name: checkpoint["model_args"][name] for name in names}, tie_weights=True)
         model = cls(pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size", "bias")))
