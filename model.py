@@ -317,7 +317,7 @@ class GPT(LanguageModel):
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
-        """As of every language model; name may also be the ckpt.pt of a run of nanoGPT."""
+        """Load published weights as every language model does; name may also be the ckpt.pt of a run of nanoGPT."""
         if os.path.isfile(name):
             return cls.from_nanogpt(torch.load(name, map_location="cpu", weights_only=True), **overrides)
         return super().from_pretrained(name, **overrides)
