@@ -1,21 +1,23 @@
 """
 Energy and CO2eq of a run: one CodeCarbon tracker per node, read at intervals into <out_dir>/emissions.csv.
 
-    emissions = Emissions(out_dir, country_iso_code='USA')   # on LOCAL_RANK 0 of each node, or every rank counts the machine again
-    log.update(emissions.read(iter_num, val_loss=val_loss))  # at each evaluation
-    emissions.stop(iter_num)                                 # in a finally, so that a crash keeps its energy
+    emissions = Emissions(out_dir, country_iso_code="USA") # on LOCAL_RANK 0 of each node: each would count it again
+    log.update(emissions.read(step, val_loss=val_loss))    # at each evaluation
     print(emissions.describe())
+    emissions.stop(step)                                   # however the run ends, so that a crash keeps its energy
 
-It counts the whole machine (the visible GPUs, all CPUs, the RAM), whoever else uses it. Energy is 'measured' where a counter
-gives it (RAPL, NVML, PowerMetrics, ...) and 'modelled' where CodeCarbon infers it: the CPU from its TDP and load, the RAM from its
-size. GPU energy between heads is therefore the cleanest comparison. CO2eq is kWh times one factor, fixed for the run.
+The tracker counts the whole machine (the visible GPUs, all CPUs, the RAM), whoever else uses it. Energy is "measured"
+where a counter gives it (RAPL, NVML, PowerMetrics, ...) and "modelled" where CodeCarbon infers it: the CPU's from its
+TDP and load, the RAM's from its size. The energy of the GPU is therefore the cleanest comparison between heads. CO2eq
+is kWh times one factor, fixed for the run.
 
-A run on several nodes has one tracker and one file per node (emissions.csv on node 0, emissions_node1.csv, ...). Nothing here adds
-them up: all-reduce the energy_kwh_total and emissions_g_total that read() returns, with zeros from the ranks without a tracker.
+A run on several nodes has one tracker and one file per node (emissions.csv on node 0, emissions_node1.csv, ...).
+Nothing here adds them up: one would all-reduce the energy_kwh_total and emissions_g_total that read() returns, with
+zeros from the ranks without a tracker.
 
-Columns: step, timestamp (UTC), g_per_kwh, {cpu,gpu,ram}_source; for each of seconds, cpu_kwh, gpu_kwh, ram_kwh, energy_kwh (their
-sum) and emissions_g: <name>_interval, since the row before, and <name>_total, since step 0 of the run; then what read() was given.
-A reading that fails makes no row; the next row's interval covers its time.
+Columns: step, timestamp (UTC), g_per_kwh, {cpu,gpu,ram}_source; for each of seconds, cpu_kwh, gpu_kwh, ram_kwh,
+energy_kwh (their sum) and emissions_g: <name>_interval, since the row before, and <name>_total, since step 0 of the
+run; then what read() was given. A reading that fails makes no row; the next row's interval covers its time.
 """
 import csv
 import os
@@ -33,8 +35,9 @@ COUNTERS = ("intel_rapl", "windows_emi", "intel_power_gadget") # CodeCarbon's CP
 
 def grid_factor(country_iso_code, carbon_intensity=0.0):
     """
-    Grams of CO2eq per kWh: carbon_intensity if > 0, else the country's average in CodeCarbon's own data (needs codecarbon).
-    Raises ValueError for a negative carbon_intensity or a country code that is not in the data.
+    Grams of CO2eq per kWh: carbon_intensity if > 0, else the country's average in CodeCarbon's own data. Raises
+    ValueError for a negative carbon_intensity or a country code that is not in the data, and ImportError without
+    codecarbon.
     """
     if not 0 <= carbon_intensity < float("inf"):
         raise ValueError(f"carbon_intensity is in g CO2eq per kWh, 0 for the country's own, got {carbon_intensity}")
@@ -44,17 +47,21 @@ def grid_factor(country_iso_code, carbon_intensity=0.0):
     mix = DataSource().get_global_energy_mix_data()
     if country_iso_code not in mix:
         close = get_close_matches(country_iso_code.upper(), mix, n=1)
-        raise ValueError(f"country_iso_code {country_iso_code!r} is not one of the {len(mix)} three-letter codes that CodeCarbon knows, " +
-                         (f"did you mean {close[0]!r}? or " if close else "") + "set carbon_intensity to your grid's g CO2eq per kWh")
+        hint = f"did you mean {close[0]!r}? or " if close else ""
+        raise ValueError(f"country_iso_code {country_iso_code!r} is not one of the {len(mix)} three-letter codes that "
+                         f"CodeCarbon knows, {hint}set carbon_intensity to your grid's g CO2eq per kWh")
     return float(mix[country_iso_code]["carbon_intensity"])
 
 
 class Emissions:
     """
-    country_iso_code, carbon_intensity: see grid_factor, whose ValueError comes through. enabled=False, or no codecarbon: every call
-    does nothing and read() returns {}. resume_step: None begins a new file; a step continues the totals of the existing one from its
-    last row up to that step and drops the later rows, whose steps will be made again. node: GROUP_RANK of torchrun.
-    After the constructor nothing raises: what CodeCarbon cannot do is printed once, and training goes on.
+    The tracker of a node and its file.
+
+    country_iso_code, carbon_intensity: see grid_factor, whose ValueError comes through. With enabled=False, or without
+    codecarbon, every call does nothing and read() returns {}. resume_step: None begins a new file; a step continues the
+    totals of the existing one from its last row up to that step, and drops the later rows, whose steps will be made
+    again. node: torchrun's GROUP_RANK. After the constructor nothing raises: what CodeCarbon cannot do is printed once,
+    and training goes on.
     """
 
     def __init__(self, out_dir, country_iso_code="USA", carbon_intensity=0.0, enabled=True, resume_step=None, node=0):
@@ -76,11 +83,12 @@ class Emissions:
             self.resume(resume_step)
         try:
             self.scratch = tempfile.TemporaryDirectory() # some backends write a log of their own
-            # everything that could reach the network or change the numbers is said here, as a ~/.codecarbon.config might say otherwise.
-            # the thread that samples power every second stays, but api_call_interval=-1 keeps it away from the handler
+            handler = SimpleNamespace(out=self.receive, exit=lambda: None)
+            # everything that could reach the network or change the numbers is said here, as a ~/.codecarbon.config
+            # might say otherwise. A thread samples power every second; api_call_interval=-1 keeps it from the handler
             tracker = OfflineEmissionsTracker(
-                country_iso_code=country_iso_code, force_carbon_intensity_g_co2e_kwh=self.factor, tracking_mode="machine", pue=1.0,
-                output_methods=[], output_handlers=[SimpleNamespace(out=self.receive, exit=lambda: None)], output_dir=self.scratch.name,
+                country_iso_code=country_iso_code, force_carbon_intensity_g_co2e_kwh=self.factor, pue=1.0,
+                tracking_mode="machine", output_methods=[], output_handlers=[handler], output_dir=self.scratch.name,
                 emissions_endpoint=None, api_call_interval=-1, allow_multiple_runs=True)
             tracker.start()
             self.started = time.perf_counter()
@@ -91,9 +99,11 @@ class Emissions:
             self.warn(f"CodeCarbon does not start, energy is not recorded: {e!r}")
 
     def receive(self, total, delta):
+        """CodeCarbon calls this with its totals (in kWh) since the start, at each flush and at its stop."""
         self.latest = {"cpu_kwh": total.cpu_energy, "gpu_kwh": total.gpu_energy, "ram_kwh": total.ram_energy}
 
     def measure(self, call):
+        """The totals of this process after call(), the tracker's flush or stop. Raises RuntimeError for none."""
         self.latest = None
         call() # CodeCarbon swallows its own exceptions: that nothing was received is how one sees them
         if self.latest is None:
@@ -106,7 +116,7 @@ class Emissions:
         self.warned = True
 
     def resume(self, step):
-        """Take up the rows up to `step`. A line without its end, or one that does not parse, is what a crash left: dropped."""
+        """Take up the rows up to `step`, without the lines that a crash has left: cut short, or not to be parsed."""
         lines = []
         if os.path.exists(self.path):
             with open(self.path, newline="", encoding="utf-8", errors="replace") as f:
@@ -123,39 +133,43 @@ class Emissions:
             print(f"emissions: {self.path} has no row up to step {step}, the totals begin at 0 here")
 
     def read(self, step, **extra):
-        """Add a row for the time since the last one, with `extra` columns (val_loss, lr, ...). Returns the run's {<name>_total: value}."""
+        """
+        Add a row for the time since the last one, with `extra` columns (val_loss, lr, ...). Returns the totals of the
+        run, {<name>_total: value}, or {} where there are none.
+        """
         return self.record(step, extra, "flush")
 
     def stop(self, step=None, **extra):
-        """Add the last row (at the step last read unless given) and end the tracker; nothing the second time. Returns as read()."""
+        """
+        Add the last row, at the step last read unless given, and end the tracker; the second time nothing happens.
+        Returns the totals as read() does.
+        """
         totals = self.record(self.step if step is None else step, extra, "stop")
         if self.tracker is not None:
             self.tracker = None
             self.scratch.cleanup()
         return totals
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.stop()
-
     def record(self, step, extra, call):
+        """Add a row after the tracker's flush or stop, whichever `call` names; one that fails is only warned about."""
         if self.tracker is not None:
             try:
                 self.add(step, extra, self.measure(getattr(self.tracker, call)))
                 self.save()
             except Exception as e:
                 self.warn(f"no row for step {step}, training goes on: {e!r}")
-        return {f"{q}_total": value for q, value in self.totals.items()} if self.rows else {}
+        if not self.rows:
+            return {}
+        return {f"{q}_total": value for q, value in self.totals.items()}
 
     def add(self, step, extra, now):
-        # our own differences of CodeCarbon's totals; max, because a driver that resets its counter must not take energy back
+        # differences of CodeCarbon's totals; max, as a driver that resets its counter must not take energy back
         interval = {q: max(now[q] - self.seen[q], 0.0) for q in now}
         interval["energy_kwh"] = sum(interval[f"{part}_kwh"] for part in PARTS)
         interval["emissions_g"] = interval["energy_kwh"] * self.factor
         self.step, self.seen = step, now
-        row = {"step": step, "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"), "g_per_kwh": self.factor}
+        timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        row = {"step": step, "timestamp": timestamp, "g_per_kwh": self.factor}
         row.update({f"{part}_source": self.sources[part] for part in PARTS})
         for q in QUANTITIES:
             self.totals[q] += interval[q]
@@ -163,9 +177,13 @@ class Emissions:
         self.rows.append({**row, **extra})
 
     def save(self):
-        # the whole file at once, a row per evaluation is little: a crash leaves it whole, and a new extra column finds its place
+        # the whole file at once, as a row per evaluation is little: a crash leaves it whole, and a new extra column
+        # finds its place
+        columns = {}
+        for row in self.rows:
+            columns.update(dict.fromkeys(row))
         with open(self.path + ".tmp", "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, list(dict.fromkeys(column for row in self.rows for column in row)), lineterminator="\n")
+            writer = csv.DictWriter(f, list(columns), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(self.path + ".tmp", self.path)
@@ -174,10 +192,10 @@ class Emissions:
         """One line for people: energy, CO2eq, and how each was come by."""
         if not self.rows:
             return "no energy recorded"
-        words = {"cpu": {"modelled": "CPU modelled from TDP"}, "gpu": {"none": "no GPU"}}
-        parts = ", ".join(words.get(part, {}).get(source, f"{part.upper()} {source}") for part, source in self.sources.items())
+        words = {("cpu", "modelled"): "CPU modelled from TDP", ("gpu", "none"): "no GPU"}
+        parts = [words.get((part, source), f"{part.upper()} {source}") for part, source in self.sources.items()]
         return (f"{self.totals['energy_kwh']:.4g} kWh, {self.totals['emissions_g']:.3g} g CO2eq "
-                f"({parts}; {self.factor:.4g} g/kWh, {self.origin})")
+                f"({', '.join(parts)}; {self.factor:.4g} g/kWh, {self.origin})")
 
 
 def sources(hardware):

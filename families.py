@@ -30,7 +30,6 @@ def load_run(out_dir, checkpoint="best.pt", device="cpu"):
     family = FAMILIES[ckpt["config"].get("model", "gpt")]
     model = family.Model(family.Config(**ckpt["model_args"]))
     if model.head.kind is not None:
-        # earlier runs have no such mark, but their config says the same
-        ckpt["model"].setdefault("head.kind", model.head.kind)
+        ckpt["model"].setdefault("head.kind", model.head.kind) # earlier runs have no mark, their config says the same
     model.load_state_dict(ckpt["model"])
     return model.eval().to(device), ckpt["config"], ckpt["step"]

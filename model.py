@@ -330,17 +330,18 @@ class GPT(LanguageModel):
         """
         weights = {name.removeprefix("_orig_mod."): p for name, p in checkpoint.get("model", {}).items()}
         if "lm_head.weight" not in weights or "model_args" not in checkpoint:
-            raise ValueError("this is no checkpoint of nanoGPT's train.py: "
-                             "it needs model_args, and lm_head.weight in model")
+            raise ValueError("this is no checkpoint of nanoGPT's train.py: model_args or lm_head.weight is missing")
         names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
         config = GPTConfig(**{name: checkpoint["model_args"][name] for name in names}, tie_weights=True)
         model = cls(pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size", "bias")))
         with torch.no_grad():
             for name, p in model.state_dict().items():
-                if name.startswith("transformer."):
-                    p.copy_(weights[name][:len(p)])
-                elif name == "head.weight" and model.config.distance == "baseline":
-                    p.copy_(weights["lm_head.weight"])
+                theirs = weights.get("lm_head.weight" if name == "head.weight" else name)
+                if name == "head.weight" and model.config.distance != "baseline" and not model.config.tie_weights:
+                    continue
+                if theirs is not None: # rows that only one has, of positions or padding, are left out
+                    rows = min(len(p), len(theirs))
+                    p[:rows] = theirs[:rows]
         return model
 
     @classmethod

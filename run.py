@@ -1,13 +1,18 @@
 """
-What train.py and train_vision.py share: settings, device, and the run's folder, which study.py and report.py read:
+Everything around a training loop: settings and their checks, device and ranks, the stop at a loss that is not finite,
+and the run's folder, which study.py, figures.py and report.py read:
 
   config.json        every setting and where it came from, git commit, versions, device, the data's hash
-  metrics.jsonl      a line per log line (kind 'train') and per evaluation (kind 'eval')
+  metrics.jsonl      a line per log line (kind "train") and per evaluation (kind "eval")
   emissions.csv      a row per evaluation, see emissions.py
   ckpt.pt, best.pt   the last and the best weights: plain values, torch.load(weights_only=True)
-  probe.npz          the hidden states of a fixed batch at the end, h (N, D), and their classes y (N,)
+  probe.npz          hidden states of a fixed batch at the end, h (N, D), and their classes y (N,); after training on
+                     images also class_means (K, D), of all test images
   summary.json       the end result; a run without it has not ended
+  *.png              pictures of all this, see figures.py
 """
+import atexit
+import contextlib
 import json
 import math
 import os
@@ -15,6 +20,9 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
+from datetime import timedelta
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -23,76 +31,142 @@ import torch.nn.functional as F
 import configurator
 import metrics
 from configurator import fail
-from emissions import grid_factor
+from distances import DistanceHead, parse_head
+from emissions import Emissions, grid_factor
 
 PROBE_SIZE = 512 # hidden states: their rank can be seen up to this number
 
+# All that a run opens (the energy tracker, wandb, the process group) is closed here, the last one first: by the script
+# at its end, or however else its process ends. Whoever runs a script inside another process closes it after the script.
+closing = contextlib.ExitStack()
+atexit.register(closing.close)
+
+
+# -----------------------------------------------------------------------------
+# settings
 
 def configure(namespace):
     """
-    configurator.configure(namespace), the globals() of a training script; with init_from=resume the run's own settings come first, then files and flags.
-    The country or grid of the emissions is checked here too.
-    Returns (config, sources, saved, problems): saved is the resumed run's config.json, else None; fail(problems) is the caller's.
+    Resolve the settings of a training script, whose globals() are the namespace, as configurator.configure does. With
+    init_from=resume the run's own settings come before config files and flags.
+
+    Returns (config, sources, saved, problems). saved is the config.json of the run that is resumed, or None; the caller
+    adds to problems what else cannot run, and calls fail(problems). Raises SystemExit where there is no run to resume.
     """
-    problems, saved = [], None
+    problems = []
     config, sources = configurator.configure(namespace, problems=problems)
-    if namespace["init_from"] == "resume":
-        out_dir = namespace["out_dir"]
-        path = os.path.join(out_dir, "config.json")
-        if not os.path.exists(os.path.join(out_dir, "ckpt.pt")) or not os.path.exists(path):
-            fail([*problems, f"init_from=resume: {out_dir} holds no ckpt.pt with a config.json, name the run's folder with --out_dir"])
-        with open(path) as f:
-            saved = json.load(f)
-        script, here = saved.get("script", "train.py"), os.path.basename(namespace["__file__"])
-        if script != here:
-            fail([f"init_from=resume: {out_dir} holds a run of {script}, this is {here}"])
-        problems = []
-        config, sources = configurator.configure(namespace, base={**saved["config"], "init_from": "resume"}, base_name=path, problems=problems)
-        sources = {k: saved["sources"].get(k, source) if source == path else source for k, source in sources.items()} # where the run had it from
-    elif not namespace["overwrite"] and os.path.exists(os.path.join(namespace["out_dir"], "ckpt.pt")):
-        problems.append(f"{namespace['out_dir']} holds a run: go on with it (--init_from=resume), write elsewhere (--out_dir=...), or discard it (--overwrite=true)")
-    if config["track_emissions"] and os.environ.get("LOCAL_RANK", "0") == "0":
+    out_dir = config["out_dir"]
+    has_checkpoint = os.path.exists(os.path.join(out_dir, "ckpt.pt"))
+    if config["init_from"] != "resume":
+        if has_checkpoint and not config["overwrite"]:
+            problems.append(f"{out_dir} holds a run: go on with it (--init_from=resume), "
+                            "write elsewhere (--out_dir=...), or discard it (--overwrite=true)")
+        return config, sources, None, problems
+
+    path = os.path.join(out_dir, "config.json")
+    if not has_checkpoint or not os.path.exists(path):
+        fail([*problems, f"init_from=resume: {out_dir} holds no ckpt.pt with a config.json, "
+                         "name the run's folder with --out_dir"])
+    with open(path) as f:
+        saved = json.load(f)
+    script, here = saved.get("script", "train.py"), os.path.basename(namespace["__file__"])
+    if script != here:
+        fail([f"init_from=resume: {out_dir} holds a run of {script}, this is {here}"])
+    problems = [] # the second call finds those of the first again
+    base = {**saved["config"], "init_from": "resume"}
+    config, sources = configurator.configure(namespace, base=base, base_name=path, problems=problems)
+    for key, source in sources.items():
+        if source == path: # where the run itself had it from
+            sources[key] = saved["sources"].get(key, source)
+    return config, sources, saved, problems
+
+
+# the settings that have a range: their names, the range in words, and as a test
+RANGES = (
+    ("eval_interval log_interval batch_size block_size gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
+    ("n_layer n_head n_embd intermediate_size lr_step", "at least 1", lambda x: x >= 1),
+    ("learning_rate min_lr weight_decay grad_clip min_improvement", ">= 0", lambda x: x >= 0),
+    ("max_iters warmup_iters epochs patience vocab_size image_size", ">= 0", lambda x: x >= 0),
+    ("dropout beta1 beta2 momentum", "in [0, 1)", lambda x: 0 <= x < 1),
+    ("val_fraction mlm_probability", "in (0, 1)", lambda x: 0 < x < 1),
+    ("n", "> 0, or for a language model 0, the distance's default", lambda x: x >= 0),
+    ("lr_gamma", "> 0", lambda x: x > 0),
+    ("mask_id", ">= -1", lambda x: x >= -1),
+    ("channels", "0 or 3", lambda x: x in (0, 3)),
+    ("eval_iters", "the number of batches, or -1 for the whole validation split", lambda x: x >= 1 or x == -1),
+    ("seed", "in [0, 2^32)", lambda x: 0 <= x < 2 ** 32),
+    ("out_dir", "the name of a folder", lambda x: x != ""),
+)
+
+
+def check(config, **choices):
+    """
+    A list with a message for each setting that no run can have: one out of its range, a head that does not exist, a
+    country whose grid is not known. choices: the legal values of settings that are words, as optimizer=("adam", "sgd").
+    """
+    problems = []
+    for names, legal, test in RANGES:
+        for key in names.split():
+            if key in config and not test(config[key]):
+                problems.append(f"{key} is {config[key]!r}, it must be {legal}")
+    for key, legal in choices.items():
+        if config[key] not in legal:
+            problems.append(f"{key} is {config[key]!r}: use {', '.join(legal)}")
+    n = config["n"] if config["n"] > 0 else 1.0
+    try:
+        arguments = parse_head(config["distance"], config["variant"], config["distance_params"])
+        DistanceHead(8, 8, **arguments, link=config["link"], n=n, learn_n=config["learn_n"], eps=config["eps"])
+    except ValueError as e:
+        problems.append(str(e))
+    _, local_rank, _ = ranks()
+    if config["track_emissions"] and local_rank == 0:
         try:
             grid_factor(config["country_iso_code"], config["carbon_intensity"])
         except ValueError as e:
             problems.append(str(e))
-        except ImportError:
-            pass # Emissions says so
-    return config, sources, saved, problems
+        except ImportError: # Emissions says so
+            pass
+    return problems
 
 
-def parameter_groups(model, weight_decay):
-    """Every parameter in exactly one of two groups: matrices decay; norms, biases and the head's own metric do not."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad} # a tied matrix is named once
-    decay = [p for name, p in params.items() if p.dim() >= 2 and (name == "head.weight" or not name.startswith("head."))]
-    ids = {id(p) for p in decay}
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": [p for p in params.values() if id(p) not in ids], "weight_decay": 0.0}]
+# -----------------------------------------------------------------------------
+# device and ranks
+
+def ranks():
+    """(rank, local rank, number of ranks) as torchrun gives them to its processes; (0, 0, 1) without it."""
+    rank, local_rank = os.environ.get("RANK", 0), os.environ.get("LOCAL_RANK", 0)
+    return int(rank), int(local_rank), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def load_optimizer(optimizer, state, note, weight_decay, **settings):
-    """optimizer.load_state_dict(state), which also brings the old settings back, then the settings of now for parameter_groups' two groups;
-    note is told of each that changed."""
-    optimizer.load_state_dict(state)
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
-        for key, value in {"weight_decay": decay, **settings}.items():
-            if group[key] != value:
-                note(f"resuming with {key} {value}, the checkpoint had {group[key]}")
-                group[key] = value
+def print0(*args):
+    """Print, on rank 0 only."""
+    rank, _, _ = ranks()
+    if rank == 0:
+        print(*args, flush=True)
 
 
-def choose_device(device, dtype, problems, note=print):
-    """'auto' resolved: (device, its type, dtype by name). What cannot be goes into the list `problems`; note is told of a slow choice."""
+def choose_device(device, dtype, problems):
+    """Resolve "auto": (device, its type, dtype by name). What cannot be is added to the list `problems`."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cpu"
+        if has_mps:
+            device = "mps"
+        if has_cuda:
+            device = "cuda"
     device_type = device.split(":")[0]
-    if device_type not in ("cuda", "mps", "cpu"):
+    usable = {"cuda": has_cuda, "mps": has_mps, "cpu": True}
+    if device_type not in usable:
         problems.append(f"device is {device!r}: use auto, cuda, mps or cpu")
-    elif device_type == "cuda" and not torch.cuda.is_available() or device_type == "mps" and not torch.backends.mps.is_available():
+    elif not usable[device_type]:
         problems.append(f"device is {device!r}, which torch does not see here: use auto or cpu")
     if dtype == "auto":
-        dtype = "bfloat16" if device_type == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-        if device_type == "cuda" and dtype == "float32":
-            note("this GPU has no bfloat16: training in float32 (--dtype=float16 is faster, with loss scaling)")
+        dtype = "float32"
+        on_gpu = device_type == "cuda" and has_cuda
+        if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = "bfloat16"
+        elif on_gpu:
+            print0("this GPU has no bfloat16: training in float32 (--dtype=float16 is faster, with loss scaling)")
     if dtype not in ("float32", "bfloat16", "float16"):
         problems.append(f"dtype is {dtype!r}: use auto, float32, bfloat16 or float16")
     return device, device_type, dtype
@@ -103,80 +177,230 @@ def device_name(device_type):
         return torch.cuda.get_device_name()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
-            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-        if names:
-            return names[0]
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
 
 
-def write(path, text):
-    """A file, whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)
+def peak_memory(device_type):
+    """The most bytes that this process has held on its GPU so far; None elsewhere."""
+    return torch.cuda.max_memory_allocated() if device_type == "cuda" else None
 
 
-def save(path, state):
-    """A checkpoint, whole or not at all."""
-    torch.save(state, path + ".tmp")
-    os.replace(path + ".tmp", path)
+def start_ddp(device_type):
+    """Join the process group, which `closing` leaves again. Returns the device of this rank."""
+    _, local_rank, _ = ranks()
+    device, backend = device_type, "gloo"
+    if device_type == "cuda":
+        device, backend = f"cuda:{local_rank}", "nccl"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(backend=backend, timeout=timedelta(minutes=30))
+    closing.callback(torch.distributed.destroy_process_group)
+    return device
 
 
-def git_commit():
-    """The commit of these files, 'with changes' if there are any, or None outside of git."""
-    def git(*args):
-        return subprocess.run(("git", *args), capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-    head = git("rev-parse", "HEAD")
-    return head.stdout.strip() + (" with changes" if git("status", "--porcelain", "-uno").stdout else "") if head.returncode == 0 else None
+def precision(device_type, dtype):
+    """(the autocast context of a forward pass, the gradient scaler, which does nothing unless dtype is float16)."""
+    torch.set_float32_matmul_precision("high") # tf32 where the hardware has it
+    autocast = contextlib.nullcontext()
+    if dtype != "float32":
+        autocast = torch.amp.autocast(device_type, getattr(torch, dtype))
+    return autocast, torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 
-def begin(out_dir, info, resume_step=None):
-    """Write config.json: info, the command, commit and versions. A resumed run keeps its command and first n, has no end any more, and its
-    metrics.jsonl is cut back to what its checkpoint knows; a new run takes the place of what was there."""
-    path, new = os.path.join(out_dir, "config.json"), resume_step is None
-    info = dict(info, command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]), git=git_commit(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
-                versions=dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, numpy=np.__version__))
-    rows = []
-    if not new:
-        with open(path) as f:
-            info.update({k: v for k, v in json.load(f).items() if k in ("command", "n")})
-        rows = [row for row in read_metrics(out_dir)[0] if row["step"] <= resume_step]
-    for name in os.listdir(out_dir): # before anything is written: no half of one run with half of another
-        if name == "summary.json" or new and name in ("ckpt.pt", "best.pt", "probe.npz", "loss.png", "curves.png", "learned.png") or new and name.startswith("emissions"):
-            os.remove(os.path.join(out_dir, name))
-    write(path, json.dumps(info, indent=1))
-    write(os.path.join(out_dir, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+def gather(items):
+    """The tuples of all ranks in one list, sorted by their first entry, a number. Tensors in them are on the CPU."""
+    if torch.distributed.is_initialized():
+        of_each_rank = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_each_rank, items)
+        items = [item for part in of_each_rank for item in part]
+    return sorted(items, key=itemgetter(0))
 
 
-def log(out_dir, row):
-    with open(os.path.join(out_dir, "metrics.jsonl"), "a") as f:
-        f.write(json.dumps(row) + "\n")
+# dense bf16 peak in FLOP/s by part of a GPU's name, a longer name before a shorter one
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 
-def read_metrics(out_dir):
-    """(rows, whole) of metrics.jsonl: up to the last line that is whole, whether that is all of it. No file: ([], True)."""
-    path, rows = os.path.join(out_dir, "metrics.jsonl"), []
-    if not os.path.exists(path):
-        return rows, True
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            try:
-                rows.append(json.loads(line if line.endswith("\n") else ""))
-            except ValueError: # what a crash, or a full disk, left
-                return rows, False
-    return rows, True
+def peak_flops(name, dtype):
+    """The peak of the GPU of that name, or None where it is not known."""
+    if dtype != "float32":
+        for part, flops in PEAK_FLOPS.items():
+            if part in name:
+                return flops
+    return None
 
 
-def save_probe(out_dir, h, y):
-    path = os.path.join(out_dir, "probe.npz")
-    with open(path + ".tmp", "wb") as f:
-        np.savez(f, h=h.float().cpu().numpy(), y=y.cpu().numpy())
-    os.replace(path + ".tmp", path)
+def flops_per_token(model, head_share=1.0):
+    """
+    The FLOPs of training a language model on a token (PaLM, appendix B): 6 for each parameter that multiplies, which
+    those of embeddings do not, and attention. A distance head counts as the linear head that it replaces, for the share
+    of the tokens that it works on.
+    """
+    c, prototypes = model.config, model.head.weight
+    apart = {id(prototypes)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            apart.add(id(module.weight))
+    multiplying = sum(p.numel() for p in model.parameters() if id(p) not in apart)
+    return 6 * multiplying + 6 * head_share * prototypes.numel() + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+# -----------------------------------------------------------------------------
+# model and optimizer
+
+def parameter_groups(model, weight_decay):
+    """Every parameter in exactly one of two groups: matrices decay; norms, biases and the head's own metric do not."""
+    decay, other = [], []
+    for name, p in model.named_parameters(): # a tied matrix is named once
+        if not p.requires_grad:
+            continue
+        is_matrix = p.dim() >= 2
+        of_the_metric = name.startswith("head.") and name != "head.weight"
+        if is_matrix and not of_the_metric:
+            decay.append(p)
+        else:
+            other.append(p)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
+
+
+def load_checkpoint(out_dir, model, config, data_hash, fixed=()):
+    """
+    Load the weights of out_dir/ckpt.pt into the model, and return the whole checkpoint.
+    Raises SystemExit where the model, the data, or one of the settings `fixed` differ from those of the checkpoint.
+    """
+    ckpt = torch.load(os.path.join(out_dir, "ckpt.pt"), map_location="cpu", weights_only=True)
+    here = {**asdict(model.config), **{key: config[key] for key in fixed}}
+    there = {**ckpt["model_args"], **{key: ckpt["config"][key] for key in fixed}}
+    differences = []
+    for key, value in here.items():
+        if value != there.get(key):
+            differences.append(f"{key} is {value!r} here, {there.get(key)!r} in the checkpoint")
+    if data_hash != ckpt["data_hash"]:
+        differences.append(f"the data are others: hash {data_hash} here, {ckpt['data_hash']} in the checkpoint")
+    fail([f"cannot resume {out_dir}: {difference}" for difference in differences])
+    model.load_state_dict(ckpt["model"])
+    return ckpt
+
+
+def load_optimizer(optimizer, state, weight_decay, **settings):
+    """
+    Load the optimizer's state, which also brings back its old settings, then apply those of now to the two groups that
+    parameter_groups makes. A line says which of them changed.
+    """
+    optimizer.load_state_dict(state)
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
+        for key, value in {"weight_decay": decay, **settings}.items():
+            if group[key] != value:
+                print0(f"resuming with {key} {value}, the checkpoint had {group[key]}")
+                group[key] = value
+
+
+def try_compile(model, batch, autocast):
+    """
+    Compile the model's features and the head's loss, and try both on a batch; where that fails, a line says so and the
+    model stays as it was. The trial leaves no gradients, and the statistics of norms as they were.
+    """
+    print0("compiling the model, this takes a minute...")
+    eager, buffers = model.features, {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        model.features = torch.compile(model.features)
+        model.head.compile_loss()
+        model.head.eval() # in training it may update its statistics, from all ranks
+        with autocast:
+            loss = model(*batch)[1]
+        loss.backward()
+    except Exception as e: # compilers raise all kinds
+        first_line, *_ = str(e).splitlines() or [""]
+        print0(f"torch.compile does not work here, going on without it ({type(e).__name__}: {first_line[:120]})")
+        model.features = eager
+        model.head.compile_loss(False)
+    model.zero_grad(set_to_none=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    model.train()
+
+
+# -----------------------------------------------------------------------------
+# in the loop
+
+@contextlib.contextmanager
+def forward_pass(autocast, stop):
+    """
+    The context of a forward pass: autocast. A mahalanobis matrix that is not finite has no Cholesky factor, which torch
+    reports as an error: it ends the run by stop(loss, norm), as a loss that is not finite does.
+    """
+    try:
+        with autocast:
+            yield
+    except torch.linalg.LinAlgError as e:
+        stop(f"none ({e})", "none")
+
+
+def read_pending(pending, step, scaler, stop):
+    """
+    The pairs (loss, gradient norm) of the last steps up to `step`, averaged over the ranks, as one tensor (steps, 2).
+    The first pair that is not finite ends the run by stop(loss, norm, its step).
+    """
+    values = torch.stack(pending)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    first = step - len(pending) + 1
+    for at, (loss, norm) in enumerate(values.tolist(), first): # this waits for the device
+        norm_is_bad = not math.isfinite(norm) and not scaler.is_enabled() # loss scaling skips a step with such a norm
+        if not math.isfinite(loss) or norm_is_bad:
+            stop(loss, norm, at)
+    return values
+
+
+def stop_non_finite(out_dir, head, optimizer, step, loss, norm, advice, h=None):
+    """End the run with the numbers that one needs to see why; h (T, D) are hidden states, if any. Raises SystemExit."""
+    numbers = [f"lr {optimizer.param_groups[0]['lr']:.3e}"]
+    if h is not None:
+        numbers.append(f"|h| {h.norm(dim=-1).mean().item():.3e}")
+    numbers.append(f"|w| {head.weight.norm(dim=-1).mean().item():.3e}")
+    if h is not None and head.distance != "baseline":
+        try:
+            numbers.append(f"smallest distance {head.distances(h).min().item():.3e}")
+        except torch.linalg.LinAlgError: # see forward_pass
+            numbers.append("no distance can be taken")
+    path = os.path.join(out_dir, "ckpt.pt")
+    good = "none yet"
+    if os.path.exists(path):
+        good = f"{path} (continue with --init_from=resume)"
+    raise SystemExit(f"step {step}: loss {loss}, gradient norm {norm}: not finite. {', '.join(numbers)}. "
+                     f"last good checkpoint: {good}. try {advice}")
+
+
+def exponent(head):
+    """The head's n, learned or not, as a float."""
+    return torch.as_tensor(head.n).item()
+
+
+def energy_text(totals):
+    """The end of an evaluation's line: what the run has used so far, as Emissions.read returns it."""
+    if not totals:
+        return ""
+    return f" | {totals['energy_kwh_total']:.4g} kWh, {totals['emissions_g_total']:.3g} g CO2eq"
 
 
 def probe(head, h, y):
-    """What an evaluation says of hidden states h (N, D), the head's input, with classes y (N,): scalars by name, each defined in metrics.py.
-    h_grad_norm is the mean over samples of |d(-log p_y)/dh|, prototype_norm that of |w_k|."""
+    """
+    Numbers by name about hidden states h (N, D), the head's input, with classes y (N,), for an evaluation's row. Each
+    is defined in metrics.py, and None where it has no value; h_grad_norm is the mean over the samples of
+    |d(-log p_y)/dh|, prototype_norm the mean of |w_k|.
+    """
     training = head.training
     head.eval() # in training it may update its statistics, or add noise
     with torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
@@ -186,9 +410,161 @@ def probe(head, h, y):
     head.train(training)
     w = head.weight.detach()[:head.num_classes].float()
     features = h.detach().cpu().numpy()
-    s, variance = metrics.spectrum(features), metrics.class_variance(features, y.cpu().numpy())
-    result = dict(effective_rank=metrics.effective_rank(s), collapse_score=metrics.collapse_score(s), pc2_ev=metrics.explained_variance(s, 2),
-                pca5=metrics.explained_variance(s, 5), intra_variance=variance["intra"], inter_variance=variance["inter"], variance_ratio=variance["ratio"],
-                active_ratio=metrics.active_ratio(nll.detach().cpu().numpy()), h_grad_norm=gradient.norm(dim=1).mean().item(),
-                h_norm=h.detach().norm(dim=1).mean().item(), prototype_norm=w.norm(dim=1).mean().item())
-    return {k: v if math.isfinite(v) else None for k, v in result.items()} # JSON has no nan
+    s = metrics.spectrum(features)
+    variance = metrics.class_variance(features, y.cpu().numpy())
+    result = dict(
+        effective_rank=metrics.effective_rank(s),
+        collapse_score=metrics.collapse_score(s),
+        pc2_ev=metrics.explained_variance(s, 2),
+        pca5=metrics.explained_variance(s, 5),
+        intra_variance=variance["intra"],
+        inter_variance=variance["inter"],
+        variance_ratio=variance["ratio"],
+        active_ratio=metrics.active_ratio(nll.detach().cpu().numpy()),
+        h_grad_norm=gradient.norm(dim=1).mean().item(),
+        h_norm=h.detach().norm(dim=1).mean().item(),
+        prototype_norm=w.norm(dim=1).mean().item(),
+    )
+    for key, value in result.items():
+        if not math.isfinite(value): # JSON has no nan
+            result[key] = None
+    return result
+
+
+# -----------------------------------------------------------------------------
+# the run's folder
+
+def write(path, text):
+    """Write a text file, whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def save(path, state):
+    """Write a checkpoint, whole or not at all."""
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def save_probe(out_dir, h, y, **more):
+    """Write probe.npz, whole or not at all: h (N, D), y (N,), and more arrays by name."""
+    path = os.path.join(out_dir, "probe.npz")
+    with open(path + ".tmp", "wb") as f:
+        np.savez(f, h=h.float().cpu().numpy(), y=y.cpu().numpy(), **more)
+    os.replace(path + ".tmp", path)
+
+
+def git_commit():
+    """The commit of these files, "with changes" if there are any, or None outside of git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*args):
+        return subprocess.run(("git", *args), capture_output=True, text=True, cwd=here)
+    head = git("rev-parse", "HEAD")
+    if head.returncode != 0:
+        return None
+    changes = git("status", "--porcelain", "-uno").stdout
+    return head.stdout.strip() + (" with changes" if changes else "")
+
+
+def describe(model, device_type, dtype):
+    """The part of config.json about the model, its head (in words, and the n that it begins with) and the device."""
+    _, _, world_size = ranks()
+    return dict(
+        model_args=asdict(model.config),
+        num_params=sum(p.numel() for p in model.parameters()),
+        head=model.head.extra_repr(),
+        n=exponent(model.head),
+        device=device_type,
+        device_name=device_name(device_type),
+        dtype=dtype,
+        world_size=world_size,
+    )
+
+
+# files that a run leaves besides config.json, metrics.jsonl, summary.json and emissions*.csv
+LEFT_OVERS = ("ckpt.pt", "best.pt", "probe.npz", "loss.png", "curves.png", "learned.png")
+
+
+def begin(out_dir, info, resume_step=None):
+    """
+    Write config.json: info (with the settings as its config), the command, commit and versions. A new run takes the
+    place of what was there. A run that is resumed keeps its command, init_from and first n, has no end any more, and
+    its metrics.jsonl is cut back to what its checkpoint knows.
+    """
+    path, is_new = os.path.join(out_dir, "config.json"), resume_step is None
+    info = dict(
+        info,
+        command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        git=git_commit(),
+        cpus=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+                      numpy=np.__version__),
+    )
+    rows = []
+    if not is_new:
+        with open(path) as f:
+            first = json.load(f)
+        info.update({key: first[key] for key in ("command", "n") if key in first})
+        info["config"] = {**info["config"], "init_from": first["config"]["init_from"]}
+        rows = [row for row in read_metrics(out_dir)[0] if row["step"] <= resume_step]
+    for name in os.listdir(out_dir): # before anything is written: no half of one run with half of another
+        of_a_former_run = is_new and (name in LEFT_OVERS or name.startswith("emissions"))
+        if name == "summary.json" or of_a_former_run:
+            os.remove(os.path.join(out_dir, name))
+    write(path, json.dumps(info, indent=1))
+    write(os.path.join(out_dir, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def start_emissions(config, resumed_at, current_step):
+    """
+    The Emissions of a run, tracked by one rank of each node. `closing` adds the last row, at the step that
+    current_step() returns, so that a run keeps its energy however it ends.
+    """
+    _, local_rank, _ = ranks()
+    tracks = config["track_emissions"] and local_rank == 0
+    node = int(os.environ.get("GROUP_RANK", 0))
+    emissions = Emissions(config["out_dir"], config["country_iso_code"], config["carbon_intensity"], tracks,
+                          resume_step=resumed_at, node=node)
+    closing.callback(lambda: emissions.stop(current_step()))
+    return emissions
+
+
+def start_wandb(config):
+    """With wandb_log, on rank 0, a run on Weights & Biases for log(), which `closing` finishes; else None."""
+    rank, _, _ = ranks()
+    if not config["wandb_log"] or rank != 0:
+        return None
+    import wandb
+    name = config["wandb_run_name"] or os.path.basename(os.path.normpath(config["out_dir"]))
+    wandb_run = wandb.init(project=config["wandb_project"], name=name, config=config, mode=config["wandb_mode"])
+    closing.callback(wandb_run.finish)
+    return wandb_run
+
+
+def log(out_dir, row, wandb_run=None):
+    """Add a row to metrics.jsonl, and to the run on Weights & Biases if there is one."""
+    with open(os.path.join(out_dir, "metrics.jsonl"), "a") as f:
+        f.write(json.dumps(row) + "\n")
+    if wandb_run is not None:
+        wandb_run.log({key: value for key, value in row.items() if key != "kind"}, step=row["step"])
+
+
+def read_metrics(out_dir):
+    """
+    The rows of metrics.jsonl up to the last line that is whole, and whether that is all of it; ([], True) without one.
+    """
+    path, rows = os.path.join(out_dir, "metrics.jsonl"), []
+    if not os.path.exists(path):
+        return rows, True
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            if not line.endswith("\n"): # what a crash, or a full disk, left
+                return rows, False
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                return rows, False
+    return rows, True

@@ -171,7 +171,11 @@ def child(path, args, folder):
     sys.argv = [os.path.basename(path), *args]
     sys.path.insert(0, os.path.dirname(path))
     try:
-        runpy.run_path(path, run_name="__main__")
+        try:
+            runpy.run_path(path, run_name="__main__")
+        finally:
+            if "run" in sys.modules: # its atexit is not called below
+                sys.modules["run"].closing.close()
     except KeyboardInterrupt:
         os._exit(130)
     except SystemExit as e:

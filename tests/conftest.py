@@ -1,4 +1,7 @@
-"""One thread per process: the tensors are small, and threads that wait for each other make a busy machine crawl. And two fixtures."""
+"""
+One thread per process, as the tensors are small, and threads that wait for each other make a busy machine crawl; and
+two fixtures.
+"""
 import os
 
 import pytest

@@ -1,4 +1,4 @@
-"""What several test files share: datasets, scripts run in this process or their own, and runs compared to the last bit."""
+"""Several test files share this: datasets, scripts run in this process or their own, runs compared to the last bit."""
 import contextlib
 import io
 import json
@@ -13,17 +13,23 @@ import pytest
 import torch
 
 import configurator
+import run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHARS = [chr(c) for c in range(32, 127)] + ["\n", "\t"] # 97, so that 31 of 128 rows are padding
-SETTINGS = dict(dataset="tiny", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, compile=False, device="cpu",
-                learning_rate=1e-2, min_lr=1e-3, warmup_iters=5, max_iters=20, lr_decay_iters=20, log_interval=1, eval_interval=10, eval_iters=-1,
+SETTINGS = dict(dataset="tiny", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
+                gradient_accumulation_steps=2, compile=False, device="cpu", learning_rate=1e-2, min_lr=1e-3,
+                warmup_iters=5, max_iters=20, lr_decay_iters=20, log_interval=1, eval_interval=10, eval_iters=-1,
                 track_emissions=False, dtype="float32")
-HARD = dict(dropout=0.1, distance="euclidean", learn_n=True) # what makes resuming or splitting a run hard: noise, and a head that learns
+# noise, and a head that learns: they make it hard to resume or to split a run
+HARD = dict(dropout=0.1, distance="euclidean", learn_n=True)
 
 
 def make_dataset(folder, train_tokens=6000, val_tokens=16 * 21 + 5, dtype="uint16", **meta):
-    """nanoGPT's char-level format: the alphabet over and over, a tenth of it noise. 21 validation blocks, which 4 does not divide."""
+    """
+    nanoGPT's char-level format: the alphabet over and over, a tenth of it noise. 21 validation blocks, which 4 does not
+    divide.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for split, size in (("train", train_tokens), ("val", val_tokens)):
@@ -39,13 +45,21 @@ def flags(**settings):
 
 
 def run_script(name, *args):
-    """python name *args, but in this process: (what it printed, its globals). SystemExit comes through."""
+    """
+    python name *args, but in this process: (what it printed, its globals). SystemExit comes through, unless it is the
+    early end of a run that has nothing to do, which leaves no globals.
+    """
     argv, precision, out = sys.argv, torch.get_float32_matmul_precision(), io.StringIO()
     sys.argv = [os.path.join(ROOT, name), *args]
+    found = None
     try:
         with contextlib.redirect_stdout(out):
             found = runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as e:
+        if e.code is not None:
+            raise
     finally:
+        run.closing.close()
         sys.argv = argv
         if "matplotlib.pyplot" in sys.modules:
             sys.modules["matplotlib.pyplot"].close("all")
@@ -58,7 +72,7 @@ def train(*args, **settings):
 
 
 def refused(*args, script="train.py", **settings):
-    """The one message with which the script ends: python prints a string to stderr and exits with 1, there is no traceback."""
+    """The message with which the script ends: python prints it to stderr and exits with 1, there is no traceback."""
     with pytest.raises(SystemExit) as e:
         run_script(script, *args, *flags(**settings))
     assert isinstance(e.value.code, str), e.value.code
@@ -68,8 +82,8 @@ def refused(*args, script="train.py", **settings):
 def processes(cwd, *commands):
     """Run them side by side: [(exit code, stdout, stderr)]. None may hang."""
     env = {**os.environ, "WANDB_DIR": str(cwd), "PYTHONPATH": ""} # the scripts find their own imports
-    started = [subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for command in commands]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, **pipes) for command in commands]
     try:
         results = [p.communicate(timeout=120) for p in started]
     finally:
@@ -79,7 +93,8 @@ def processes(cwd, *commands):
 
 
 def train_processes(cwd, *runs, launcher=(), codes=0):
-    results = processes(cwd, *([*launcher, os.path.join(ROOT, "train.py"), *flags(**{**SETTINGS, **settings})] for settings in runs))
+    command = [*launcher, os.path.join(ROOT, "train.py")]
+    results = processes(cwd, *([*command, *flags(**{**SETTINGS, **settings})] for settings in runs))
     for code, out, err in results:
         assert code == codes, out + err
     return [out + err for _, out, err in results]
@@ -120,10 +135,14 @@ def assert_same_training(a, b):
 def assert_close_runs(a, b, tolerance=1e-5):
     """Equal up to the order in which fp32 sums are taken."""
     for x, y in zip(metrics(a), metrics(b), strict=True):
-        assert x == {key: value if type(value) in (str, type(None)) else pytest.approx(value, rel=tolerance, abs=tolerance) for key, value in y.items()}
+        for key, value in y.items():
+            if type(value) not in (str, type(None)):
+                y[key] = pytest.approx(value, rel=tolerance, abs=tolerance)
+        assert x == y
     x, y = load(a)["model"], load(b)["model"]
     for name in x:
-        torch.testing.assert_close(x[name], y[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(x[name], y[name], rtol=tolerance, atol=tolerance,
+                                   msg=lambda m, name=name: f"{name}: {m}")
 
 
 def run_script_loud(script, arg, monkeypatch):

@@ -182,9 +182,9 @@ def test_features_at_positions(distance):
 def test_transform_and_head_run_only_at_masked_positions(monkeypatch):
     model, shapes, loss = bert(), {}, DistanceHead.loss
 
-    def seen_loss(head, h, targets):
+    def seen_loss(head, h, targets, **options):
         shapes["loss"] = tuple(h.shape)
-        return loss(head, h, targets)
+        return loss(head, h, targets, **options)
 
     for name in ("mlm", "ln_f"):
         def hook(module, inputs, output, name=name):

@@ -3,6 +3,7 @@ The bookkeeping of emissions.py: one real tracker for the whole file, fakes for 
 
 $ pytest tests/test_emissions.py
 """
+import contextlib
 import csv
 import os
 import socket
@@ -25,7 +26,7 @@ def rows_of(out_dir, name="emissions.csv"):
 
 
 class Fake:
-    """A tracker of 1e-3, 2e-3 and 1e-4 kWh (CPU, GPU, RAM) per call; `broken` names the calls that go wrong, and how."""
+    """A tracker of 1e-3, 2e-3 and 1e-4 kWh (CPU, GPU, RAM) per call; `broken` says which calls go wrong, and how."""
     _hardware, broken = [], {}
 
     def __init__(self, output_handlers, **kwargs):
@@ -59,7 +60,7 @@ def fake(monkeypatch):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """Rows, totals and text of a real run under a hostile CodeCarbon configuration, in a process that may not open a connection."""
+    """Rows, totals and text of a real run under a hostile CodeCarbon configuration; no connection may be opened."""
     out_dir, connections = tmp_path_factory.mktemp("real"), []
 
     def refuse(*args, **kwargs):
@@ -68,8 +69,9 @@ def real(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket, "getaddrinfo", refuse)
-        for name, value in [("ELECTRICITYMAPS_API_TOKEN", "x"), ("CO2_SIGNAL_API_TOKEN", "x"), ("PUE", "3.0"), ("OUTPUT_DIR", "/no/where"),
-                            ("EMISSIONS_ENDPOINT", "http://127.0.0.1:9"), ("OUTPUT_METHODS", "csv,api"), ("TRACKING_MODE", "process")]:
+        hostile = dict(ELECTRICITYMAPS_API_TOKEN="x", CO2_SIGNAL_API_TOKEN="x", PUE="3.0", OUTPUT_DIR="/no/where",
+                       EMISSIONS_ENDPOINT="http://127.0.0.1:9", OUTPUT_METHODS="csv,api", TRACKING_MODE="process")
+        for name, value in hostile.items():
             patch.setenv(f"CODECARBON_{name}", value)
         patch.chdir(out_dir)
         run, totals = Emissions(str(out_dir)), []
@@ -81,7 +83,8 @@ def real(tmp_path_factory):
         time.sleep(0.1) # what happens between the last reading and the end counts too
         totals.append(run.stop(25))
         assert run.stop(30) == totals[-1] and run.read(35) == totals[-1]
-    return SimpleNamespace(rows=rows_of(out_dir), totals=totals, text=run.describe(), files=os.listdir(out_dir), connections=connections)
+    return SimpleNamespace(rows=rows_of(out_dir), totals=totals, text=run.describe(), files=os.listdir(out_dir),
+                           connections=connections)
 
 
 def test_real_totals_are_positive_monotone_and_the_sum_of_the_intervals(real):
@@ -100,7 +103,8 @@ def test_real_totals_are_positive_monotone_and_the_sum_of_the_intervals(real):
 def test_real_sources_factor_and_text(real):
     for row in real.rows:
         assert row["cpu_source"] in ("measured", "modelled") and row["ram_source"] in ("measured", "modelled")
-        assert row["gpu_source"] in ("measured", "none") and (row["gpu_source"] == "measured" or float(row["gpu_kwh_total"]) == 0)
+        assert row["gpu_source"] in ("measured", "none")
+        assert row["gpu_source"] == "measured" or float(row["gpu_kwh_total"]) == 0
         assert float(row["g_per_kwh"]) == grid_factor("USA")
         assert float(row["emissions_g_interval"]) == float(row["energy_kwh_interval"]) * float(row["g_per_kwh"])
     assert [row["val_loss"] for row in real.rows] == ["3.0", "2.0", "1.0", ""]
@@ -116,7 +120,8 @@ def test_carbon_intensity_is_the_factor(tmp_path, fake):
     for step in range(3):
         run.read(step)
     for row in rows_of(tmp_path):
-        assert float(row["g_per_kwh"]) == 50 and float(row["emissions_g_interval"]) == 50 * float(row["energy_kwh_interval"])
+        assert float(row["g_per_kwh"]) == 50
+        assert float(row["emissions_g_interval"]) == 50 * float(row["energy_kwh_interval"])
         assert float(row["emissions_g_total"]) == pytest.approx(50 * float(row["energy_kwh_total"]), rel=1e-12)
     assert fake.kwargs["force_carbon_intensity_g_co2e_kwh"] == 50 and "50 g/kWh, given" in run.describe()
 
@@ -144,7 +149,8 @@ def test_resume_continues_the_totals_and_drops_later_rows(tmp_path, fake):
     assert [row["lr"] for row in rows_of(tmp_path)] == ["", "", "", "0.001"]
     assert [row["val_loss"] for row in rows_of(tmp_path)] == ["5.0", "4.0", "3.0", "2.0"]
     for q in QUANTITIES[1:]:
-        assert after[f"{q}_total"] == pytest.approx(totals[2][f"{q}_total"] + totals[1][f"{q}_total"] - totals[0][f"{q}_total"])
+        start, then, later = (t[f"{q}_total"] for t in totals[:3])
+        assert after[f"{q}_total"] == pytest.approx(later + then - start)
     assert after["seconds_total"] > totals[2]["seconds_total"]
     # a later run with another factor leaves what was emitted as it is
     third = Emissions(str(tmp_path), carbon_intensity=1.0, resume_step=250).read(300)
@@ -163,13 +169,15 @@ def test_resume_from_a_damaged_file(tmp_path, fake, cut, capsys):
     totals = [first.read(step, note="x") for step in (10, 20)]
     text = path.read_bytes()
     header = text[:text.index(b"\n") + 1]
-    damaged = {"header": text[:30], "empty": b"", "zeros": text[:-20] + b"\0" * 20, "garbage": header + b"20,\xff,,\n1,2\n"}
-    path.write_bytes(damaged[cut] if cut in damaged else text[:-cut] if isinstance(cut, int) else b"")
+    damaged = {"header": text[:30], "empty": b"", "missing": b"", "zeros": text[:-20] + b"\0" * 20,
+               "garbage": header + b"20,\xff,,\n1,2\n"}
+    path.write_bytes(damaged[cut] if cut in damaged else text[:-cut])
     if cut == "missing":
         path.unlink()
     second = Emissions(str(tmp_path), resume_step=20)
     whole = cut in (1, 5, 150, "zeros") # the first row survives
-    assert second.read(30)["energy_kwh_total"] == pytest.approx(3.1e-3 + (totals[0]["energy_kwh_total"] if whole else 0))
+    before = totals[0]["energy_kwh_total"] if whole else 0
+    assert second.read(30)["energy_kwh_total"] == pytest.approx(3.1e-3 + before)
     assert [row["step"] for row in rows_of(tmp_path)] == (["10", "30"] if whole else ["30"])
     assert ("totals begin at 0" in capsys.readouterr().out) == (not whole)
 
@@ -207,7 +215,8 @@ def test_off_and_not_installed(tmp_path, monkeypatch, capsys):
     assert run.read(1, val_loss=1.0) == run.stop() == {} and capsys.readouterr().out == ""
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     run = Emissions(str(tmp_path))
-    assert run.read(1) == run.stop() == {} and "pip install codecarbon" in capsys.readouterr().out and os.listdir(tmp_path) == []
+    assert run.read(1) == run.stop() == {} and "pip install codecarbon" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_unwritable_folder_does_not_stop_the_run(tmp_path, fake, capsys):
@@ -226,8 +235,10 @@ def test_a_counter_that_resets_takes_nothing_back(tmp_path, fake):
     assert [t["energy_kwh_total"] / 3.1e-3 for t in totals] == pytest.approx([1, 2, 2, 3])
 
 
-def test_context_manager_and_nodes(tmp_path, fake):
-    with pytest.raises(KeyboardInterrupt), Emissions(str(tmp_path), node=1) as run:
+def test_the_last_row_of_a_stopped_run_and_nodes(tmp_path, fake):
+    with pytest.raises(KeyboardInterrupt), contextlib.ExitStack() as closing:
+        run = Emissions(str(tmp_path), node=1)
+        closing.callback(run.stop)
         run.read(10)
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["emissions_node1.csv"]
@@ -238,7 +249,8 @@ def test_sources_by_hardware():
     def item(kind, **fields):
         return type(kind, (), fields)()
     assert emissions.sources([]) == {"cpu": "none", "gpu": "none", "ram": "none"}
-    assert emissions.sources([item("RAM"), item("CPU", _mode="cpu_load")]) == {"cpu": "modelled", "gpu": "none", "ram": "modelled"}
+    assert emissions.sources([item("RAM"), item("CPU", _mode="cpu_load")]) == {
+        "cpu": "modelled", "gpu": "none", "ram": "modelled"}
     assert emissions.sources([item("RAM"), item("CPU", _mode="constant")])["cpu"] == "modelled"
     assert emissions.sources([item("RAM"), item("CPU", _mode="intel_rapl"), item("GPU")]) == {
         "cpu": "measured", "gpu": "measured", "ram": "modelled"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import hf_model, num_parameters
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, language_model_head
 
 
 def test_another_activation_is_refused():
@@ -24,3 +24,45 @@ def test_gpt2_has_as_many_parameters_as_gpt2():
     assert num_parameters(tied) == 124_439_808 + padding
     assert num_parameters(untied) == 124_439_808 + padding + 50304 * 768
     assert num_parameters(untied.transformer) == 124_439_808 + padding
+
+
+def nanogpt_checkpoint(model, prefix=""):
+    """The dict that nanoGPT saves of a GPT with these weights: the vocabulary has no padding, the head is tied."""
+    c = model.config
+    weights = {name: p for name, p in model.state_dict().items() if name.startswith("transformer.")}
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:c.vocab_size]
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    arguments = {name: getattr(c, name) for name in names}
+    return {"model": {prefix + name: p for name, p in weights.items()}, "model_args": arguments, "iter_num": 7}
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."]) # of a compiled model
+def test_a_checkpoint_of_nanogpt(prefix, tmp_path):
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=16, bias=False, tie_weights=True)
+    model, idx = GPT(config).eval(), torch.randint(65, (2, 16))
+    torch.save(nanogpt_checkpoint(model, prefix), tmp_path / "ckpt.pt")
+    loaded = GPT.from_pretrained(str(tmp_path / "ckpt.pt")).eval()
+    assert loaded.config == config
+    assert torch.equal(loaded.head(loaded.features(idx)), model.head(model.features(idx)))
+    shorter = GPT.from_pretrained(str(tmp_path / "ckpt.pt"), block_size=8, tie_weights=False, distance="cosine").eval()
+    scale = shorter.head.feature_scale
+    torch.testing.assert_close(shorter.features(idx[:, :8]) / scale, model.features(idx[:, :8]))
+
+
+def test_another_file_is_no_checkpoint_of_nanogpt():
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=16))
+    for checkpoint in ({}, {"model": model.state_dict(), "model_args": {}}):
+        with pytest.raises(ValueError, match="this is no checkpoint of nanoGPT's train.py"):
+            GPT.from_nanogpt(checkpoint)
+
+
+def test_the_head_for_a_vocabulary():
+    """n and feature scale are those with which a language model begins, unless they are given."""
+    head = language_model_head(64, 1000, "minkowski", p=3.0)
+    assert (head.n, head.feature_scale, head.num_classes, head.num_prototypes) == (8.0, 0.125, 1000, 1024)
+    assert language_model_head(64, 1000, "chebyshev", "smooth").n == 64.0
+    assert language_model_head(64, 1000, "baseline").feature_scale == 1.0
+    head = language_model_head(64, 1000, "cosine", n=28.0, feature_scale=0.5, link="softmin")
+    assert (head.n, head.feature_scale, head.link) == (28.0, 0.5, "softmin")

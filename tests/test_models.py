@@ -173,7 +173,7 @@ def test_overrides_that_the_weights_do_not_allow(family, overrides, message):
 @pytest.mark.parametrize("family, name", [("gpt", "gpt2"), ("bert", "bert-base-uncased"), ("qwen2", "Qwen/Qwen2-0.5B")])
 def test_pretrained_without_transformers_says_what_to_install(monkeypatch, family, name):
     monkeypatch.setitem(sys.modules, "transformers", None) # an import of it fails
-    with pytest.raises(ImportError, match=f"init_from='{name}' reads the weights .* pip install transformers"):
+    with pytest.raises(ImportError, match=f"init_from='{name}' .* pip install transformers"):
         FAMILIES[family].Model.from_pretrained(name)
     with pytest.raises(ImportError, match="to_hf makes a model of transformers: pip install transformers"):
         new_model(family).to_hf()
