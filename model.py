@@ -25,8 +25,8 @@ from distances import DistanceHead, find, parse_head
 # -----------------------------------------------------------------------------
 # the head of a language model
 
-# Training starts well when the scores z of a new model are spread by about half a nat. Most distances do that with n
-# = sqrt(n_embd) and hidden states of unit norm, the scale at which prototypes start; the two tables hold the
+# Training starts well when the scores z of a new model are spread by about half a nat. Most distances do that with
+# n = sqrt(n_embd) and hidden states of unit norm, the scale at which prototypes start; the two tables hold the
 # exceptions. They were measured on 77,000 tokens only (config/heads.py), so take them for a place to begin: every run
 # can set n and feature_scale, and no formula depends on these numbers.
 N_SCALES = { # (distance, variant): the default n as a multiple of sqrt(n_embd), where that is not 1
@@ -317,7 +317,7 @@ class GPT(LanguageModel):
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
-        """As of every language model; name may also be the ckpt.pt of a run of nanoGPT."""
+        """Load published weights as every language model does; name may also be the ckpt.pt of a run of nanoGPT."""
         if os.path.isfile(name):
             return cls.from_nanogpt(torch.load(name, map_location="cpu", weights_only=True), **overrides)
         return super().from_pretrained(name, **overrides)
