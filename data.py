@@ -62,13 +62,15 @@ def missing(data_dir, name):
     """Return the FileNotFoundError that says how to make the file."""
     dataset = os.path.basename(os.path.normpath(data_dir))
     out_dir = "" if os.path.normpath(data_dir) == os.path.join("data", dataset) else f" --out_dir {data_dir}"
+    here = os.path.relpath(os.path.dirname(os.path.abspath(__file__))) # the scripts lie beside this file
+    stdlib, openwebtext = (os.path.normpath(os.path.join(here, f"prepare_{x}.py")) for x in ("stdlib", "openwebtext"))
     if dataset == "stdlib":
-        command = f"python prepare_stdlib.py{out_dir}"
+        command = f"python {stdlib}{out_dir}"
     elif dataset == "openwebtext":
-        command = (f"python prepare_openwebtext.py{out_dir} "
-                   "(see --help for a small one; without network: python prepare_stdlib.py)")
+        command = (f"python {openwebtext}{out_dir} "
+                   f"(see --help for a small one; without network: python {stdlib})")
     else:
-        command = f"python prepare_openwebtext.py --out_dir {data_dir} FILES (text, jsonl or parquet; see --help)"
+        command = f"python {openwebtext} --out_dir {data_dir} FILES (text, jsonl or parquet; see --help)"
     return FileNotFoundError(f"{os.path.join(data_dir, name)} is not there. make it with: {command}")
 
 

@@ -162,6 +162,11 @@ def test_a_flag_without_a_value_is_true_and_dashes_are_underscores():
     assert (config["compile"], config["batch_size"], config["wandb_run_name"]) == (True, 3, "a-b")
 
 
+def test_a_mistyped_flag_is_named_with_the_one_that_was_meant():
+    assert "unknown flag '--compil', did you mean --compile?" in refused(["--compil"])
+    assert "unknown flag '--batchsize', did you mean --batch_size=value?" in refused(["--batchsize"])
+
+
 def test_a_file_that_repeats_a_default_is_its_source(write):
     path = write("a.py", "batch_size = 12")
     assert configure(globals_of_a_script(), [path])[1]["batch_size"] == path

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -331,13 +332,20 @@ def test_nanogpt_folders_load_as_they_are(tmp_path):
         enc.encode("€")
 
 
-@pytest.mark.parametrize("name, command", [
-    ("stdlib", "python prepare_stdlib.py"),
-    ("openwebtext", "python prepare_openwebtext.py"),
-    ("mine", "python prepare_openwebtext.py --out_dir data/mine FILES"),
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("name, script, arguments", [
+    ("stdlib", "prepare_stdlib.py", ""),
+    ("openwebtext", "prepare_openwebtext.py", ""),
+    ("mine", "prepare_openwebtext.py", " --out_dir data/mine FILES"),
 ])
-def test_a_missing_file_names_the_command(tmp_path, monkeypatch, name, command):
+def test_a_missing_file_names_the_command(tmp_path, monkeypatch, name, script, arguments, elsewhere):
+    """The command works from where one is: in the scripts' folder, or in another one."""
     monkeypatch.chdir(tmp_path)
+    if not elsewhere:
+        monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    path = os.path.relpath(os.path.join(ROOT, script)) if elsewhere else script
+    assert not elsewhere or os.path.exists(path)
+    command = re.escape(f"python {path}{arguments}")
     with pytest.raises(FileNotFoundError, match=f"{name}.train.bin is not there. make it with: {command}"):
         load_meta(f"data/{name}")
     os.makedirs(f"data/{name}")

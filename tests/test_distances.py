@@ -176,6 +176,30 @@ def test_covariance_is_the_pooled_within_class_estimate():
     assert not any(p is head.covariance for p in head.parameters())
 
 
+@pytest.mark.parametrize("variant", ["stable", "unstable"])
+def test_the_zero_vector_is_orthogonal_to_all(variant):
+    """Its cosine with anything counts as 0, so that d = 1 + eps, and 0 with 0 as well."""
+    zero = torch.zeros(6, dtype=torch.float64)
+    h, w = torch.stack([zero, rand(6)]), torch.stack([rand(6, seed=1), zero])
+    d = pairwise(h, w, "cosine", variant, eps=1e-3)
+    for pair in (d[0, 0], d[1, 1], d[0, 1]):
+        assert pair.item() == pytest.approx(1.001, abs=1e-12)
+
+
+def test_every_rank_estimates_the_covariance_from_the_whole_batch(monkeypatch):
+    """Two ranks: the scatter and the degrees of freedom are summed over both before one is divided by the other."""
+    h, y = rand(40, 4), torch.arange(40) % 5
+    parts = [within_class_scatter(h[:20], y[:20]), within_class_scatter(h[20:], y[20:])]
+    others = list(parts[1])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(others.pop(0)))
+    head = DistanceHead(4, 5, "mahalanobis", "covariance", momentum=0.0).double()
+    head.loss(h[:20], y[:20])
+    (scatter1, freedom1), (scatter2, freedom2) = parts
+    assert not others
+    torch.testing.assert_close(head.covariance, (scatter1 + scatter2) / (freedom1 + freedom2))
+
+
 # -----------------------------------------------------------------------------
 # gradients
 

@@ -4,13 +4,14 @@ for every family.
 
 $ pytest tests/test_qwen2.py
 """
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import check_parity, hf_model, in_dtype, new_model, num_parameters, tokens
 
-from model_qwen2 import SCALES, Qwen2, Qwen2Config
+from model_qwen2 import SCALES, Qwen2, Qwen2Config, rotary
 
 # -----------------------------------------------------------------------------
 # Qwen2's weights
@@ -123,3 +124,10 @@ def test_a_longer_context_takes_the_same_weights():
 def test_a_config_that_does_not_fit_together(config, message):
     with pytest.raises(ValueError, match=message):
         new_model("qwen2", **config)
+
+
+def test_the_default_base_of_rope_is_that_of_the_published_models():
+    """10^6, where transformers' own default is 10^4: the slowest pair of 64 dimensions turns once in 4 million tokens."""
+    assert Qwen2Config().rope_theta == 1e6
+    cos, sin = rotary(2, 64, Qwen2Config().rope_theta)
+    torch.testing.assert_close(sin[1], torch.tensor([math.sin(1e6 ** (-i / 32)) for i in range(32)]))

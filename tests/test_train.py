@@ -443,12 +443,20 @@ def test_refused(settings, message):
 
 
 @pytest.mark.parametrize("dataset, command", [
-    ("openwebtext", "prepare_openwebtext.py (see --help for a small one; without network: python prepare_stdlib.py)"),
-    ("stdlib", "python prepare_stdlib.py")])
+    ("openwebtext", r"python (\S*)prepare_openwebtext.py \(see --help for a small one; without network: python \1prepare_stdlib.py\)"),
+    ("stdlib", r"python \S*prepare_stdlib.py")])
 def test_missing_data_names_the_command(dataset, command, monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
     message = refused(dataset=dataset)
-    assert f"data/{dataset}/train.bin is not there" in message and command in message and "1 to fix" in message
+    assert f"data/{dataset}/train.bin is not there" in message and re.search(command, message)
+    assert "1 to fix" in message
+
+
+def test_bits_per_byte_is_the_loss_of_a_token_over_its_bytes(here):
+    make_dataset(here / "own" / "tiny", val_tokens=341, val_bytes=4 * 341)
+    train(data_dir="own", max_iters=1, out_dir="out")
+    summary = json.load(open("out/summary.json"))
+    assert summary["bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2) / 4) # four bytes per token
 
 
 def test_a_token_that_the_vocabulary_lacks_is_refused_with_its_place(here):
