@@ -103,7 +103,7 @@ track_emissions = True
 seed = 1337 # of initial weights, data order and dropout
 device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = "auto" # 'float32', 'bfloat16', 'float16' (with loss scaling); auto: bfloat16 where a GPU has it, else float32
-compile = True # torch.compile, where there is a compiler; False: only for losses that are slow without it, by themselves
+compile = True # torch.compile, where there is a compiler; False: only large losses compile themselves
 triton = True # elementwise distances on a GPU: the kernels of distances_triton.py, given triton; False: compiled tiles
 # -----------------------------------------------------------------------------
 config, sources, saved, problems = run.configure(globals()) # problems: all that cannot run, for one report
@@ -127,7 +127,7 @@ pretrained = init_from not in ("scratch", "resume")
 is_known = os.path.exists(init_from) or any(fnmatch(init_from, name) for name in family.pretrained)
 if pretrained and not is_known:
     legal = ", ".join(family.pretrained)
-    problems.append(f"init_from is {init_from!r}: use scratch, resume, a folder of transformers' weights that there is, "
+    problems.append(f"init_from is {init_from!r}: use scratch, resume, a folder of transformers' weights that exists, "
                     f"or, with model={model}, {legal}")
 if saved and saved["config"].get("model", "gpt") != model:
     problems.append(f"cannot resume {out_dir}: it holds a {saved['config'].get('model', 'gpt')}, model is {model} here")

@@ -186,7 +186,9 @@ def test_nearest_prototype_of_class_means_end_to_end():
     w = np.random.default_rng(0).normal(size=(4, 3))
     y = np.repeat([0, 1, 3], 10) # class 2 has no samples
     h = w[y] + 0.01 * np.random.default_rng(1).normal(size=(30, 3))
-    z = lambda means: -np.linalg.norm(means[:, None] - w, axis=-1)
+
+    def z(means):
+        return -np.linalg.norm(means[:, None] - w, axis=-1)
     assert metrics.prototype_alignment(z(metrics.class_means(h, y, 4))) == 1
     assert metrics.prototype_alignment(z(metrics.class_means(h, np.repeat([1, 0, 3], 10), 4))) == close(1 / 3)
 

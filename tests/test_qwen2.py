@@ -127,7 +127,7 @@ def test_a_config_that_does_not_fit_together(config, message):
 
 
 def test_the_default_base_of_rope_is_that_of_the_published_models():
-    """10^6, where transformers' own default is 10^4: the slowest pair of 64 dimensions turns once in 4 million tokens."""
+    """10^6, where transformers' own default is 10^4: the slowest pair of 64 turns once in 4 million tokens."""
     assert Qwen2Config().rope_theta == 1e6
     cos, sin = rotary(2, 64, Qwen2Config().rope_theta)
     torch.testing.assert_close(sin[1], torch.tensor([math.sin(1e6 ** (-i / 32)) for i in range(32)]))

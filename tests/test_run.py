@@ -138,13 +138,14 @@ def test_flops_are_those_of_the_parameters_that_multiply():
 
 
 def test_flops_of_a_long_context_are_mostly_attentions():
-    short, long = (GPT(GPTConfig(block_size=T, vocab_size=128, n_layer=3, n_head=2, n_embd=16, bias=False)) for T in (8, 4096))
+    shape = dict(vocab_size=128, n_layer=3, n_head=2, n_embd=16, bias=False)
+    short, long = GPT(GPTConfig(block_size=8, **shape)), GPT(GPTConfig(block_size=4096, **shape))
     assert run.flops_per_token(long) - run.flops_per_token(short) == 12 * 3 * 16 * (4096 - 8)
 
 
 def test_a_mode_of_wandb_is_checked_with_the_rest():
-    config = dict(wandb_mode="ofline", n=1.0, distance="cosine", variant="", distance_params="", link="harmonic", eps=1e-4,
-                  learn_n=False, track_emissions=False)
+    config = dict(wandb_mode="ofline", distance="cosine", variant="", distance_params="", link="harmonic", n=1.0,
+                  learn_n=False, eps=1e-4, track_emissions=False)
     assert run.check(config) == ["wandb_mode is 'ofline': use online, offline, disabled"]
 
 

@@ -443,7 +443,7 @@ def test_refused(settings, message):
 
 
 @pytest.mark.parametrize("dataset, command", [
-    ("openwebtext", r"python (\S*)prepare_openwebtext.py \(see --help for a small one; without network: python \1prepare_stdlib.py\)"),
+    ("openwebtext", r"python (\S*)prepare_openwebtext.py \(see --help .* network: python \1prepare_stdlib.py\)"),
     ("stdlib", r"python \S*prepare_stdlib.py")])
 def test_missing_data_names_the_command(dataset, command, monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
