@@ -883,8 +883,8 @@ def chunk_loss_of(core, scores, vjp):
 
 
 def chunked_loss(plan, h, w, terms, targets, weights, differentiate):
-    """-log p_y per row (N,), and the gradients of sum(weights * -log p_y) by h, by w, and by every tensor of terms (a
-    dict).
+    """-log p_y per row (N,), and the gradients of sum(weights * -log p_y) by h, by w, and by every tensor of the dict
+    terms.
 
     One chunk of rows at a time: nothing is larger than chunk x V. The target's own term, value and gradient, is
     computed directly from operands that are not rounded to matmul_dtype: the target is what comes close to h, where a
@@ -927,28 +927,12 @@ def chunked_loss(plan, h, w, terms, targets, weights, differentiate):
             gh, gw = core.gradient(h_c, w_target, s_target, ds_target)
             dh[chunk] += gh
             dw.index_add_(0, targets_c, gw)
-    return nll, dh, dw, dterms
+    return nll, dh, dw, *dterms.values()
 
 
 def of_rows(terms, rows):
     """terms of some rows of h: the row term a has a row for each, the others are the same for all."""
     return {name: x[rows] if name == "a" else x for name, x in terms.items()}
-
-
-def loss_and_gradients(plan, inputs, targets, weights, differentiate):
-    """-log p_y per row (N,), and the gradients of sum(weights * -log p_y) by the inputs, in their order (an empty list
-    without)."""
-    with torch.set_grad_enabled(differentiate):
-        leaves = {name: x.detach().requires_grad_(differentiate) for name, x in inputs.items()}
-        h, w, terms = plan.prepare(leaves)
-    values = {name: x.detach() for name, x in terms.items()}
-    nll, dh, dw, dterms = chunked_loss(plan, h.detach(), w.detach(), values, targets, weights, differentiate)
-    if not differentiate:
-        return nll, []
-    # from what the core compares back to the inputs
-    ends = [(h, dh), (w, dw), *((terms[name], dterms[name]) for name in terms)]
-    outputs, grads = zip(*((x, g) for x, g in ends if x.requires_grad))
-    return nll, torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
 
 
 def dense_loss(plan, inputs, targets, weights):
@@ -962,30 +946,37 @@ def dense_loss(plan, inputs, targets, weights):
 class _Loss(torch.autograd.Function):
     """sum(weights * -log p_y), or the vector of its terms with plan.per_row. The gradients of the sum are made in the
     forward pass, chunk by chunk, and only scaled in the backward pass; those of the vector need the upstream gradient,
-    so its backward pass computes again. Second derivatives go through dense_loss."""
+    so its backward pass computes again.
+
+    It takes the inputs by name twice: as they are, and prepared (h, w and terms). First derivatives go through the
+    prepared ones; second derivatives through dense_loss of those as they are, which costs no memory to keep."""
 
     @staticmethod
-    def forward(ctx, plan, targets, weights, names, *tensors):
-        inputs = dict(zip(names, tensors))
-        nll, grads = loss_and_gradients(plan, inputs, targets, weights, plan.differentiate and not plan.per_row)
-        ctx.plan, ctx.names = plan, names
-        ctx.save_for_backward(targets, weights, *tensors, *grads)
+    def forward(ctx, plan, targets, weights, names, term_names, *tensors):
+        inputs, prepared_inputs = tensors[:len(names)], tensors[len(names):]
+        h, w, *terms = prepared_inputs
+        differentiate = plan.differentiate and not plan.per_row
+        nll, *grads = chunked_loss(plan, h, w, dict(zip(term_names, terms)), targets, weights, differentiate)
+        ctx.plan, ctx.names, ctx.term_names = plan, names, term_names
+        ctx.save_for_backward(targets, weights, *inputs, *(prepared_inputs if plan.per_row else grads))
         return weights * nll if plan.per_row else (weights * nll).sum()
 
     @staticmethod
     def backward(ctx, g):
+        plan, names, count = ctx.plan, ctx.names, len(ctx.names)
         targets, weights, *saved = ctx.saved_tensors
-        inputs = dict(zip(ctx.names, saved))
-        grads = saved[len(inputs):]
+        inputs, kept = saved[:count], saved[count:]
         if torch.is_grad_enabled(): # these gradients are to be differentiated again
             def loss(*tensors):
-                return dense_loss(ctx.plan, dict(zip(inputs, tensors)), targets, weights)
-            grads = torch.func.vjp(loss, *inputs.values())[1](g)
-        elif ctx.plan.per_row:
-            _, grads = loss_and_gradients(ctx.plan, inputs, targets, weights * g, True)
+                return dense_loss(plan, dict(zip(names, tensors)), targets, weights)
+            grads = [*torch.func.vjp(loss, *inputs)[1](g), *[None] * len(kept)]
+        elif plan.per_row:
+            h, w, *terms = kept
+            _, *grads = chunked_loss(plan, h, w, dict(zip(ctx.term_names, terms)), targets, weights * g, True)
+            grads = [*[None] * count, *grads]
         else:
-            grads = [None if x is None else x * g for x in grads]
-        return None, None, None, None, *grads
+            grads = [*[None] * count, *(x if x is None else x * g for x in kept)]
+        return *[None] * 5, *grads
 
 
 # -----------------------------------------------------------------------------
@@ -1258,7 +1249,7 @@ class DistanceHead(nn.Module):
             targets = targets.where(counts, torch.zeros_like(targets))
             plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
             try:
-                loss = _Loss.apply(plan, targets, weights, tuple(inputs), *inputs.values())
+                loss = self._call_loss(plan, inputs, targets, weights)
             except Exception as e:
                 if self.compiled is not None or not plan.compiled:
                     raise
@@ -1266,12 +1257,17 @@ class DistanceHead(nn.Module):
                 warnings.warn(f"torch.compile does not work here, large batches take longer: {reason}", stacklevel=2)
                 self.compile_loss(False)
                 plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
-                loss = _Loss.apply(plan, targets, weights, tuple(inputs), *inputs.values())
+                loss = self._call_loss(plan, inputs, targets, weights)
         if reduction == "none":
             return loss.reshape(shape)
         if reduction == "mean": # the mean of nothing, as F.cross_entropy has it, with gradients of 0
             return loss.where(counts.any(), torch.nan)
         return loss
+
+    def _call_loss(self, plan, inputs, targets, weights):
+        h, w, terms = plan.prepare(inputs)
+        names, tensors = tuple(inputs), inputs.values()
+        return _Loss.apply(plan, targets, weights, names, tuple(terms), *tensors, h, w, *terms.values())
 
     def _check_targets(self, targets, ignore_index):
         illegal = targets[(targets < 0) | (targets >= self.num_classes)]
