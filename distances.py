@@ -1039,9 +1039,9 @@ def pairwise(h, weight, distance, variant=None, eps=1e-4, **params):
     return all_distances(spec, o, h, weight, spec.core(o))
 
 
-# From these sizes on, elementwise distances by N x V x D and the others by N x V, a compiled step saves so much that
-# compiling pays within a thousand steps (measured on CPUs).
-WORTH_COMPILING = {"N x V x D": 2 ** 26, "N x V": 2 ** 22}
+# From these sizes on, elementwise distances by N x V x D and the others by N x V, a compiled step saves about 20 ms (two CPU
+# threads), so that compiling, which takes 5 to 15 s, pays within a thousand steps.
+WORTH_COMPILING = {"N x V x D": 2 ** 24, "N x V": 2 ** 22}
 
 
 def in_words(kind):
