@@ -1039,8 +1039,8 @@ def pairwise(h, weight, distance, variant=None, eps=1e-4, **params):
     return all_distances(spec, o, h, weight, spec.core(o))
 
 
-# From these sizes on, elementwise distances by N x V x D and the others by N x V, a compiled step saves about 20 ms (two CPU
-# threads), so that compiling, which takes 5 to 15 s, pays within a thousand steps.
+# From these sizes on, elementwise distances by N x V x D and the others by N x V, a compiled step saves about 20 ms (on
+# two CPU threads), so that compiling, which takes 5 to 15 s, pays within a thousand steps.
 WORTH_COMPILING = {"N x V x D": 2 ** 24, "N x V": 2 ** 22}
 
 
@@ -1160,7 +1160,7 @@ class DistanceHead(nn.Module):
     def compile_loss(self, on=True):
         """Whether what is not a matrix product goes through torch.compile: the tiles of elementwise distances (but see
         Tiles.triton), and the way from distances to the loss and back. None, the default: where a call of loss is large
-        enough to be worth the 10 to 30 seconds that compiling takes once, and where there is a compiler (C++ on a CPU,
+        enough to be worth the 5 to 15 seconds that compiling takes once, and where there is a compiler (C++ on a CPU,
         triton on a GPU)."""
         self.compiled, self._chunk_losses = on, {}
         if isinstance(self.core, Tiles):
