@@ -29,7 +29,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import FunctionType, SimpleNamespace
 
@@ -38,7 +38,6 @@ from torch import nn
 
 # -----------------------------------------------------------------------------
 # the distances
-
 
 @dataclass(frozen=True)
 class Distance:
@@ -711,7 +710,6 @@ def signed_bray_curtis(eps):
 # -----------------------------------------------------------------------------
 # all pairs, and the loss
 
-
 @contextmanager
 def full_fp32(x):
     """No tf32: where a GPU rounds the operands, the identity of SquaredL2 keeps three digits."""
@@ -981,7 +979,6 @@ class _Loss(torch.autograd.Function):
 
 # -----------------------------------------------------------------------------
 # the modules and the plain function
-
 
 def one_of(what, name, legal):
     if name in legal:
@@ -1294,7 +1291,8 @@ class DistanceHead(nn.Module):
         key = link, n, compiled
         if key not in self._chunk_losses:
             vjp = torch.func.vjp if compiled else local_vjp # the compiler takes the one, hooks allow the other
-            chunk_loss = chunk_loss_of(core, plan.scores, vjp)
+            scores = replace(plan, o=self.options).scores # what is kept must not hold this call's noise
+            chunk_loss = chunk_loss_of(core, scores, vjp)
             self._chunk_losses[key] = with_own_cache(chunk_loss) if compiled else chunk_loss
         plan.chunk_loss = self._chunk_losses[key]
         return plan
