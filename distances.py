@@ -39,6 +39,7 @@ from torch import nn
 # -----------------------------------------------------------------------------
 # the distances
 
+
 @dataclass(frozen=True)
 class Distance:
     """d(h, w) = finish(core(prep(h), prep(w))). The core alone costs N x V x D: it is a matrix product, or tiles of a
