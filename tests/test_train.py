@@ -551,14 +551,17 @@ def test_help_is_the_docstring_and_the_settings_and_no_more(script, monkeypatch,
     assert settings[-1].split(" = ")[0] in defaults_of(script)
 
 
+PAGES = ("README.md", "RESULTS.md", "Makefile")
+
+
 def launch_lines():
     """
-    (file, script, its arguments) of every `python x.py ...` and `torchrun ... x.py ...` in README, Makefile, configs
-    and docstrings, x with settings.
+    (file, script, its arguments) of every `python x.py ...` and `torchrun ... x.py ...` in the pages, configs and
+    docstrings, for scripts with settings.
     """
     scripts = [name for name in sorted(os.listdir(ROOT)) if name.endswith(".py")]
     texts = {name: read(name).split('"""')[1] for name in scripts}
-    texts |= {name: read(name) for name in ("README.md", "Makefile") if os.path.exists(os.path.join(ROOT, name))}
+    texts |= {name: read(name) for name in PAGES}
     configs = [name for name in sorted(os.listdir(os.path.join(ROOT, "config"))) if name.endswith(".py")]
     texts |= {f"config/{name}": read("config", name) for name in configs}
     for name, text in texts.items():
@@ -571,7 +574,8 @@ def launch_lines():
 def test_every_launch_line_names_files_and_settings_that_there_are(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines, defaults = list(launch_lines()), {}
-    assert len(lines) >= 15 and {name for name, *_ in lines} >= {"train.py", "sample.py", "data.py", "config/gpt2.py"}
+    assert len(lines) >= 15
+    assert {name for name, *_ in lines} >= {*PAGES, "train.py", "sample.py", "data.py", "config/gpt2.py"}
     for name, script, args in lines:
         args = args[script == "bench.py":] # its first word says what to measure
         args = [arg for arg in args if arg[0] == "-"] if script == "report.py" else args # and folders
@@ -581,6 +585,34 @@ def test_every_launch_line_names_files_and_settings_that_there_are(monkeypatch):
             problems = []
             configurator.configure(dict(defaults[script]), args, problems=problems)
             assert not problems, (name, args, problems)
+
+
+def test_the_pages_other_commands_name_scripts_flags_and_targets_that_there_are():
+    """`python prepare_x.py ...`, whose flags argparse knows, and `make x`."""
+    seen = set()
+    for page in PAGES:
+        for script, arguments in re.findall(r"\bpython (prepare_\w+\.py)([^`#\n]*)", read(page)):
+            seen.add(script)
+            for flag in re.findall(r"--\w+", arguments):
+                assert f'add_argument("{flag}"' in read(script), (page, script, flag)
+        for target in re.findall(r"^(?:.*`)?make (\w+)", read(page), re.M):
+            seen.add(target)
+            assert re.search(rf"^{target}:", read("Makefile"), re.M), (page, target)
+    assert seen >= {"prepare_stdlib.py", "prepare_openwebtext.py", "demo", "test", "study"}
+
+
+def test_links_between_the_pages_lead_somewhere():
+    def anchor(heading): # as GitHub makes it
+        return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+    for page in ("README.md", "RESULTS.md"):
+        links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", read(page))
+        assert len(links) > 10
+        for path, fragment in links:
+            assert os.path.exists(os.path.join(ROOT, path or page)), (page, path)
+            if fragment:
+                headings = re.findall(r"^#+ (.*)", read(path or page), re.M)
+                assert fragment in map(anchor, headings), (page, path, fragment)
 
 
 def test_the_papers_settings_take_every_head(monkeypatch):
