@@ -154,7 +154,7 @@ DISTANCES = {
         "covariance": Distance(lambda o: SquaredL2(), plus_eps2, lambda h, w, o: whitened(h, w, covariance_root(o)),
                                squared=True, params=dict(momentum=0.99, shrinkage=0.1, **LAMBDA),
                                buffers=dict(covariance=lambda V, D: torch.eye(D)),
-                               formula="P = (running within-class covariance, regularised)^-1, not learned"),
+                               formula="P = (within-class covariance)^-1, estimated"),
     },
     "offset_l2": {
         "standard": Distance(lambda o: WeightedSquaredL2(), plus_eps2, lambda h, w, o: (h, torch.cat([w, o.alpha], -1)),
@@ -1358,9 +1358,9 @@ def parse_head(text, variant="", params=""):
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL) # `python distances.py | head` ends without a word
-    print(f"{'distance':<12} {'variant':<11} {'parameters':<44} d(h, w)")
+    print(f"{'distance':<12}{'variant':<11}{'parameters':<33}d(h, w)")
     for distance, variants in {"baseline": {"": BASELINE}, **DISTANCES}.items():
         for variant, spec in variants.items():
             numbers = [f"{name}={value:g}" for name, value in spec.params.items()]
             params = ", ".join([*numbers, *(f"{name} (learned)" for name in spec.tensors)])
-            print(f"{distance:<12} {variant:<11} {params:<44} {spec.formula}")
+            print(f"{distance:<12}{variant:<11}{params:<32} {spec.formula}")
