@@ -25,7 +25,7 @@ from bench_rivals import LOOPS, image_loader
 from data import token_dtype
 from data_vision import Batches
 from model import GPT, GPTConfig
-from run import read_metrics
+from run import flops_per_token, read_metrics
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = 1337
@@ -88,10 +88,7 @@ def speed(c, head, tokens, seconds):
         with torch.device("meta"): # takes neither time nor memory
             model = GPT(GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, bias=False,
                                   tie_weights=True, distance=head))
-        # as in train.py: 6 flops per token and parameter that multiplies, as positions do not, and those of attention
-        multiplying = sum(p.numel() for p in model.parameters()) - c.n_embd * c.block_size
-        flops_per_token = 6 * multiplying + 12 * c.n_layer * c.n_embd * c.block_size
-        columns["MFU %"] = 100 * flops_per_token * rate / (c.peak_tflops * 1e12)
+        columns["MFU %"] = 100 * flops_per_token(model) * rate / (c.peak_tflops * 1e12)
     return columns
 
 
