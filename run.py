@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -458,7 +459,9 @@ def save_probe(out_dir, h, y, **more):
 
 
 def git_commit():
-    """The commit of these files, "with changes" if there are any, or None outside of git."""
+    """The commit of these files, "with changes" if there are any, or None outside of git or where there is no git."""
+    if shutil.which("git") is None:
+        return None
     here = os.path.dirname(os.path.abspath(__file__))
 
     def git(*args):

@@ -162,3 +162,9 @@ def test_closing_closes_the_last_one_first_and_once():
     run.closing.close()
     run.closing.close()
     assert closed == ["emissions", "wandb", "group"]
+
+
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    assert run.git_commit() is None or len(run.git_commit().split()[0]) == 40
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.git_commit() is None
