@@ -1,6 +1,12 @@
-"""distances.py against independent oracles: scipy, float64 loops over the formulas, gradcheck, and F.cross_entropy."""
+"""
+The distances, their heads and their losses are compared with independent oracles: scipy, float64 loops over the
+formulas, gradcheck, and F.cross_entropy.
+
+$ pytest tests/test_distances.py
+"""
 import math
 import os
+import runpy
 
 import numpy as np
 import pytest
@@ -10,12 +16,23 @@ from scipy.spatial.distance import cdist
 
 import distances
 from bench import peak_bytes
-from distances import DISTANCES, LINKS, Distance, DistanceHead, HarmonicLoss, Tiles, pairwise, parse_head, within_class_scatter
+from distances import (
+    DISTANCES,
+    LINKS,
+    Distance,
+    DistanceHead,
+    HarmonicLoss,
+    Tiles,
+    pairwise,
+    parse_head,
+    within_class_scatter,
+)
 from model import GPTConfig, lm_head
 
-ALL = [(d, v) for d, variants in DISTANCES.items() for v in variants]
-every = pytest.mark.parametrize("distance, variant", ALL)
-links = pytest.mark.parametrize("link", LINKS)
+ALL = [(distance, variant) for distance, variants in DISTANCES.items() for variant in variants]
+every_distance = pytest.mark.parametrize("distance, variant", ALL)
+every_head = pytest.mark.parametrize("distance, variant", [("baseline", None), *ALL])
+every_link = pytest.mark.parametrize("link", LINKS)
 
 
 def rand(*shape, seed=0, scale=1.0):
@@ -23,46 +40,76 @@ def rand(*shape, seed=0, scale=1.0):
 
 
 def make(distance, variant, D=6, V=9, dtype=torch.float64, seed=0, **kwargs):
-    """A head whose every tensor is random, so that no parameter hides behind its initial value."""
+    """Make a head whose tensors are all random, so that no parameter hides behind its initial value."""
     head = DistanceHead(D, V, distance, variant, **{"n": 3.0, **kwargs}).to(dtype).eval()
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.copy_(torch.randn(V, D, generator=g))
         for name in head.spec.tensors:
-            getattr(head, name).add_(0.3 * torch.randn(getattr(head, name).shape, generator=g))
+            tensor = getattr(head, name)
+            tensor.add_(0.3 * torch.randn(tensor.shape, generator=g))
         for name in head.spec.buffers:
             x = torch.randn(3 * D, D, generator=g)
             x = x.T @ x / len(x)
-            getattr(head, name).copy_((x + x.T) / 2) # symmetric to the last bit, which not every machine's matrix product is
+            # a machine's matrix product need not be symmetric to the last bit, so that we make it so
+            getattr(head, name).copy_((x + x.T) / 2)
     return head
+
 
 # -----------------------------------------------------------------------------
 # values
 
 
+def positive(*shape, seed):
+    return rand(*shape, seed=seed).abs()
+
+
+def probabilities(*shape, seed):
+    return positive(*shape, seed=seed).softmax(-1)
+
+
 EYE = torch.eye(6, dtype=torch.float64)
-SPD = (lambda x: x.T @ x + 0.1 * EYE)(rand(6, 6, seed=5))
+ROOT = rand(6, 6, seed=5)
+SPD = ROOT.T @ ROOT + 0.1 * EYE # symmetric and positive definite
 LOWER = torch.linalg.cholesky(SPD)
-SCIPY = { # ours, scipy's name and arguments, data that both define alike
+LOG_CHOLESKY = LOWER.tril(-1) + LOWER.diagonal().log().diag() # the head stores the logarithm of the diagonal
+MEAN_VARIANCE = SPD.diagonal().mean()
+# Each entry holds our arguments, the name and the arguments of scipy's metric, and data on which the two definitions
+# agree.
+SCIPY = {
     "euclidean": (dict(distance="euclidean"), "euclidean", {}, rand),
     "manhattan": (dict(distance="manhattan"), "cityblock", {}, rand),
     "chebyshev": (dict(distance="chebyshev"), "chebyshev", {}, rand),
-    **{f"minkowski {p}": (dict(distance="minkowski", p=p), "minkowski", dict(p=p), rand) for p in (1.0, 1.5, 2.0, 3.0, 7.0)},
+    "minkowski 1.0": (dict(distance="minkowski", p=1.0), "minkowski", dict(p=1.0), rand),
+    "minkowski 1.5": (dict(distance="minkowski", p=1.5), "minkowski", dict(p=1.5), rand),
+    "minkowski 2.0": (dict(distance="minkowski", p=2.0), "minkowski", dict(p=2.0), rand),
+    "minkowski 3.0": (dict(distance="minkowski", p=3.0), "minkowski", dict(p=3.0), rand),
+    "minkowski 7.0": (dict(distance="minkowski", p=7.0), "minkowski", dict(p=7.0), rand),
     "cosine": (dict(distance="cosine"), "cosine", {}, rand),
     "cosine unstable": (dict(distance="cosine", variant="unstable"), "cosine", {}, rand),
     "canberra": (dict(distance="canberra"), "canberra", {}, rand),
-    # scipy divides by sum |h+w|, as signed does: the other forms differ from it and from each other unless all coordinates are positive
+    # Scipy divides by sum |h + w|, as the variant signed does. The other variants differ from it and from each other,
+    # unless all coordinates are positive.
     "bray_curtis signed": (dict(distance="bray_curtis", variant="signed"), "braycurtis", {}, rand),
-    "bray_curtis": (dict(distance="bray_curtis"), "braycurtis", {}, lambda *a, **k: rand(*a, **k).abs()),
-    "bray_curtis abs": (dict(distance="bray_curtis", variant="abs"), "braycurtis", {}, lambda *a, **k: rand(*a, **k).abs()),
-    "bray_curtis normalized": (dict(distance="bray_curtis", variant="normalized"), "braycurtis", {}, lambda *a, **k: rand(*a, **k).abs().softmax(-1)),
-    "mahalanobis": (dict(distance="mahalanobis", A=LOWER.T, reg_lambda=1e-2), "mahalanobis", dict(VI=SPD + 1e-2 * EYE), rand),
-    "mahalanobis diagonal": (dict(distance="mahalanobis", variant="diagonal", theta=SPD.diagonal().log(), reg_lambda=0.5), "mahalanobis",
-                             dict(VI=SPD.diagonal().diag() + 0.5 * EYE), rand),
-    "mahalanobis cholesky": (dict(distance="mahalanobis", variant="cholesky", L=LOWER.tril(-1) + LOWER.diagonal().log().diag(), reg_lambda=0.5), "mahalanobis",
-                             dict(VI=SPD + 0.5 * EYE), rand),
-    "mahalanobis covariance": (dict(distance="mahalanobis", variant="covariance", covariance=SPD, shrinkage=0.2, reg_lambda=0.3), "mahalanobis",
-                               dict(VI=(0.8 * SPD + 0.5 * SPD.diagonal().mean() * EYE).inverse()), rand),
+    "bray_curtis": (dict(distance="bray_curtis"), "braycurtis", {}, positive),
+    "bray_curtis abs": (dict(distance="bray_curtis", variant="abs"), "braycurtis", {}, positive),
+    "bray_curtis normalized": (dict(distance="bray_curtis", variant="normalized"), "braycurtis", {}, probabilities),
+    "mahalanobis": (
+        dict(distance="mahalanobis", A=LOWER.T, reg_lambda=1e-2),
+        "mahalanobis", dict(VI=SPD + 1e-2 * EYE), rand,
+    ),
+    "mahalanobis diagonal": (
+        dict(distance="mahalanobis", variant="diagonal", theta=SPD.diagonal().log(), reg_lambda=0.5),
+        "mahalanobis", dict(VI=SPD.diagonal().diag() + 0.5 * EYE), rand,
+    ),
+    "mahalanobis cholesky": (
+        dict(distance="mahalanobis", variant="cholesky", L=LOG_CHOLESKY, reg_lambda=0.5),
+        "mahalanobis", dict(VI=SPD + 0.5 * EYE), rand,
+    ),
+    "mahalanobis covariance": (
+        dict(distance="mahalanobis", variant="covariance", covariance=SPD, shrinkage=0.2, reg_lambda=0.3),
+        "mahalanobis", dict(VI=(0.8 * SPD + (0.2 + 0.3) * MEAN_VARIANCE * EYE).inverse()), rand,
+    ),
 }
 
 
@@ -71,10 +118,11 @@ def test_equals_scipy(name):
     ours, metric, kwargs, data = SCIPY[name]
     h, w = data(40, 6, seed=1), data(30, 6, seed=2)
     h[7] = w[3] * (1 + 1e-6) # a close pair
-    if metric == "braycurtis":
-        h = h / h.sum(-1, keepdim=True) if "normalized" in name else h
+    if name == "bray_curtis normalized":
+        h = h / h.sum(-1, keepdim=True)
     d = pairwise(h, w, eps=0.0, **ours).numpy()
-    oracle = cdist(h.numpy(), w.numpy(), metric, **{k: np.asarray(v) for k, v in kwargs.items()})
+    arrays = {key: np.asarray(value) for key, value in kwargs.items()}
+    oracle = cdist(h.numpy(), w.numpy(), metric, **arrays)
     if metric == "cosine": # scipy's 1 - h.w/(|h||w|) cancels there, ours does not
         d[7, 3] = oracle[7, 3] = 0
     np.testing.assert_allclose(d, oracle, rtol=1e-9, atol=0)
@@ -84,58 +132,106 @@ def test_hamming_of_bits_equals_scipy():
     h, w = rand(40, 16, seed=1), rand(30, 16, seed=2)
     for threshold in (0.0, 0.5):
         d = pairwise(h, w, "hamming", "hard", eps=0.0, threshold=threshold)
-        np.testing.assert_allclose(d, cdist(h.numpy() > threshold, w.numpy() > threshold, "hamming"), rtol=1e-9)
+        oracle = cdist(h.numpy() > threshold, w.numpy() > threshold, "hamming")
+        np.testing.assert_allclose(d, oracle, rtol=1e-9)
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def canberra_robust(h, w, eps, o):
+    total = 0.0
+    for a, b in zip(h, w):
+        total += abs(a - b) / max(abs(a) + abs(b) + eps, 1e-2)
+    return total + eps
+
+
+def canberra_weighted(h, w, eps, o):
+    q = abs(h) + abs(w) + eps
+    weights = q ** 0.5 / sum(q ** 0.5)
+    return sum(weights * abs(h - w) / q) + eps
+
+
+def bray_curtis_normalized(h, w, eps, o):
+    u = (abs(h) + eps) / sum(abs(h) + eps)
+    v = (abs(w) + eps) / sum(abs(w) + eps)
+    return sum(abs(u - v)) / (sum(u + v) + eps) + eps
+
+
 def mahalanobis(h, w, eps, P):
     return math.sqrt((h - w) @ P @ (h - w) + eps ** 2)
 
 
-NAIVE = { # one pair of vectors at a time, with eps, straight from the formulas
-    ("euclidean", "standard"): lambda h, w, e, o: math.sqrt(sum((h - w) ** 2) + e ** 2),
-    ("manhattan", "standard"): lambda h, w, e, o: sum(abs(h - w)) + e,
-    ("chebyshev", "standard"): lambda h, w, e, o: max(abs(h - w)) + e,
-    ("chebyshev", "smooth"): lambda h, w, e, o: math.log(sum(math.exp(10 * x) for x in abs(h - w))) / 10,
-    ("chebyshev", "cosh"): lambda h, w, e, o: math.log(sum(2 * math.cosh(10 * x) for x in h - w)) / 10,
-    ("minkowski", "standard"): lambda h, w, e, o: sum(abs(h - w) ** 1.5) ** (1 / 1.5) + e,
-    ("cosine", "stable"): lambda h, w, e, o: 1 - h @ w / math.sqrt(h @ h) / math.sqrt(w @ w) + e,
-    ("cosine", "unstable"): lambda h, w, e, o: 1 - h @ w / (math.sqrt(h @ h) * math.sqrt(w @ w) + e) + e,
-    ("hamming", "soft"): lambda h, w, e, o: np.mean(abs(sigmoid(h) - sigmoid(w))) + e,
-    ("hamming", "gumbel"): lambda h, w, e, o: np.mean(abs(sigmoid(h / 0.5) - sigmoid(w / 0.5))) + e, # outside training
-    ("hamming", "hard"): lambda h, w, e, o: np.mean((h > 0) != (w > 0)) + e,
-    ("canberra", "standard"): lambda h, w, e, o: sum(abs(h - w) / (abs(h) + abs(w) + e)) + e,
-    ("canberra", "robust"): lambda h, w, e, o: sum(abs(a - b) / max(abs(a) + abs(b) + e, 1e-2) for a, b in zip(h, w)) + e,
-    ("canberra", "weighted"): lambda h, w, e, o: sum((q := abs(h) + abs(w) + e) ** 0.5 / sum(q ** 0.5) * abs(h - w) / q) + e,
-    ("bray_curtis", "standard"): lambda h, w, e, o: sum(abs(h - w)) / (abs(sum(h + w)) + e) + e,
-    ("bray_curtis", "abs"): lambda h, w, e, o: sum(abs(h - w)) / (sum(abs(h) + abs(w)) + e) + e,
-    ("bray_curtis", "normalized"): lambda h, w, e, o: sum(abs((u := (abs(h) + e) / sum(abs(h) + e)) - (v := (abs(w) + e) / sum(abs(w) + e)))) / (sum(u + v) + e) + e,
-    ("bray_curtis", "signed"): lambda h, w, e, o: sum(abs(h - w)) / (sum(abs(h + w)) + e) + e,
-    ("mahalanobis", "standard"): lambda h, w, e, o: mahalanobis(h, w, e, o["A"].T @ o["A"] + 0.01 * np.eye(len(h))),
-    ("mahalanobis", "diagonal"): lambda h, w, e, o: mahalanobis(h, w, e, np.diag(np.exp(o["theta"])) + 0.01 * np.eye(len(h))),
-    ("mahalanobis", "cholesky"): lambda h, w, e, o: mahalanobis(h, w, e, (L := np.tril(o["L"], -1) + np.diag(np.exp(np.diag(o["L"])))) @ L.T + 0.01 * np.eye(len(h))),
-    ("mahalanobis", "covariance"): lambda h, w, e, o: mahalanobis(h, w, e, np.linalg.inv(0.9 * o["covariance"] + 0.11 * np.trace(o["covariance"]) / len(h) * np.eye(len(h)))),
-    ("offset_l2", "standard"): lambda h, w, e, o: math.sqrt(sum(o["alpha_k"] ** 2 * (h - w) ** 2) + e ** 2),
+def mahalanobis_standard(h, w, eps, o):
+    return mahalanobis(h, w, eps, o["A"].T @ o["A"] + 0.01 * np.eye(len(h)))
+
+
+def mahalanobis_diagonal(h, w, eps, o):
+    return mahalanobis(h, w, eps, np.diag(np.exp(o["theta"])) + 0.01 * np.eye(len(h)))
+
+
+def mahalanobis_cholesky(h, w, eps, o):
+    L = np.tril(o["L"], -1) + np.diag(np.exp(np.diag(o["L"])))
+    return mahalanobis(h, w, eps, L @ L.T + 0.01 * np.eye(len(h)))
+
+
+def mahalanobis_covariance(h, w, eps, o):
+    covariance = o["covariance"]
+    mean_variance = np.trace(covariance) / len(h)
+    # the shrinkage is 0.1 and reg_lambda is 0.01, both relative to the mean variance
+    return mahalanobis(h, w, eps, np.linalg.inv(0.9 * covariance + 0.11 * mean_variance * np.eye(len(h))))
+
+
+# Each formula takes one pair of vectors, eps, and the head's further tensors by name.
+NAIVE = {
+    ("euclidean", "standard"): lambda h, w, eps, o: math.sqrt(sum((h - w) ** 2) + eps ** 2),
+    ("manhattan", "standard"): lambda h, w, eps, o: sum(abs(h - w)) + eps,
+    ("chebyshev", "standard"): lambda h, w, eps, o: max(abs(h - w)) + eps,
+    ("chebyshev", "smooth"): lambda h, w, eps, o: math.log(sum(np.exp(10 * abs(h - w)))) / 10,
+    ("chebyshev", "cosh"): lambda h, w, eps, o: math.log(sum(2 * np.cosh(10 * (h - w)))) / 10,
+    ("minkowski", "standard"): lambda h, w, eps, o: sum(abs(h - w) ** 1.5) ** (1 / 1.5) + eps,
+    ("cosine", "stable"): lambda h, w, eps, o: 1 - h @ w / math.sqrt(h @ h) / math.sqrt(w @ w) + eps,
+    ("cosine", "unstable"): lambda h, w, eps, o: 1 - h @ w / (math.sqrt(h @ h) * math.sqrt(w @ w) + eps) + eps,
+    ("hamming", "soft"): lambda h, w, eps, o: np.mean(abs(sigmoid(h) - sigmoid(w))) + eps,
+    # outside training there is no noise
+    ("hamming", "gumbel"): lambda h, w, eps, o: np.mean(abs(sigmoid(h / 0.5) - sigmoid(w / 0.5))) + eps,
+    ("hamming", "hard"): lambda h, w, eps, o: np.mean((h > 0) != (w > 0)) + eps,
+    ("canberra", "standard"): lambda h, w, eps, o: sum(abs(h - w) / (abs(h) + abs(w) + eps)) + eps,
+    ("canberra", "robust"): canberra_robust,
+    ("canberra", "weighted"): canberra_weighted,
+    ("bray_curtis", "standard"): lambda h, w, eps, o: sum(abs(h - w)) / (abs(sum(h + w)) + eps) + eps,
+    ("bray_curtis", "abs"): lambda h, w, eps, o: sum(abs(h - w)) / (sum(abs(h) + abs(w)) + eps) + eps,
+    ("bray_curtis", "normalized"): bray_curtis_normalized,
+    ("bray_curtis", "signed"): lambda h, w, eps, o: sum(abs(h - w)) / (sum(abs(h + w)) + eps) + eps,
+    ("mahalanobis", "standard"): mahalanobis_standard,
+    ("mahalanobis", "diagonal"): mahalanobis_diagonal,
+    ("mahalanobis", "cholesky"): mahalanobis_cholesky,
+    ("mahalanobis", "covariance"): mahalanobis_covariance,
+    ("offset_l2", "standard"): lambda h, w, eps, o: math.sqrt(sum(o["alpha_k"] ** 2 * (h - w) ** 2) + eps ** 2),
 }
 
 
-@every
+@every_distance
 def test_equals_a_loop_over_its_formula(distance, variant):
     h = rand(12, 6, seed=3)
+    formula = NAIVE[distance, variant]
     for eps in (1e-4, 0.05):
         head = make(distance, variant, eps=eps)
-        o = {name: getattr(head, name).detach().numpy() for name in [*head.spec.tensors, *head.spec.buffers]}
-        w, f = head.weight.detach().numpy(), NAIVE[distance, variant]
-        oracle = [[f(a, b, eps, {**o, "alpha_k": o["alpha"][k] if "alpha" in o else None}) for k, b in enumerate(w)] for a in h.numpy()]
+        tensors = {}
+        for name in [*head.spec.tensors, *head.spec.buffers]:
+            tensors[name] = getattr(head, name).detach().numpy()
+        oracle = np.empty((12, 9))
+        for k, w in enumerate(head.weight.detach().numpy()):
+            if "alpha" in tensors:
+                tensors["alpha_k"] = tensors["alpha"][k] # each class has its own scales
+            for i, x in enumerate(h.numpy()):
+                oracle[i, k] = formula(x, w, eps, tensors)
         np.testing.assert_allclose(head.distances(h).detach(), oracle, rtol=1e-9)
-        # the links, in nats
-        z = -3.0 * np.log(oracle)
-        np.testing.assert_allclose(head(h).detach(), z, rtol=1e-9, atol=1e-12)
+        # the scores of the two links, in nats
+        np.testing.assert_allclose(head(h).detach(), -3.0 * np.log(oracle), rtol=1e-9, atol=1e-12)
         head.link = "softmin"
-        np.testing.assert_allclose(head(h).detach(), -3.0 * np.array(oracle), rtol=1e-9)
+        np.testing.assert_allclose(head(h).detach(), -3.0 * oracle, rtol=1e-9)
 
 
 def test_gumbel_is_a_binary_concrete_sample_while_training():
@@ -146,11 +242,15 @@ def test_gumbel_is_a_binary_concrete_sample_while_training():
     d = head.distances(h)
     torch.manual_seed(7)
     uh, uw = torch.rand_like(h), torch.rand_like(w)
-    sh, sw = ((torch.sigmoid((x + u.log() - (1 - u).log()) / 0.5)) for x, u in ((h, uh), (w, uw))) # log u - log(1-u) is logistic
-    torch.testing.assert_close(d, (sh[:, None] - sw[None]).abs().mean(-1) + 1e-4)
-    assert not torch.equal(d, head.distances(h)) # noise is new at each call
+
+    def concrete(x, u):
+        return torch.sigmoid((x + u.log() - (1 - u).log()) / 0.5) # log u - log(1 - u) is logistic
+
+    oracle = (concrete(h, uh)[:, None] - concrete(w, uw)[None]).abs().mean(-1) + 1e-4
+    torch.testing.assert_close(d, oracle)
+    assert not torch.equal(d, head.distances(h)) # each call draws new noise
     noise = torch.logit(torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
-    assert abs(noise.std().item() - math.pi / math.sqrt(3)) < 0.02 # logistic, not Gumbel (1.28)
+    assert abs(noise.std().item() - math.pi / math.sqrt(3)) < 0.02 # a logistic variable, not a Gumbel one (1.28)
 
 
 def test_covariance_is_the_pooled_within_class_estimate():
@@ -161,24 +261,28 @@ def test_covariance_is_the_pooled_within_class_estimate():
     scatter, freedom = within_class_scatter(x, y)
     assert freedom == len(y) - 5
     truth = root @ root.T
-    assert ((scatter / freedom - truth).norm() / truth.norm()).item() < 0.03 # unbiased whatever the class means
-    by_class = sum(torch.cov(x[y == k].T) * ((y == k).sum() - 1) for k in range(5)) / freedom
-    torch.testing.assert_close(scatter / freedom, by_class)
+    # the estimate is unbiased, whatever the class means
+    assert ((scatter / freedom - truth).norm() / truth.norm()).item() < 0.03
+    by_class = torch.zeros_like(scatter)
+    for k in range(5):
+        members = x[y == k]
+        by_class += torch.cov(members.T) * (len(members) - 1)
+    torch.testing.assert_close(scatter / freedom, by_class / freedom)
 
     head = DistanceHead(4, 5, "mahalanobis", "covariance", momentum=0.5).double()
     head.loss(x, y)
     torch.testing.assert_close(head.covariance, 0.5 * torch.eye(4).double() + 0.5 * scatter / freedom)
     before = head.covariance.clone()
     head.eval().loss(x, y)
-    head.train().loss(x[:5], torch.arange(5)) # no class twice: nothing to estimate from
-    head.loss(x[:3], torch.full((3,), -100)) # nor here
+    head.train().loss(x[:5], torch.arange(5)) # no class occurs twice: there is nothing to estimate from
+    head.loss(x[:3], torch.full((3,), -100)) # no position has a target
     assert torch.equal(head.covariance, before)
     assert not any(p is head.covariance for p in head.parameters())
 
 
 @pytest.mark.parametrize("variant", ["stable", "unstable"])
 def test_the_zero_vector_is_orthogonal_to_all(variant):
-    """Its cosine with anything counts as 0, so that d = 1 + eps, and 0 with 0 as well."""
+    """The cosine of 0 with any vector, 0 included, counts as 0, so that d = 1 + eps."""
     zero = torch.zeros(6, dtype=torch.float64)
     h, w = torch.stack([zero, rand(6)]), torch.stack([rand(6, seed=1), zero])
     d = pairwise(h, w, "cosine", variant, eps=1e-3)
@@ -187,7 +291,7 @@ def test_the_zero_vector_is_orthogonal_to_all(variant):
 
 
 def test_every_rank_estimates_the_covariance_from_the_whole_batch(monkeypatch):
-    """Two ranks: the scatter and the degrees of freedom are summed over both before one is divided by the other."""
+    """The scatter and the degrees of freedom are summed over both ranks before one is divided by the other."""
     h, y = rand(40, 4), torch.arange(40) % 5
     parts = [within_class_scatter(h[:20], y[:20]), within_class_scatter(h[20:], y[20:])]
     others = list(parts[1])
@@ -203,8 +307,8 @@ def test_every_rank_estimates_the_covariance_from_the_whole_batch(monkeypatch):
 # -----------------------------------------------------------------------------
 # gradients
 
-@links
-@every
+@every_link
+@every_distance
 def test_gradcheck(distance, variant, link):
     head = make(distance, variant, link=link, learn_n=True, V=5)
     h, y = rand(4, 6, seed=4).requires_grad_(), torch.tensor([1, 4, 0, -100])
@@ -213,14 +317,21 @@ def test_gradcheck(distance, variant, link):
     params = dict(head.named_parameters())
 
     def call(method, *args):
+        """Return the method as a function of h and of the head's parameters, for gradcheck to differentiate."""
+        module = Method(head, method)
+
         def f(h, *tensors):
-            return torch.func.functional_call(Method(head, method), dict(zip((f"head.{k}" for k in params), tensors)), (h, *args))
+            named = {f"head.{name}": tensor for name, tensor in zip(params, tensors)}
+            return torch.func.functional_call(module, named, (h, *args))
         return f
+
     assert torch.autograd.gradcheck(call("__call__"), (h, *params.values()))
     assert torch.autograd.gradcheck(call("loss", y), (h, *params.values()))
 
 
 class Method(torch.nn.Module):
+    """functional_call only calls modules: this one calls a head's method by name."""
+
     def __init__(self, head, name):
         super().__init__()
         self.head, self.name = head, name
@@ -230,27 +341,38 @@ class Method(torch.nn.Module):
 
 
 def check_straight_through(head, h, y):
-    """d is that of the bits, its gradient that of the soft form."""
+    """The distance is that of the bits, and its gradient is that of the soft variant."""
     soft = make("hamming", "soft", link=head.link, learn_n=True, V=5)
     g = rand(4, 5, seed=9)
     ours = torch.autograd.grad((head.distances(h) * g).sum(), (h, head.weight))
     oracle = torch.autograd.grad((soft.distances(h) * g).sum(), (h, soft.weight))
     for a, b in zip(ours, oracle):
         torch.testing.assert_close(a, b)
-    assert torch.autograd.gradcheck(lambda n: F.cross_entropy(-n * head.distances(h).detach().log(), y), torch.tensor(2.0).double().requires_grad_())
+    d = head.distances(h).detach()
+    n = torch.tensor(2.0).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda n: F.cross_entropy(-n * d.log(), y), n)
 
 
-@links
-@every
+@every_link
+@every_distance
 def test_finite_gradients_where_it_is_hard(distance, variant, link):
     D, V = 6, 5
     w = rand(V, D, seed=1).float()
+    zeros = torch.zeros(V, D)
     cases = {
-        "h = w": (w.clone(), w), "zeros": (torch.zeros(V, D), w), "all zero": (torch.zeros(V, D), torch.zeros(V, D)), "ties": (w + 1.0, w),
-        "large": (1e4 * rand(V, D, seed=2).float(), w), "both large": (1e4 * w + 1, 1e4 * w), "nearly equal": (w * (1 + 1e-6), w),
+        "h = w": (w.clone(), w),
+        "zeros": (zeros.clone(), w),
+        "all zero": (zeros.clone(), zeros),
+        "ties": (w + 1.0, w),
+        "large": (1e4 * rand(V, D, seed=2).float(), w),
+        "both large": (1e4 * w + 1, 1e4 * w),
+        "nearly equal": (w * (1 + 1e-6), w),
     }
+    options = {}
+    if distance == "minkowski":
+        options["p"] = 7.0
     for name, (h, weight) in cases.items():
-        head = make(distance, variant, D, V, torch.float32, link=link, learn_n=True, **({"p": 7.0} if distance == "minkowski" else {}))
+        head = make(distance, variant, D, V, torch.float32, link=link, learn_n=True, **options)
         if link == "softmin" and name == "large":
             head.log_n.data.fill_(-8.0) # else exp(-n d) is 0 for every prototype but one
         head.weight.data.copy_(weight)
@@ -266,39 +388,46 @@ def test_finite_gradients_where_it_is_hard(distance, variant, link):
 
 
 def test_precision_of_the_euclidean_identity_in_fp32():
-    """|h|^2 + |w|^2 - 2 h.w loses everything where h is close to w. The bounds we hold, D = 768: the target's distance (in the loss)
-    to 1e-6, every distance of head.distances to 1e-4; of the loss's other columns only the identity's own absolute error."""
+    """
+    The identity |h|^2 + |w|^2 - 2 h.w loses everything where h is close to w. At D = 768 the target's distance in the
+    loss must be right to 1e-6, and every distance of head.distances to 1e-4. The loss's other columns have the absolute
+    error of the identity itself.
+    """
     D, V = 768, 64
     w = rand(V, D, seed=1)
+    y = torch.arange(V)
     direction = F.normalize(rand(V, D, seed=2), dim=-1)
     for ratio in (1.0, 0.1, 0.03, 0.01, 1e-3, 1e-4):
         h = w + ratio * w.norm(dim=-1, keepdim=True) * direction
         h32, w32 = h.float(), w.float()
-        exact = torch.cdist(h32.double(), w32.double(), compute_mode="donot_use_mm_for_euclid_dist") # of the rounded inputs
+        # the exact distances are those of the rounded inputs
+        exact = torch.cdist(h32.double(), w32.double(), compute_mode="donot_use_mm_for_euclid_dist")
         head = DistanceHead(D, V, n=1.0, eps=0.0)
         head.weight.data.copy_(w32)
         d = head.distances(h32).double()
         assert ((d - exact) / exact).abs().max() < 1e-4, ratio
-        # the loss: recover log d_target from it, all other distances known exactly
-        nll = head.loss(h32, torch.arange(V), reduction="none").double()
-        oracle = F.cross_entropy(-exact.log(), torch.arange(V), reduction="none")
+        # The loss shows the error of log d at the target.
+        nll = head.loss(h32, y, reduction="none").double()
+        oracle = F.cross_entropy(-exact.log(), y, reduction="none")
         assert (nll - oracle).abs().max() < 3e-6, ratio
         s = distances.all_pairs(head.core, h32, w32).double()
         scale = (h32 ** 2).sum(-1, dtype=torch.float64)[:, None] + (w32 ** 2).sum(-1, dtype=torch.float64)
-        assert ((s - exact ** 2).abs() / scale).max() < 16 * 2 ** -24 # 9 seen
-        # the gradient of the target's term, which a matrix product would lose as well
+        assert ((s - exact ** 2).abs() / scale).max() < 16 * 2 ** -24 # 9 were seen
+        # A matrix product would lose the gradient of the target's term as well.
         h32.requires_grad_()
-        grad, = torch.autograd.grad(head.loss(h32, torch.arange(V)), h32)
+        grad, = torch.autograd.grad(head.loss(h32, y), h32)
         h64 = h32.detach().double().requires_grad_()
-        oracle, = torch.autograd.grad(F.cross_entropy(-(h64[:, None] - w32.double()).norm(dim=-1).log(), torch.arange(V)), h64)
-        assert ((grad - oracle).norm() / oracle.norm()).item() < 1e-4, ratio # 4e-5 seen at the closest, from the other columns
+        d64 = (h64[:, None] - w32.double()).norm(dim=-1)
+        oracle, = torch.autograd.grad(F.cross_entropy(-d64.log(), y), h64)
+        # at the closest 4e-5 was seen, which comes from the other columns
+        assert ((grad - oracle).norm() / oracle.norm()).item() < 1e-4, ratio
 
 
 # -----------------------------------------------------------------------------
 # what a distance head promises
 
-@links
-@every
+@every_link
+@every_distance
 def test_the_nearest_prototype_wins(distance, variant, link):
     head = make(distance, variant, D=8, V=20, link=link)
     h = rand(200, 8, seed=6)
@@ -308,11 +437,12 @@ def test_the_nearest_prototype_wins(distance, variant, link):
     assert (log_p[:, :, None] > log_p[:, None, :])[nearer].all() # the whole order, not only the first
 
 
-@links
-@pytest.mark.parametrize("distance, variant", [("baseline", None), *ALL])
+@every_link
+@every_head
 def test_cross_entropy_goes_to_zero_on_separable_data(distance, variant, link):
     torch.manual_seed(0)
-    head = DistanceHead(16, 4, distance, variant, link=link, n=16.0 if link == "harmonic" else 40.0)
+    n = 16.0 if link == "harmonic" else 40.0
+    head = DistanceHead(16, 4, distance, variant, link=link, n=n)
     y = torch.arange(32) % 4
     h = (torch.randn(4, 16)[y] + 0.1 * torch.randn(32, 16)).requires_grad_()
     optimizer = torch.optim.Adam([h, *head.parameters()], lr=0.05)
@@ -325,105 +455,154 @@ def test_cross_entropy_goes_to_zero_on_separable_data(distance, variant, link):
     assert torch.equal(head(h).argmax(-1), y)
 
 
-HOMOGENEOUS = [("euclidean", "standard"), ("manhattan", "standard"), ("chebyshev", "standard"), ("minkowski", "standard"), ("mahalanobis", "standard"),
-               ("mahalanobis", "diagonal"), ("mahalanobis", "cholesky"), ("mahalanobis", "covariance"), ("offset_l2", "standard")]
-SCALE_FREE = [("cosine", "stable"), ("cosine", "unstable"), ("canberra", "standard"), ("canberra", "weighted"), ("bray_curtis", "standard"),
-              ("bray_curtis", "abs"), ("bray_curtis", "normalized"), ("bray_curtis", "signed"), ("hamming", "hard")]
+HOMOGENEOUS = [
+    ("euclidean", "standard"),
+    ("manhattan", "standard"),
+    ("chebyshev", "standard"),
+    ("minkowski", "standard"),
+    ("mahalanobis", "standard"),
+    ("mahalanobis", "diagonal"),
+    ("mahalanobis", "cholesky"),
+    ("mahalanobis", "covariance"),
+    ("offset_l2", "standard"),
+]
+SCALE_FREE = [
+    ("cosine", "stable"),
+    ("cosine", "unstable"),
+    ("canberra", "standard"),
+    ("canberra", "weighted"),
+    ("bray_curtis", "standard"),
+    ("bray_curtis", "abs"),
+    ("bray_curtis", "normalized"),
+    ("bray_curtis", "signed"),
+    ("hamming", "hard"),
+]
 
 
-@every
+@every_distance
 def test_scale_invariance(distance, variant):
-    """Theorem 1: with the harmonic link and eps = 0, p does not see (h, w) -> (c h, c w) when d is 1-homogeneous. It holds trivially
-    where d is 0-homogeneous; eps, the softmin link and the distances with a scale of their own break it."""
+    """
+    Theorem 1: with the harmonic link and eps = 0, p does not change from (h, w) to (c h, c w) when d is homogeneous of
+    degree 1. It holds trivially where d is homogeneous of degree 0. A positive eps, the softmin link and the distances
+    with a scale of their own (soft Hamming, smooth Chebyshev, robust Canberra) break it.
+    """
     h, c = rand(20, 12, seed=1), 7.0
+    options = {}
+    if variant == "robust":
+        options["min_denom"] = 1.5
 
     def p(scale, eps, link="harmonic"):
-        head = make(distance, variant, D=12, eps=eps, link=link, **(dict(min_denom=1.5) if variant == "robust" else {}))
+        head = make(distance, variant, D=12, eps=eps, link=link, **options)
         head.weight.data *= scale
         return head(scale * h).softmax(-1), head.distances(scale * h)
 
     (p1, d1), (p2, d2) = p(1.0, 0.0), p(c, 0.0)
-    homogeneous, scale_free = (distance, variant) in HOMOGENEOUS, (distance, variant) in SCALE_FREE
+    homogeneous = (distance, variant) in HOMOGENEOUS
+    scale_free = (distance, variant) in SCALE_FREE
     if homogeneous:
         torch.testing.assert_close(d2, c * d1, rtol=1e-9, atol=0)
     elif scale_free:
         torch.testing.assert_close(d2, d1, rtol=1e-9, atol=1e-12)
-    assert torch.allclose(p1, p2, rtol=1e-9, atol=1e-12) == (homogeneous or scale_free) # hamming soft, smooth Chebyshev, canberra robust are neither
+    assert torch.allclose(p1, p2, rtol=1e-9, atol=1e-12) == (homogeneous or scale_free)
     if homogeneous:
         assert not torch.allclose(p(1.0, 0.0, "softmin")[0], p(c, 0.0, "softmin")[0], rtol=1e-3)
-        assert not torch.allclose(p(1.0, 0.3)[0], p(c, 0.3)[0], rtol=1e-9) # eps is a length, it does not scale along
+        assert not torch.allclose(p(1.0, 0.3)[0], p(c, 0.3)[0], rtol=1e-9) # eps is a length that stays as it is
 
 
 def test_chebyshev_ties_share_the_gradient():
     h, w = torch.tensor([[1.0, -1.0, 0.5]]).requires_grad_(), torch.zeros(1, 3)
     grad, = torch.autograd.grad(pairwise(h, w, "chebyshev").sum(), h)
-    assert grad.tolist() == [[0.5, -0.5, 0.0]] # in the convex hull of the two: [1, -1, 0] would not be a subgradient
+    # a subgradient lies in the convex hull of the two, as [1, -1, 0] would not
+    assert grad.tolist() == [[0.5, -0.5, 0.0]]
 
 
 # -----------------------------------------------------------------------------
 # parameters reach the numbers
 
-CHANGED = dict(alpha=3.0, p=3.0, T=2.0, threshold=0.4, min_denom=1.5, weight_power=2.0, reg_lambda=0.7, momentum=0.1, shrinkage=0.6)
+CHANGED = dict(
+    alpha=3.0,
+    p=3.0,
+    T=2.0,
+    threshold=0.4,
+    min_denom=1.5,
+    weight_power=2.0,
+    reg_lambda=0.7,
+    momentum=0.1,
+    shrinkage=0.6,
+)
 
 
 def config_scores(text="", train=False, **kwargs):
     torch.manual_seed(3)
     head = lm_head(GPTConfig(vocab_size=7, n_embd=6, distance_params=text, **kwargs)).double()
     with torch.no_grad():
-        head.weight *= 0.01 # small coordinates, so that a floor of the denominator bites
-        for name in head.spec.tensors: # away from the start, where A = I, theta = 0 and L = I are one
-            getattr(head, name).add_(0.3 * torch.randn_like(getattr(head, name)))
+        head.weight *= 0.01 # small coordinates let a floor of the denominator bite
+        for name in head.spec.tensors: # at the start A = I, theta = 0 and L = I give the same distance
+            tensor = getattr(head, name)
+            tensor.add_(0.3 * torch.randn_like(tensor))
     h = 0.01 * rand(30, 6, seed=8)
-    if train: # for what is estimated or drawn only then
+    if train: # some parameters only act on what training estimates or draws
         torch.manual_seed(4)
         head.train().loss(100 * h, torch.arange(30) % 7)
     return head.eval()(h).detach()
 
 
-@every
+@every_distance
 def test_every_variant_and_parameter_changes_the_numbers(distance, variant):
-    spec = DISTANCES[distance][variant]
-    base = config_scores(distance=distance, variant=variant, train=True)
+    def scores(text="", **changes):
+        settings = {"distance": distance, "variant": variant, **changes}
+        return config_scores(text, train=True, **settings)
+
+    base = scores()
     for other in DISTANCES[distance]:
         if other != variant:
-            assert not torch.allclose(base, config_scores(distance=distance, variant=other, train=True), rtol=1e-6), other
-    for name in spec.params:
-        assert not torch.allclose(base, config_scores(f"{name}={CHANGED[name]}", distance=distance, variant=variant, train=True), rtol=1e-6), name
-    for kwargs in (dict(link="softmin"), dict(n=5.0), dict(eps=0.05)):
-        scores = config_scores(distance=distance, variant=variant, train=True, **kwargs)
-        if "eps" in kwargs and variant in ("smooth", "cosh"):
-            continue # the two formulas without eps
-        assert not torch.allclose(base, scores, rtol=1e-9), kwargs
+            assert not torch.allclose(base, scores(variant=other), rtol=1e-6), other
+    for name in DISTANCES[distance][variant].params:
+        assert not torch.allclose(base, scores(f"{name}={CHANGED[name]}"), rtol=1e-6), name
+    for changes in (dict(link="softmin"), dict(n=5.0), dict(eps=0.05)):
+        changed = scores(**changes)
+        if "eps" in changes and variant in ("smooth", "cosh"):
+            continue # these two formulas have no eps
+        assert not torch.allclose(base, changed, rtol=1e-9), changes
     if variant == next(iter(DISTANCES[distance])):
-        assert torch.equal(base, config_scores(distance=distance, train=True)) # "" is the first variant
+        assert torch.equal(base, config_scores(distance=distance, train=True)) # the first variant is the default
     assert not torch.allclose(base, config_scores(distance="baseline", train=True))
 
 
 def test_parse_head():
-    """Both ways to write a head give what DistanceHead takes."""
-    assert parse_head("minkowski:p=3") == parse_head("minkowski", "", "p=3") == dict(distance="minkowski", variant=None, p=3.0)
+    """Both ways to write a head give the arguments of DistanceHead."""
+    minkowski = dict(distance="minkowski", variant=None, p=3.0)
+    assert parse_head("minkowski:p=3") == parse_head("minkowski", "", "p=3") == minkowski
     assert parse_head("x", params="p=3, alpha=0.5") == dict(distance="x", variant=None, p=3.0, alpha=0.5)
     assert parse_head(" chebyshev:smooth:alpha=5 ") == dict(distance="chebyshev", variant="smooth", alpha=5.0)
     assert DistanceHead(8, 4, **parse_head("chebyshev:smooth:alpha=5")).options.alpha == 5
-    for args, message in ((("x", "", "p=three"), "p=three"), (("x", "", "p:3"), "must read name=number"), (("x:p",  "q"), "a head is written")):
+    bad = {
+        "p=three": ("x", "", "p=three"),
+        "must read name=number": ("x", "", "p:3"),
+        "a head is written": ("x:p", "q"),
+    }
+    for message, args in bad.items():
         with pytest.raises(ValueError, match=message):
             parse_head(*args)
 
 
-def test_a_distance_of_ones_own_gets_everything():
-    """One core, one entry: autograd finds the gradient, and the loss keeps to its tiles."""
-    squared_chord = Distance(lambda o: Tiles(lambda h, w: ((h.abs() + 1e-6).sqrt() - (w.abs() + 1e-6).sqrt()).square().sum(-1)))
-    try:
-        DISTANCES["squared_chord"] = {"standard": squared_chord}
-        head = make("squared_chord", None, V=30)
-        h, y = rand(50, 6).requires_grad_(), torch.arange(50) % 30
-        oracle = F.cross_entropy(-3 * (((h[:, None].abs() + 1e-6).sqrt() - (head.weight.abs() + 1e-6).sqrt()).square().sum(-1) + 1e-4).log(), y)
-        loss = head.loss(h, y, chunk=7)
-        torch.testing.assert_close(loss, oracle)
-        for a, b in zip(torch.autograd.grad(loss, (h, head.weight)), torch.autograd.grad(oracle, (h, head.weight))):
-            torch.testing.assert_close(a, b)
-    finally:
-        del DISTANCES["squared_chord"]
+def test_a_distance_of_ones_own_gets_everything(monkeypatch):
+    """A distance needs one core and one entry: autograd finds the gradient, and the loss keeps to its tiles."""
+    def squared_chord(h, w):
+        return ((h.abs() + 1e-6).sqrt() - (w.abs() + 1e-6).sqrt()).square().sum(-1)
+
+    entry = {"standard": Distance(lambda o: Tiles(squared_chord))}
+    monkeypatch.setitem(DISTANCES, "squared_chord", entry)
+    head = make("squared_chord", None, V=30)
+    h, y = rand(50, 6).requires_grad_(), torch.arange(50) % 30
+    d = squared_chord(h[:, None], head.weight) + 1e-4
+    oracle = F.cross_entropy(-3 * d.log(), y)
+    loss = head.loss(h, y, chunk=7)
+    torch.testing.assert_close(loss, oracle)
+    ours = torch.autograd.grad(loss, (h, head.weight))
+    theirs = torch.autograd.grad(oracle, (h, head.weight))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b)
 
 
 # -----------------------------------------------------------------------------
@@ -434,16 +613,18 @@ def plain(head, h, y, ignore_index=-100, reduction="mean"):
 
 
 def compare(head, h, loss, oracle, upstream, rtol):
-    params = [h, *head.parameters()]
+    """Compare two losses, and their gradients in h and in the parameters given the gradient from upstream."""
     torch.testing.assert_close(loss, oracle, rtol=rtol, atol=rtol)
-    grads = torch.autograd.grad((loss * upstream).sum(), params)
-    for (name, p), a, b in zip([("h", h), *head.named_parameters()], grads, torch.autograd.grad((oracle * upstream).sum(), params)):
-        assert a.dtype == p.dtype
-        assert ((a - b).norm() <= rtol * b.norm() + 1e-12), (name, ((a - b).norm() / b.norm()).item())
+    inputs = {"h": h, **dict(head.named_parameters())}
+    ours = torch.autograd.grad((loss * upstream).sum(), list(inputs.values()))
+    theirs = torch.autograd.grad((oracle * upstream).sum(), list(inputs.values()))
+    for (name, x), a, b in zip(inputs.items(), ours, theirs):
+        assert a.dtype == x.dtype
+        assert (a - b).norm() <= rtol * b.norm() + 1e-12, (name, ((a - b).norm() / b.norm()).item())
 
 
-@links
-@pytest.mark.parametrize("distance, variant", [("baseline", None), *ALL])
+@every_link
+@every_head
 def test_loss_equals_cross_entropy_of_the_scores(distance, variant, link):
     N, V = 37, 50
     learn_n = distance != "baseline"
@@ -454,16 +635,19 @@ def test_loss_equals_cross_entropy_of_the_scores(distance, variant, link):
         h = rand(N, 6, seed=3).to(dtype).requires_grad_()
         for chunk in (1, 7, N, None):
             compare(head, h, head.loss(h, y, chunk=chunk), plain(head, h, y), torch.tensor(-2.7), rtol)
-        compare(head, h, head.loss(h, y, reduction="sum", chunk=8), plain(head, h, y, reduction="sum"), torch.tensor(0.3), rtol)
-        compare(head, h, head.loss(h, y, reduction="none", chunk=8), plain(head, h, y, reduction="none"), rand(N, seed=5).to(dtype), rtol)
+        for reduction, upstream in (("sum", torch.tensor(0.3)), ("none", rand(N, seed=5).to(dtype))):
+            loss = head.loss(h, y, reduction=reduction, chunk=8)
+            compare(head, h, loss, plain(head, h, y, reduction=reduction), upstream, rtol)
         with torch.no_grad():
             torch.testing.assert_close(head.loss(h, y), plain(head, h, y), rtol=rtol, atol=rtol)
 
 
 def test_offset_l2_beyond_one_slice_of_the_vocabulary():
-    head, h, y = make("offset_l2", None, D=5, V=5000), rand(8, 5).requires_grad_(), torch.arange(8) * 700
+    head = make("offset_l2", None, D=5, V=5000)
+    h, y = rand(8, 5).requires_grad_(), torch.arange(8) * 700
     d = ((head.alpha * (h[:, None] - head.weight)).square().sum(-1) + 1e-8).sqrt()
-    compare(head, h, head.loss(h, y, chunk=3), F.cross_entropy(-3 * d.log(), y), torch.tensor(1.0), 1e-12)
+    oracle = F.cross_entropy(-3 * d.log(), y)
+    compare(head, h, head.loss(h, y, chunk=3), oracle, torch.tensor(1.0), 1e-12)
 
 
 def test_loss_ignores_and_shapes():
@@ -475,14 +659,21 @@ def test_loss_ignores_and_shapes():
     assert head(h).shape == (2, 3, 9) and head.distances(h).shape == (2, 3, 9)
     grad, = torch.autograd.grad(head.loss(h, y, ignore_index=-100), h)
     assert (grad[0, 2] == 0).all() and (grad[1, 1] == 0).all() and (grad[0, 0] != 0).any()
-    assert math.isnan(head.loss(h, torch.full_like(y, -100), ignore_index=-100).item()) # the mean of nothing, as F.cross_entropy has it
+    # the mean of nothing is nan, as F.cross_entropy has it
+    assert math.isnan(head.loss(h, torch.full_like(y, -100), ignore_index=-100).item())
     # the backward pass can be asked for twice
     loss = head.loss(h, y, ignore_index=-100)
     first = torch.autograd.grad(loss, h, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss, h)[0])
 
 
-@pytest.mark.parametrize("distance, variant", [("baseline", None), ("euclidean", None), ("manhattan", None), ("mahalanobis", "standard"), ("cosine", "unstable")])
+@pytest.mark.parametrize("distance, variant", [
+    ("baseline", None),
+    ("euclidean", None),
+    ("manhattan", None),
+    ("mahalanobis", "standard"),
+    ("cosine", "unstable"),
+])
 def test_loss_under_autocast_is_the_fp32_loss(distance, variant):
     head = make(distance, variant, D=32, V=50, dtype=torch.float32)
     x, layer, y = rand(20, 32).float(), torch.nn.Linear(32, 32), torch.arange(20)
@@ -504,7 +695,7 @@ def test_loss_under_autocast_is_the_fp32_loss(distance, variant):
 
 @pytest.mark.parametrize("distance", ["euclidean", "manhattan", "baseline"])
 def test_weight_gradients_accumulate_in_fp32(distance):
-    """With a bf16 weight and 512 chunks, the gradient is the fp32 one rounded once, not 512 times."""
+    """With a bf16 weight and 512 chunks, the gradient is the one in fp32, rounded once and not 512 times."""
     head = make(distance, None, D=16, V=20, dtype=torch.float32)
     head.weight.data = head.weight.data.bfloat16().float()
     h, y = rand(512, 16).float(), torch.arange(512) % 20
@@ -512,23 +703,27 @@ def test_weight_gradients_accumulate_in_fp32(distance):
     head.weight.data = head.weight.data.bfloat16()
     got, = torch.autograd.grad(head.loss(h, y, chunk=1), head.weight)
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), oracle, rtol=2 ** -8, atol=2 ** -8 * oracle.abs().max().item() * 0.01)
+    atol = 2 ** -8 * oracle.abs().max().item() * 0.01
+    torch.testing.assert_close(got.float(), oracle, rtol=2 ** -8, atol=atol)
 
 
 def warm_peak_bytes(f):
-    f() # what is made once is not counted
+    f() # the first call allocates what later ones keep
     return peak_bytes(f)
 
 
-@pytest.mark.parametrize("distance, variant", [("baseline", None), *ALL])
+@every_head
 def test_loss_needs_a_quarter_of_the_memory_of_dense_logits(distance, variant, monkeypatch):
-    monkeypatch.setattr(distances, "CACHE_ELEMENTS", 2 ** 14) # the tiles as small as the rest of it
+    monkeypatch.setattr(distances, "CACHE_ELEMENTS", 2 ** 14) # the tiles are as small as the rest of this test
     N, V, D = 512, 4096, 16
     h, y = rand(N, D).float().requires_grad_(), torch.arange(N)
     w = torch.nn.Parameter(rand(V, D).float())
     dense = warm_peak_bytes(lambda: torch.autograd.grad(F.cross_entropy(h @ w.T, y), (h, w)))
-    assert dense > 2 * 4 * N * V # logits and their log-softmax at least: the count counts
-    head = make(distance, variant, D, V, torch.float32, **(dict(alpha=5.0) if variant == "cosh" else {})) # its range
+    assert dense > 2 * 4 * N * V # the count includes the logits and their log-softmax at least
+    options = {}
+    if variant == "cosh":
+        options["alpha"] = 5.0 # the coordinates stay in its range
+    head = make(distance, variant, D, V, torch.float32, **options)
     ours = warm_peak_bytes(lambda: torch.autograd.grad(head.loss(h, y, chunk=16), (h, *head.parameters())))
     assert ours < dense / 4, (ours / 2 ** 20, dense / 2 ** 20)
 
@@ -540,7 +735,7 @@ def test_compiled_tiles_equal_eager_ones():
     head.compile_loss()
     try:
         compiled = torch.autograd.grad(head.loss(h, y), (h, head.weight))
-    except Exception as e: # no C++ compiler
+    except Exception as e: # there may be no C++ compiler
         pytest.skip(f"torch.compile does not work here: {type(e).__name__}")
     for a, b in zip(compiled, eager):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -549,16 +744,20 @@ def test_compiled_tiles_equal_eager_ones():
 # -----------------------------------------------------------------------------
 # the modules
 
+def shapes(module):
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
 def test_head_is_a_drop_in_for_linear():
     linear, head = torch.nn.Linear(16, 7, bias=False), DistanceHead(16, 7, "baseline")
     head.weight.data.copy_(linear.weight)
     x = torch.randn(3, 16)
     torch.testing.assert_close(head(x), linear(x))
-    assert {k: v.shape for k, v in head.state_dict().items()} == {k: v.shape for k, v in linear.state_dict().items()}
+    assert shapes(head) == shapes(linear)
     torch.manual_seed(0)
     start = torch.nn.Linear(64, 1000, bias=False).weight
     torch.manual_seed(0)
-    assert torch.equal(DistanceHead(64, 1000, "cosine").weight, start) # the same start as well
+    assert torch.equal(DistanceHead(64, 1000, "cosine").weight, start) # both start from the same weight
 
 
 def test_padding_rows_are_masked_out():
@@ -590,24 +789,26 @@ def test_learn_n_moves_n():
 
 
 def test_the_list_of_heads_prints(capsys):
-    import runpy
     runpy.run_path(distances.__file__, run_name="__main__")
     text = capsys.readouterr().out
-    assert all(name in text for name in ("baseline", *DISTANCES)) and "p=1.5" in text and "alpha (learned)" in text
+    assert all(name in text for name in ("baseline", *DISTANCES))
+    assert "p=1.5" in text and "alpha (learned)" in text
     with open(os.path.join(os.path.dirname(distances.__file__), "README.md")) as f:
-        assert text in f.read() # `python distances.py` makes the README's list
+        assert text in f.read() # the README shows the output of `python distances.py`
 
 
 # -----------------------------------------------------------------------------
 # bad input
 
+NOT_FINITE = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.nan, 0.0, math.inf, 0.0]])
 BAD = {
     "unknown distance 'euclidian', did you mean 'euclidean'": lambda: DistanceHead(4, 3, "euclidian"),
     "legal: baseline, euclidean, manhattan": lambda: DistanceHead(4, 3, "wasserstein"),
     "unknown cosine variant 'stabel', did you mean 'stable'": lambda: DistanceHead(4, 3, "cosine", "stabel"),
     "baseline has no variants, got 'stable'": lambda: DistanceHead(4, 3, "baseline", "stable"),
     r"cosine has no parameter 'p' \(legal: none\)": lambda: DistanceHead(4, 3, "cosine", p=3.0),
-    r"minkowski has no parameter 'q' \(legal: p\)": lambda: pairwise(torch.zeros(1, 2), torch.zeros(1, 2), "minkowski", q=1.0),
+    r"minkowski has no parameter 'q' \(legal: p\)":
+        lambda: pairwise(torch.zeros(1, 2), torch.zeros(1, 2), "minkowski", q=1.0),
     "unknown link 'harmonics', did you mean 'harmonic'": lambda: DistanceHead(4, 3, link="harmonics"),
     "p must be at least 1 .*, got 0.5": lambda: DistanceHead(4, 3, "minkowski", p=0.5),
     "p must be at least 1 .*, got nan": lambda: DistanceHead(4, 3, "minkowski", p=float("nan")),
@@ -619,13 +820,18 @@ BAD = {
     "alpha belongs to the head": lambda: DistanceHead(4, 3, "offset_l2", alpha=1.0),
     r"num_classes must lie in 1..3 .*, got 5": lambda: DistanceHead(4, 3, num_classes=5),
     r"features of size 4, got \(2, 5\)": lambda: DistanceHead(4, 3)(torch.zeros(2, 5)),
-    r"\(N, D\) and \(V, D\), got \(2, 5\) and \(3, 4\)": lambda: pairwise(torch.zeros(2, 5), torch.zeros(3, 4), "euclidean"),
-    r"target 3 is out of range: the head has classes 0..2": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.tensor([0, 3])),
+    r"\(N, D\) and \(V, D\), got \(2, 5\) and \(3, 4\)":
+        lambda: pairwise(torch.zeros(2, 5), torch.zeros(3, 4), "euclidean"),
+    r"target 3 is out of range: the head has classes 0..2":
+        lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.tensor([0, 3])),
     r"target -5 is out of range": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.tensor([-100, -5])),
-    r"h is not finite: 2 of 8 values, the first in row 1": lambda: DistanceHead(4, 3).loss(torch.tensor([[0.0] * 4, [math.nan, 0, math.inf, 0]]), torch.tensor([0, 1])),
+    r"h is not finite: 2 of 8 values, the first in row 1":
+        lambda: DistanceHead(4, 3).loss(NOT_FINITE, torch.tensor([0, 1])),
     r"h is not finite": lambda: DistanceHead(4, 3)(torch.full((1, 4), math.nan)),
-    r"h \(2, 4\) and targets \(3,\) do not fit": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long)),
-    "reduction must be mean, sum or none, got 'max'": lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), reduction="max"),
+    r"h \(2, 4\) and targets \(3,\) do not fit":
+        lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long)),
+    "reduction must be mean, sum or none, got 'max'":
+        lambda: DistanceHead(4, 3).loss(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), reduction="max"),
     "baseline is a linear head": lambda: DistanceHead(4, 3, "baseline").distances(torch.zeros(2, 4)),
 }
 

@@ -33,7 +33,7 @@ from helpers import (
     run_script_loud,
 )
 from helpers import SETTINGS as LANGUAGE
-from test_data_vision import cifar_arrays, records, write, write_mnist
+from image_files import cifar_arrays, records, write, write_mnist
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, MultiStepLR, StepLR
 
 import configurator
