@@ -1051,11 +1051,16 @@ class DistanceHead(nn.Module):
     """An output layer of prototypes, in place of nn.Linear(in_features, num_prototypes, bias=False).
 
     distance, variant, params: see DISTANCES (`python distances.py` lists them); "baseline" is the linear head itself.
-    link: "harmonic" (z = -n log d) or "softmin" (z = -n d). n > 0; learn_n=True learns log n. eps: bounds -n log d at h
-    = w; where it enters is part of each formula. num_classes: rows of the weight from there on are padding (50,257
-    tokens in 50,304 rows): they are masked out of p. bias: a learned offset per class in z. device, dtype: of all
-    parameters, as in nn.Linear. Prototypes start as nn.Linear's weight does (kaiming_uniform, a = sqrt 5: +-1/sqrt D),
-    the bias of a linear head as its bias does, that of a distance at 0. Raises ValueError for illegal values. """
+    link: "harmonic" (z = -n log d) or "softmin" (z = -n d).
+    n: > 0; learn_n=True learns log n. 1 to 4 suits ten classes. A vocabulary needs about sqrt(in_features) or more, on
+        features of unit norm: language_model_head in model.py gives both.
+    eps: bounds -n log d at h = w; where it enters is part of each formula.
+    num_classes: rows of the weight from there on are padding (50,257 tokens in 50,304 rows), masked out of p.
+    bias: a learned offset per class in z.
+    device, dtype: of all parameters, as in nn.Linear.
+
+    Prototypes start as nn.Linear's weight does (kaiming_uniform, a = sqrt 5: +-1/sqrt D), the bias of a linear head as
+    its bias does, that of a distance at 0. Raises ValueError for illegal values."""
 
     def __init__(self, in_features, num_prototypes, distance="euclidean", variant=None, link="harmonic", n=1.0,
                  learn_n=False, eps=1e-4, num_classes=None, bias=False, device=None, dtype=None, **params):
