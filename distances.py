@@ -206,14 +206,12 @@ def soft_bits(h, w, T, noise=None):
 
 
 def logistic_noise(x):
-    """The difference of two Gumbel variables, which makes the sigmoid a binary-concrete sample (Maddison et al.
-    2017)."""
+    """The difference of two Gumbel variables: the sigmoid becomes a binary-concrete sample (Maddison et al. 2017)."""
     return torch.logit(torch.rand_like(x), eps=torch.finfo(x.dtype).eps)
 
 
 def hard_bits(x, threshold):
-    """The sigmoid of x - threshold, but above 0.5 exactly where x > threshold: close to it the sigmoid rounds to
-    0.5."""
+    """The sigmoid of x - threshold, but above 0.5 exactly where x > threshold: close to it the sigmoid is rounded."""
     soft, half = torch.sigmoid(x - threshold), x.new_tensor(0.5)
     above = torch.nextafter(half, 2 * half)
     exact = torch.where(x > threshold, soft.clamp_min(above), soft.clamp_max(half))
@@ -221,8 +219,8 @@ def hard_bits(x, threshold):
 
 
 def exponentials(h, w, o):
-    """sum 2 cosh(alpha (h - w)) = <[e^(alpha h), e^(-alpha h)], [e^(-alpha w), e^(alpha w)]>. Raises ValueError beyond
-    exp's range."""
+    """sum 2 cosh(alpha (h - w)) = <[e^(alpha h), e^(-alpha h)], [e^(-alpha w), e^(alpha w)]>. Raises ValueError where
+    exp would overflow."""
     if o.validate and h.numel() and has_values(h):
         limit = math.log(torch.finfo(h.dtype).max) - 8 # of a term, so that the sum too stays in range
         reach = o.alpha * (h.detach().abs().amax() + w.detach().abs().amax()).item()
@@ -265,8 +263,8 @@ def covariance_root(o):
 
 def within_class_scatter(h, targets):
     """The sum over samples of (h - m_y)(h - m_y)', where m_y is the mean of the sample's class in this batch, and its
-    degrees of freedom N - (classes present). Their ratio is the pooled within-class covariance. h (N, D), targets (N,)
-    -> (D, D), ()."""
+    degrees of freedom N - (classes present): h (N, D), targets (N,) -> (D, D), (). Their ratio is the pooled
+    within-class covariance."""
     _, index, count = targets.unique(return_inverse=True, return_counts=True)
     means = h.new_zeros(len(count), h.shape[1]).index_add_(0, index, h) / count[:, None]
     x = h - means[index]
