@@ -624,7 +624,10 @@ def lp(p):
 
     def slope(x, inverse, g):
         return signed(x, g) * power_less_1(x.abs() * inverse)
-    return tiles_of_difference(value, slope, invert, ("lp", p))
+    tiles = tiles_of_difference(value, slope, invert, ("lp", p))
+    # pow's derivatives are finite where coordinates are equal, those of the faster value are not
+    tiles.dense = lambda h, w: ((h[:, None] - w).abs() ** p).sum(-1).clamp_min(torch.finfo(h.dtype).tiny) ** (1 / p)
+    return tiles
 
 
 class HardBits(Tiles):
@@ -887,6 +890,8 @@ def chunked_loss(plan, h, w, terms, targets, weights, differentiate):
     computed directly from operands that are not rounded to matmul_dtype: the target is what comes close to h, where a
     matrix product cancels."""
     core = plan.core
+    if isinstance(core, Tiles):
+        core.compile = plan.compiled
     nll = h.new_empty(len(h))
     dh, dw, dterms = None, None, {}
     if differentiate:
@@ -953,7 +958,8 @@ class _Loss(torch.autograd.Function):
         inputs, prepared_inputs = tensors[:len(names)], tensors[len(names):]
         h, w, *terms = prepared_inputs
         differentiate = plan.differentiate and not plan.per_row
-        nll, *grads = chunked_loss(plan, h, w, dict(zip(term_names, terms)), targets, weights, differentiate)
+        with full_fp32(h):
+            nll, *grads = chunked_loss(plan, h, w, dict(zip(term_names, terms)), targets, weights, differentiate)
         ctx.plan, ctx.names, ctx.term_names = plan, names, term_names
         ctx.save_for_backward(targets, weights, *inputs, *(prepared_inputs if plan.per_row else grads))
         return weights * nll if plan.per_row else (weights * nll).sum()
@@ -969,7 +975,8 @@ class _Loss(torch.autograd.Function):
             grads = [*torch.func.vjp(loss, *inputs)[1](g), *[None] * len(kept)]
         elif plan.per_row:
             h, w, *terms = kept
-            _, *grads = chunked_loss(plan, h, w, dict(zip(ctx.term_names, terms)), targets, weights * g, True)
+            with full_fp32(h):
+                _, *grads = chunked_loss(plan, h, w, dict(zip(ctx.term_names, terms)), targets, weights * g, True)
             grads = [*[None] * count, *grads]
         else:
             grads = [*[None] * count, *(x if x is None else x * g for x in kept)]
@@ -1040,11 +1047,6 @@ def pairwise(h, weight, distance, variant=None, eps=1e-4, **params):
 WORTH_COMPILING = {"N x V x D": 2 ** 24, "N x V": 2 ** 22}
 
 
-def in_words(kind):
-    """The mark of a head in a state dict (DistanceHead.kind) as text; a linear layer has none."""
-    return "linear" if kind is None else bytes(kind.tolist()).decode(errors="replace")
-
-
 class DistanceHead(nn.Module):
     """An output layer of prototypes, in place of nn.Linear(in_features, num_prototypes, bias=False).
 
@@ -1064,7 +1066,7 @@ class DistanceHead(nn.Module):
                  learn_n=False, eps=1e-4, num_classes=None, bias=False, device=None, dtype=None, **params):
         super().__init__()
         self.in_features, self.num_prototypes = in_features, num_prototypes
-        self.num_classes = num_classes or num_prototypes
+        self.num_classes = num_prototypes if num_classes is None else num_classes
         self.distance, self.link, self.eps, self.params = distance, one_of("link", link, LINKS), eps, params
         self.variant, spec = find(distance, variant)
         if not 0 < self.num_classes <= num_prototypes:
@@ -1086,10 +1088,6 @@ class DistanceHead(nn.Module):
         if learn_n:
             self.log_n = nn.Parameter(torch.tensor(math.log(n)))
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_prototypes)) if bias else None)
-        self.register_buffer("kind", None) # a mark in the state dict, which a linear layer refuses
-        if distance != "baseline":
-            words = [distance, self.variant, self.link, *(f"{name}={value}" for name, value in params.items())]
-            self.kind = torch.tensor(list(" ".join(words).encode()), dtype=torch.uint8)
         self.compiled = None # see compile_loss
         self.mm_dtype = None # of the loss's matrix products; None: bf16 on a GPU under autocast to bf16, else as h is
         self.validate = True # check h and targets at every call: it waits for the device, a training loop may skip it
@@ -1119,12 +1117,30 @@ class DistanceHead(nn.Module):
     def out_features(self):
         return self.num_classes
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Weights of another head are refused: they would load without a word, and score otherwise."""
-        saved, own = (in_words(x) for x in (state_dict.get(f"{prefix}kind"), self.kind))
-        if saved != own:
-            args[-1].append(f"the weights of {prefix}weight are those of a {saved} head, this is a {own} head")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    @property
+    def kind(self):
+        """What the head is, in words that two heads share only if the same weights give the same distances and link."""
+        if self.distance == "baseline":
+            return "linear"
+        numbers = {name: x for name, x in {**self.spec.params, **self.params}.items() if name != "momentum"}
+        words = [f"{name}={x:g}" for name, x in sorted(numbers.items())]
+        return " ".join([self.distance, self.variant, self.link, *words])
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """The state dict gets the kind too, as bytes: a linear layer refuses it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.distance != "baseline":
+            destination[f"{prefix}kind"] = torch.tensor(list(self.kind.encode()), dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        """The weights of another head are refused: they would load without a word, and score otherwise."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        saved = state_dict.get(f"{prefix}kind")
+        if saved is not None:
+            unexpected[:] = [key for key in unexpected if key != f"{prefix}kind"]
+        saved = "linear" if saved is None else bytes(saved.byte().tolist()).decode(errors="replace")
+        if f"{prefix}weight" in state_dict and saved != self.kind:
+            errors.append(f"the weights of {prefix}weight are those of a {saved} head, this is a {self.kind} head")
 
     @torch.no_grad()
     def resize(self, num_prototypes):
@@ -1164,12 +1180,10 @@ class DistanceHead(nn.Module):
         enough to be worth the 5 to 15 seconds that compiling takes once, and where there is a compiler (C++ on a CPU,
         triton on a GPU)."""
         self.compiled, self._chunk_losses = on, {}
-        if isinstance(self.core, Tiles):
-            self.core.compile = bool(on)
 
     def distances(self, h):
-        """d(h, w_k): h (..., D) -> (..., num_classes). Close pairs are exact too: in fp32 the relative error is at most
-        about 1e-4."""
+        """d(h, w_k): h (..., D) -> (..., num_classes). Close pairs are exact too, except in a compiled graph: in fp32
+        the relative error is at most about 1e-4."""
         if self.distance == "baseline":
             raise ValueError("baseline is a linear head, it has no distance")
         with without_autocast(h):
@@ -1185,6 +1199,8 @@ class DistanceHead(nn.Module):
 
     def _distances(self, h):
         h, weight, tensors = self._inputs(h)
+        if isinstance(self.core, Tiles):
+            self.core.compile = bool(self.compiled)
         d = all_distances(self.spec, self._options(h, weight).updated(**tensors), h, weight, self.core)
         return d[:, :self.num_classes]
 
@@ -1211,26 +1227,31 @@ class DistanceHead(nn.Module):
 
     @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
     def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None):
-        """-log p_y in nats, equal to F.cross_entropy(head(h), targets) in value and in every gradient, without N x V in
-        memory.
+        """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory. Value and gradients are equal
+        but for rounding; where h is close to a prototype that is not its target, they err as SquaredL2 says.
 
-        h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction
-        "mean" (over the targets that count), "sum" or "none" (per target, whose backward pass computes the distances
-        again). chunk: rows at a time, by default 256 (elementwise 128), or 1024 on a GPU, and more where a buffer stays
-        below 8 MB (4 MB; 256 MB on a GPU). Runs in fp32 with autocast off, but for the operands of matrix products
-        (mm_dtype); gradients of the weight accumulate in fp32. Second derivatives are right, and hold N x V x D. Raises
-        ValueError for shapes that do not fit, a target out of range and a non-finite h. torch.compile runs it outside
-        of its graph, or raises with fullgraph=True; torch.func's transforms raise RuntimeError ("must override the
-        setup_context"): both take F.cross_entropy(head(h), targets). """
+        h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction:
+        "mean" over the targets that count, "sum", or "none", per target, whose backward pass computes the distances
+        again. chunk: rows at a time, by default 256 (elementwise 128), or 1024 on a GPU, and more where a buffer stays
+        below 8 MB (4 MB; 256 MB on a GPU).
+
+        Everything runs in fp32 with autocast off, but for the operands of matrix products (mm_dtype), and gradients of
+        the weight accumulate in fp32. Second derivatives are right, and hold N x V x D. torch.compile runs the loss
+        outside of its graph, or raises with fullgraph=True, and torch.func's transforms raise RuntimeError ("must
+        override the setup_context"): both take F.cross_entropy(head(h), targets), where close pairs are not refined.
+
+        Raises ValueError for shapes that do not fit, a target out of range and an h that is not finite."""
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
         if h.shape[:-1] != targets.shape:
             raise ValueError(f"h {tuple(h.shape)} and targets {tuple(targets.shape)} do not fit: h needs one more "
                              "dimension, the features")
-        if targets.is_floating_point():
+        if targets.is_floating_point() or targets.dtype == torch.bool:
             raise ValueError(f"targets are class numbers, of an integer type, got {targets.dtype}")
         autocast_dtype = torch.get_autocast_dtype("cuda") if h.is_cuda and torch.is_autocast_enabled("cuda") else None
-        shape, targets = targets.shape, targets.reshape(-1)
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        shape, targets = targets.shape, targets.reshape(-1).long()
         counts = targets != ignore_index
         if self.validate:
             self._check_targets(targets[counts], ignore_index)
@@ -1241,7 +1262,7 @@ class DistanceHead(nn.Module):
             o = self._options(h, weight)
             inputs = {"h": h, "weight": weight, **tensors}
             if self.fixed_n is None:
-                inputs["n"] = self.n
+                inputs["n"] = self.n.to(h.dtype)
             if self.bias is not None:
                 inputs["bias"] = self.bias.to(h.dtype)
             weights = counts.to(h.dtype)
@@ -1252,7 +1273,8 @@ class DistanceHead(nn.Module):
             try:
                 loss = self._call_loss(plan, inputs, targets, weights)
             except Exception as e:
-                if self.compiled is not None or not plan.compiled:
+                of_the_compiler = type(e).__module__.startswith(("torch._dynamo", "torch._inductor"))
+                if self.compiled is not None or not plan.compiled or not of_the_compiler:
                     raise
                 reason = repr(e)[:200]
                 warnings.warn(f"torch.compile does not work here, large batches take longer: {reason}", stacklevel=2)
@@ -1288,11 +1310,9 @@ class DistanceHead(nn.Module):
             matmul_dtype = self.mm_dtype or automatic
         differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values())
         compiled = self._is_compiled(h, differentiate)
-        if isinstance(core, Tiles):
-            core.compile = compiled
         link, n, num_classes = self.link, self.fixed_n, self.num_classes
         plan = Plan(core, self.spec, o, link, n, num_classes, chunk, matmul_dtype, differentiate, per_row, compiled)
-        key = link, n, compiled
+        key = link, n, num_classes, compiled
         if key not in self._chunk_losses:
             vjp = torch.func.vjp if compiled else local_vjp # the compiler takes the one, hooks allow the other
             scores = replace(plan, o=self.options).scores # what is kept must not hold this call's noise

@@ -29,7 +29,8 @@ def load_run(out_dir, checkpoint="best.pt", device="cpu"):
     ckpt = torch.load(path, map_location="cpu", weights_only=True)
     family = FAMILIES[ckpt["config"].get("model", "gpt")]
     model = family.Model(family.Config(**ckpt["model_args"]))
-    if model.head.kind is not None:
-        ckpt["model"].setdefault("head.kind", model.head.kind) # earlier runs have no mark, their config says the same
+    for name, x in model.state_dict().items():
+        if name == "head.kind":
+            ckpt["model"].setdefault(name, x) # earlier runs do not have it, but their config says the same
     model.load_state_dict(ckpt["model"])
     return model.eval().to(device), ckpt["config"], ckpt["step"]

@@ -290,8 +290,9 @@ def load_checkpoint(out_dir, model, config, data_hash, fixed=()):
     if data_hash != ckpt["data_hash"]:
         differences.append(f"the data are others: hash {data_hash} here, {ckpt['data_hash']} in the checkpoint")
     fail([f"cannot resume {out_dir}: {difference}" for difference in differences])
-    if model.head.kind is not None:
-        ckpt["model"].setdefault("head.kind", model.head.kind) # earlier runs have no mark, their config says the same
+    for name, x in model.state_dict().items():
+        if name == "head.kind":
+            ckpt["model"].setdefault(name, x) # earlier runs do not have it, but their config says the same
     model.load_state_dict(ckpt["model"])
     return ckpt
 

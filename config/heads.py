@@ -1,4 +1,4 @@
-# This trains one head on 77,000 tokens, the same for every head: a table in RESULTS.md has each of them with three seeds.
+# This trains one head on 77,000 tokens, the same for every head: a table in RESULTS.md has each with three seeds.
 #   python train.py config/heads.py --distance=chebyshev --variant=smooth --seed=1 \
 #       --out_dir=out/heads/chebyshev_smooth_1
 include("cpu.py")

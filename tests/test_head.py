@@ -280,14 +280,28 @@ def test_weights_of_another_head_are_refused():
     with pytest.raises(RuntimeError, match="those of a linear head, this is a cosine stable harmonic head"):
         cosine.load_state_dict(linear.state_dict())
     within = torch.nn.Sequential(DistanceHead(4, 3, "minkowski", p=3.0))
-    with pytest.raises(RuntimeError, match="of 0.weight are .* cosine .*, this is a minkowski .* p=3.0 head"):
+    with pytest.raises(RuntimeError, match="of 0.weight are .* cosine .*, this is a minkowski .* p=3 head"):
         within.load_state_dict({f"0.{name}": x for name, x in cosine.state_dict().items()})
     with pytest.raises(RuntimeError, match="a cosine stable harmonic head, this is a cosine stable softmin head"):
         DistanceHead(4, 3, "cosine", link="softmin").load_state_dict(cosine.state_dict())
+    backbone = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4), "head": DistanceHead(4, 3)})
+    backbone.load_state_dict({"layer.weight": torch.eye(4)}, strict=False) # a checkpoint without a head
+    equal = DistanceHead(4, 3, "minkowski", "standard", p=3)
+    equal.load_state_dict(DistanceHead(4, 3, "minkowski", p=3.0).state_dict())
+    DistanceHead(4, 3, "minkowski").load_state_dict(DistanceHead(4, 3, "minkowski", p=1.5).state_dict())
     other = DistanceHead(4, 3, "cosine", n=5.0)
     other.load_state_dict(cosine.state_dict())
     assert torch.equal(other.weight, cosine.weight)
     DistanceHead(4, 3, "baseline").load_state_dict(linear.state_dict())
+
+
+def test_a_head_is_made_without_memory_and_filled_later():
+    source, head = DistanceHead(4, 3, "cosine"), DistanceHead(4, 3, "cosine", device="meta")
+    head.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(head.weight, source.weight)
+    head = DistanceHead(4, 3, "cosine", device="meta").to_empty(device="cpu")
+    head.load_state_dict({name: x.half() for name, x in source.state_dict().items()})
+    torch.testing.assert_close(head.weight, source.weight, rtol=1e-3, atol=1e-3)
 
 
 def test_a_transformer_with_a_distance_head(tmp_path):
@@ -339,7 +353,7 @@ def test_large_batches_are_compiled_by_themselves(distance, compiler):
 def test_without_a_compiler_there_is_one_line(monkeypatch, compiler):
     def broken(fn, **options):
         def run(*args):
-            raise RuntimeError("no C++ compiler")
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
         return run
     monkeypatch.setattr(distances.torch, "compile", broken)
     head, (h, y) = make("manhattan"), batch()
@@ -349,9 +363,58 @@ def test_without_a_compiler_there_is_one_line(monkeypatch, compiler):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(head.loss(h, y), loss)
-    with pytest.raises(RuntimeError, match="no C.. compiler"): # who asked for it hears of it
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException): # who asked for it hears of it
         head.compile_loss()
         head.loss(h, y)
+
+
+def test_a_users_own_error_is_no_compilers(compiler):
+    head, (h, y) = make("chebyshev", "cosh"), batch()
+    with pytest.raises(ValueError, match="its exponentials hold up to"):
+        head.loss(1e6 * h.requires_grad_(), y)
+    assert head.compiled is None
+
+
+def test_the_scores_do_not_depend_on_the_losses_before(compiler):
+    head, (h, y) = make("manhattan"), batch()
+    before = head(h)
+    head.loss(h.requires_grad_(), y)
+    assert torch.equal(head(h), before) and not head.core.compile
+
+
+# -----------------------------------------------------------------------------
+# precision
+
+def test_the_gradient_of_a_learned_n_accumulates_in_fp32():
+    """Over 1024 chunks of a bf16 head: it is the fp32 one but for the rounding of n and of the result."""
+    torch.manual_seed(0)
+    head = DistanceHead(8, 50, "euclidean", n=3.0, learn_n=True).bfloat16()
+    h, y = torch.randn(1024, 8).bfloat16().float(), torch.arange(1024) % 50
+    gradient, = torch.autograd.grad(head.loss(h, y, reduction="sum", chunk=1), head.log_n)
+    oracle, = torch.autograd.grad(head.float().loss(h, y, reduction="sum"), head.log_n)
+    torch.testing.assert_close(gradient.float(), oracle, rtol=0.02, atol=0)
+
+
+def test_minkowski_where_coordinates_are_equal():
+    """Gradients under transforms are finite at h = w too. (Second ones are not, for p < 2: |x|^p has none at 0.)"""
+    head, (h, _) = make("minkowski", p=1.5), batch()
+    h[0], h[1, 2] = head.weight[0].detach(), head.weight[1, 2].detach()
+    gradient = torch.func.vmap(torch.func.grad(lambda h: head(h).sum()))(h[:, None])
+    assert torch.isfinite(gradient).all()
+    x = h.clone().requires_grad_()
+    torch.testing.assert_close(gradient[:, 0], torch.autograd.grad(head(x).sum(), x)[0])
+
+
+def test_targets_of_any_integer_type():
+    head, h = DistanceHead(4, 3), torch.randn(2, 4)
+    expected = head.loss(h, torch.tensor([0, 2]))
+    for dtype in (torch.uint8, torch.int8, torch.int32):
+        assert torch.equal(head.loss(h, torch.tensor([0, 2], dtype=dtype)), expected)
+    for chunk in (0, -1):
+        with pytest.raises(ValueError, match=f"chunk must be at least 1, got {chunk}"):
+            head.loss(h, torch.tensor([0, 2]), chunk=chunk)
+    with pytest.raises(ValueError, match="num_classes must lie in 1..3"):
+        DistanceHead(4, 3, num_classes=0)
 
 
 # -----------------------------------------------------------------------------

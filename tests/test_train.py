@@ -410,7 +410,7 @@ def test_everything_that_is_wrong_is_in_one_report(here):
                  "n is -1.0, it must be > 0", "dtype is 'float8': use", "device is 'tpu': use",
                  "init_from is 'nonsense': use scratch", "unknown distance 'cosin', did you mean 'cosine'?",
                  "eval_iters is 0", "log_interval is 0", "n_embd 30 must be a multiple of n_head 4",
-                 "make it with: python prepare_", "did you mean 'USA'?"):
+                 "make it with: python ", "did you mean 'USA'?"):
         assert part in err, part
     listed = int(re.search(r"(\d+) to fix", err)[1])
     assert listed == err.count("\n  - ") == 14
