@@ -343,6 +343,10 @@ class SquaredL2(Core):
     def value(self, h, w):
         return ((h - w) ** 2).sum(-1)
 
+    def gradient(self, h, w, s, g):
+        gh = 2 * g[..., None] * (h - w)
+        return gh, -gh
+
     def precompute(self, w):
         return norm2(w)
 
@@ -379,6 +383,8 @@ class WeightedSquaredL2(SquaredL2):
     def value(self, h, w):
         w, alpha = w.chunk(2, -1)
         return ((alpha * (h - w)) ** 2).sum(-1)
+
+    gradient = Core.gradient # by autograd
 
     def precompute(self, w):
         return None
@@ -419,6 +425,9 @@ class Dot(Core):
 
     def value(self, h, w):
         return (h * w).sum(-1)
+
+    def gradient(self, h, w, s, g):
+        return g[..., None] * w, g[..., None] * h
 
     def forward(self, h, w, precomputed, out):
         add_product(out, h, w.T, beta=0)
@@ -858,9 +867,9 @@ def chunk_loss_of(core, scores, vjp):
     """The function chunk_loss: all that a chunk of rows needs besides matrix products and tiles, in one piece, so that
     torch.compile makes a few passes over the chunk of it."""
 
-    def chunk_loss(s, s_target, ds, h, precomputed, targets, weights, terms, differentiate):
+    def chunk_loss(s, s_target, ds, h, precomputed, targets, weights, terms, constants, differentiate):
         """-log p_y (c,), and the gradients of sum(weights * -log p_y) by the targets' s (c,) and by every tensor of
-        terms.
+        terms; constants are terms that ask for none.
 
         s (c, V) comes from core.forward. s_target (c,) comes from core.value and takes the place of the targets'
         entries. The gradient by all other entries of s is written into ds (c, V), or into s where ds is None."""
@@ -868,9 +877,9 @@ def chunk_loss_of(core, scores, vjp):
         written = s if ds is None else ds
         s = torch.where(is_target, s_target[:, None], core.assemble(s, h, precomputed))
         if differentiate:
-            z, pull = vjp(scores, s, terms)
+            z, pull = vjp(lambda s, terms: scores(s, {**terms, **constants}), s, terms)
         else:
-            z = scores(s, terms)
+            z = scores(s, {**terms, **constants})
         log_p = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
         nll = -log_p.gather(1, targets[:, None])[:, 0]
         if not differentiate:
@@ -882,7 +891,7 @@ def chunk_loss_of(core, scores, vjp):
     return chunk_loss
 
 
-def chunked_loss(plan, h, w, terms, targets, weights, differentiate):
+def chunked_loss(plan, h, w, terms, constants, targets, weights, differentiate):
     """-log p_y per row (N,), and the gradients of sum(weights * -log p_y) by h, by w, and by every tensor of the dict
     terms.
 
@@ -917,7 +926,7 @@ def chunked_loss(plan, h, w, terms, targets, weights, differentiate):
             written = None if core.is_product else ds[j]
             nll[rows], ds_block, dterms_block = plan.chunk_loss(
                 s[j], s_target[j], written, h_matmul[j], precomputed, targets[rows], weights[rows],
-                of_rows(terms, rows), differentiate)
+                of_rows(terms, rows), of_rows(constants, rows), differentiate)
             if differentiate:
                 ds_target[j] = ds_block
             for name, total in of_rows(dterms, rows).items():
@@ -929,7 +938,7 @@ def chunked_loss(plan, h, w, terms, targets, weights, differentiate):
             gh, gw = core.gradient(h_c, w_target, s_target, ds_target)
             dh[chunk] += gh
             dw.index_add_(0, targets_c, gw)
-    return nll, dh, dw, *dterms.values()
+    return nll, dh, dw, dterms
 
 
 def of_rows(terms, rows):
@@ -955,14 +964,23 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan, targets, weights, names, term_names, *tensors):
-        inputs, prepared_inputs = tensors[:len(names)], tensors[len(names):]
-        h, w, *terms = prepared_inputs
-        differentiate = plan.differentiate and not plan.per_row
-        with full_fp32(h):
-            nll, *grads = chunked_loss(plan, h, w, dict(zip(term_names, terms)), targets, weights, differentiate)
+        asked = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(term_names):]
         ctx.plan, ctx.names, ctx.term_names = plan, names, term_names
+        ctx.varying = [name for name, is_asked in zip(term_names, asked) if is_asked]
+        inputs, prepared_inputs = tensors[:len(names)], tensors[len(names):]
+        nll, grads = _Loss.run(ctx, prepared_inputs, targets, weights, plan.differentiate and not plan.per_row)
         ctx.save_for_backward(targets, weights, *inputs, *(prepared_inputs if plan.per_row else grads))
         return weights * nll if plan.per_row else (weights * nll).sum()
+
+    @staticmethod
+    def run(ctx, prepared_inputs, targets, weights, differentiate):
+        """-log p_y per row, and the gradients by the prepared inputs, None for those that are constants."""
+        h, w, *rest = prepared_inputs
+        constants = dict(zip(ctx.term_names, rest))
+        terms = {name: constants.pop(name) for name in ctx.varying}
+        with full_fp32(h):
+            nll, dh, dw, dterms = chunked_loss(ctx.plan, h, w, terms, constants, targets, weights, differentiate)
+        return nll, [dh, dw, *(dterms.get(name) for name in ctx.term_names)]
 
     @staticmethod
     def backward(ctx, g):
@@ -974,9 +992,7 @@ class _Loss(torch.autograd.Function):
                 return dense_loss(plan, dict(zip(names, tensors)), targets, weights)
             grads = [*torch.func.vjp(loss, *inputs)[1](g), *[None] * len(kept)]
         elif plan.per_row:
-            h, w, *terms = kept
-            with full_fp32(h):
-                _, *grads = chunked_loss(plan, h, w, dict(zip(ctx.term_names, terms)), targets, weights * g, True)
+            _, grads = _Loss.run(ctx, kept, targets, weights * g, True)
             grads = [*[None] * count, *grads]
         else:
             grads = [*[None] * count, *(x if x is None else x * g for x in kept)]
