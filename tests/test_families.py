@@ -24,10 +24,11 @@ from helpers import (
     train,
     train_processes,
 )
+from small_models import SMALL, hf_model
 
 import data
 from distances import DistanceHead
-from families import load_run
+from families import FAMILIES, load_run
 from model_bert import BERT, mask_tokens
 from sample import fill_masks
 
@@ -323,3 +324,30 @@ def test_a_large_vocabulary_takes_uint32():
     assert tokenizer.n_vocab == 70_001 and data.token_dtype(tokenizer.n_vocab) == "uint32"
     assert tokenizer.encode_to_numpy("w69999").tolist() == [69999]
     assert tokenizer.decode([69999]) == "w69999"
+
+
+# -----------------------------------------------------------------------------
+# published weights from a folder
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_transformers_in_a_folder(family):
+    """They load whatever the folder is called: the validation loss at step 0 is that of transformers' model."""
+    hf = hf_model(family)
+    hf.save_pretrained("weights")
+    if family == "bert": # whose [MASK] is an id of its tokenizer
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(92))]
+        transformers = pytest.importorskip("transformers")
+        with open("vocab.txt", "w") as f:
+            f.write("\n".join(words))
+        transformers.BertTokenizer("vocab.txt").save_pretrained("weights")
+    train(model=family, init_from="weights", block_size=16, max_iters=0, out_dir="out", bias=family == "gpt",
+          **{key: SMALL[family][key] for key in ("n_layer", "n_head", "n_embd")})
+    found = metrics("out", "eval")[0]["val_loss"]
+    if family == "bert": # its loss is that of masked tokens
+        assert json.load(open("out/config.json"))["model_args"]["mask_id"] == words.index("[MASK]")
+        assert math.isfinite(found)
+        return
+    blocks = data.Blocks("data/tiny", "val", 16, 97, 1337)
+    x, y = blocks.fixed(0, blocks.num_fixed)
+    logits = hf(x).logits
+    assert found == pytest.approx(F.cross_entropy(logits.flatten(0, 1), y.flatten()).item(), rel=1e-4)
