@@ -383,7 +383,7 @@ def bench_vision():
 WORDS = {"head": bench_head, "model": bench_model, "step": bench_step, "data": bench_data, "vision": bench_vision}
 NOTES = { # printed below each table
     "head": "Times are medians of a forward and backward pass. Both sides make and hold the gradients of h and of all "
-            "parameters. 'As built' is our head without a call of compile_loss, 'ms' after one (unless --compile=false), "
+            "parameters. 'As built' is our head without a call of compile_loss, 'ms' after one unless --compile=false, "
             "and a ratio is the latter over the rival's. 'MB beside' is the peak memory less the gradients of the "
             "parameters. The floor of matrix products is at the rate of a square torch.mm in the same rounds; that of "
             "elementwise distances, on a GPU only, is a model (lane instructions per clock).",
