@@ -1345,7 +1345,8 @@ class DistanceHead(nn.Module):
         if self.compiled is not None:
             return self.compiled
         if isinstance(self.core, Tiles):
-            return differentiate and len(h) * self.weight.numel() >= WORTH_COMPILING["N x V x D"]
+            gain = 1 if differentiate else 1 / 8 # a forward pass alone has less to gain
+            return gain * len(h) * self.weight.numel() >= WORTH_COMPILING["N x V x D"]
         return differentiate and len(h) * self.num_prototypes >= WORTH_COMPILING["N x V"]
 
     @torch.no_grad()
