@@ -20,4 +20,4 @@ eval_interval = 250
 eval_iters = 20
 log_interval = 10
 intermediate_size = 352 # for --model=qwen2
-compile = False # on so small a model it costs more than it saves, but elementwise distances want --compile=true
+compile = False # of so small a model; the losses of elementwise distances compile themselves
