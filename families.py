@@ -7,6 +7,7 @@ import torch
 from model import GPT, GPTConfig
 from model_bert import BERT, BERTConfig
 from model_qwen2 import Qwen2, Qwen2Config
+from run import load_weights
 
 # pretrained: the names of the published weights that init_from takes, where * stands for anything
 Family = namedtuple("Family", "Model Config pretrained")
@@ -29,8 +30,5 @@ def load_run(out_dir, checkpoint="best.pt", device="cpu"):
     ckpt = torch.load(path, map_location="cpu", weights_only=True)
     family = FAMILIES[ckpt["config"].get("model", "gpt")]
     model = family.Model(family.Config(**ckpt["model_args"]))
-    for name, x in model.state_dict().items():
-        if name == "head.kind":
-            ckpt["model"].setdefault(name, x) # earlier runs do not have it, but their config says the same
-    model.load_state_dict(ckpt["model"])
+    load_weights(model, ckpt["model"])
     return model.eval().to(device), ckpt["config"], ckpt["step"]

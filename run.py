@@ -290,11 +290,16 @@ def load_checkpoint(out_dir, model, config, data_hash, fixed=()):
     if data_hash != ckpt["data_hash"]:
         differences.append(f"the data are others: hash {data_hash} here, {ckpt['data_hash']} in the checkpoint")
     fail([f"cannot resume {out_dir}: {difference}" for difference in differences])
-    for name, x in model.state_dict().items():
-        if name == "head.kind":
-            ckpt["model"].setdefault(name, x) # earlier runs do not have it, but their config says the same
-    model.load_state_dict(ckpt["model"])
+    load_weights(model, ckpt["model"])
     return ckpt
+
+
+def load_weights(model, weights):
+    """Load a run's weights, a state dict, into a model of the same config."""
+    state = model.state_dict()
+    if "head.kind" in state: # earlier runs do not have it, but their config says the same
+        weights.setdefault("head.kind", state["head.kind"])
+    model.load_state_dict(weights)
 
 
 def load_optimizer(optimizer, state, weight_decay, **settings):
