@@ -453,8 +453,9 @@ def bars(panels, width=8):
                 end, right = value + math.copysign(std or 0, value), value >= 0
                 ax.barh(i, value, color=style(head)["color"], height=0.65, xerr=std,
                         error_kw=dict(ecolor="0.35", lw=1, capsize=2))
-            ax.annotate(text, (end, i), (4 if right else -4, 0), textcoords="offset points", va="center",
-                        ha="left" if right else "right", fontsize=8, color="0.4" if value is None else "k")
+            ax.annotate(text, (end, i), (4 if right else -4, 0), textcoords="offset points", va="center", fontsize=8,
+                        ha="left" if right else "right",
+                        color="0.4" if value is None else "k")
         ax.set_yticks(range(len(rows)), [plain(label) for label, *_ in rows], fontsize=9)
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_xlabel(xlabel)
