@@ -334,14 +334,17 @@ class GPT(LanguageModel):
         names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
         config = GPTConfig(**{name: checkpoint["model_args"][name] for name in names}, tie_weights=True)
         model = cls(pretrained_config(config, overrides, ("n_layer", "n_head", "n_embd", "vocab_size", "bias")))
-        with torch.no_grad():
-            for name, p in model.state_dict().items():
-                theirs = weights.get("lm_head.weight" if name == "head.weight" else name)
-                if name == "head.weight" and model.config.distance != "baseline" and not model.config.tie_weights:
-                    continue
-                if theirs is not None: # rows that only one has, of positions or padding, are left out
-                    rows = min(len(p), len(theirs))
-                    p[:rows] = theirs[:rows]
+        weights["head.weight"] = weights["lm_head.weight"]
+        state = model.state_dict()
+        names = [name for name in state if not name.startswith("head.")]
+        if model.config.distance == "baseline" and not model.config.tie_weights:
+            names.append("head.weight")
+        missing = [name for name in names if name not in weights]
+        if missing:
+            raise ValueError(f"this checkpoint of nanoGPT's train.py has no {missing[0]}: it is damaged")
+        for name in names: # rows that only one has, of positions or padding, are left out
+            rows = min(len(state[name]), len(weights[name]))
+            state[name][:rows] = weights[name][:rows]
         return model
 
     @classmethod

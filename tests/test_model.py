@@ -58,6 +58,14 @@ def test_another_file_is_no_checkpoint_of_nanogpt():
             GPT.from_nanogpt(checkpoint)
 
 
+def test_a_checkpoint_that_lacks_a_weight_is_refused():
+    config = GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=16, bias=False, tie_weights=True)
+    checkpoint = nanogpt_checkpoint(GPT(config))
+    del checkpoint["model"]["transformer.wpe.weight"]
+    with pytest.raises(ValueError, match="has no transformer.wpe.weight"):
+        GPT.from_nanogpt(checkpoint)
+
+
 def test_the_head_for_a_vocabulary():
     """n and feature scale are those with which a language model begins, unless they are given."""
     head = language_model_head(64, 1000, "minkowski", p=3.0)
