@@ -94,11 +94,12 @@ DISTANCES = {
     },
     "chebyshev": {
         "standard": Distance(lambda o: linf(), formula="max |h-w| + eps"),
-        "smooth": Distance(lambda o: smooth_linf(o.alpha), lambda s, a, b, o: s, params=dict(alpha=10.0),
-                           formula="logsumexp(alpha |h-w|) / alpha"),
+        "smooth": Distance(lambda o: smooth_linf(o.alpha), params=dict(alpha=10.0),
+                           formula="logsumexp(alpha |h-w|) / alpha + eps"),
         # One matrix product of twice the length. It exceeds the smooth form by at most log(2) / alpha, where h = w.
-        "cosh": Distance(lambda o: Dot(), lambda s, a, b, o: s.log() / o.alpha, lambda h, w, o: exponentials(h, w, o),
-                         params=dict(alpha=10.0), formula="log(sum 2 cosh(alpha (h-w))) / alpha"),
+        "cosh": Distance(lambda o: Dot(), lambda s, a, b, o: s.log() / o.alpha + o.eps,
+                         lambda h, w, o: exponentials(h, w, o), params=dict(alpha=10.0),
+                         formula="log(sum 2 cosh(alpha (h-w))) / alpha + eps"),
     },
     "minkowski": {
         "standard": Distance(lambda o: lp(o.p), lambda s, a, b, o: root_of_lp(s, o.p) + o.eps, params=dict(p=1.5),
@@ -106,10 +107,11 @@ DISTANCES = {
     },
     "cosine": {
         # 1 - cos = |h' - w'|^2 / 2 for unit vectors h' and w', which does not cancel when they are close.
-        "stable": Distance(lambda o: SquaredL2(), lambda s, a, b, o: (s + a + b) / 2 + o.eps,
-                           lambda h, w, o: (unit(h), unit(w)), row_term=lambda x: is_zero(x),
+        "stable": Distance(lambda o: SquaredL2(), lambda s, a, b, o: torch.add(b, s, alpha=0.5) + (a + o.eps),
+                           lambda h, w, o: (unit(h), unit(w)), row_term=lambda x: is_zero(x) / 2,
                            formula="1 - <h/|h|, w/|w|> + eps"),
-        "unstable": Distance(lambda o: Dot(), lambda s, a, b, o: 1 - s / (a * b + o.eps) + o.eps,
+        # It cancels, so that rounding alone could take it below 0.
+        "unstable": Distance(lambda o: Dot(), lambda s, a, b, o: (1 - s / (a * b + o.eps)).clamp_min(0) + o.eps,
                              row_term=lambda x: x.norm(dim=-1), formula="1 - h.w / (|h||w| + eps) + eps"),
     },
     "hamming": {
@@ -191,7 +193,8 @@ class _Unit(torch.autograd.Function):
 
 
 def unit(x):
-    return nn.functional.normalize(x, dim=-1) if torch.compiler.is_compiling() else _Unit.apply(x)[0]
+    is_large = x.numel() > CACHE_ELEMENTS and not torch.compiler.is_compiling()
+    return _Unit.apply(x)[0] if is_large else nn.functional.normalize(x, dim=-1)
 
 
 def is_zero(x):
@@ -221,7 +224,7 @@ def hard_bits(x, threshold):
 def exponentials(h, w, o):
     """sum 2 cosh(alpha (h - w)) = <[e^(alpha h), e^(-alpha h)], [e^(-alpha w), e^(alpha w)]>. Raises ValueError where
     exp would overflow."""
-    if o.validate and h.numel() and has_values(h):
+    if o.validate and h.numel() and w.numel() and has_values(h):
         limit = math.log(torch.finfo(h.dtype).max) - 8 # of a term, so that the sum too stays in range
         reach = o.alpha * (h.detach().abs().amax() + w.detach().abs().amax()).item()
         if not reach < limit:
@@ -275,18 +278,21 @@ def within_class_scatter(h, targets):
 # the cores: s for all pairs of rows of h (N, D) and w (V, D)
 
 CACHE_ELEMENTS = 2 ** 18 # of a temporary on a CPU: 1 MB in fp32 stays in cache, more costs more than the arithmetic
+# Up to these sizes what one would have written is fastest: operations left to autograd, cross-entropy of the scores.
+SMALL = {"N x V x D": 2 ** 18, "N x V": 2 ** 18}
 
 
 class Core:
     """Every core has
         value(h, w)                          s of pairs that broadcast: (..., D), (..., D) -> (...)
         forward(h, w, precomputed, out)      fills out (N, V) with s, or with the product of which assemble makes s
-        backward(h, w, s, g, dh, dw)         adds the sums of g ds/dh to dh (N, D) and of g ds/dw to dw (V, D), in place
+        backward(h, w, s, g, dh, dw)         adds the sums of g ds/dh to dh (N, D) and of g ds/dw to dw (V, D), but for
+                                             what add_sums adds at the end
     and, with these defaults,"""
     is_product = False       # s is made of a matrix product: backward does without s
     bf16_operands = False    # that product may take operands rounded to bf16 under autocast
     min_chunk_rows = 256     # the loss takes at least so many rows of h at a time on a CPU,
-    chunk_elements = 2 ** 21 # and more as long as a chunk (rows, V) stays below so many elements
+    chunk_elements = 2 ** 22 # and more as long as a chunk (rows, V) stays below so many elements
 
     def gradient(self, h, w, s, g):
         """g ds/dh and g ds/dw of pairs of one shape (..., D), for s and g (...)."""
@@ -301,6 +307,9 @@ class Core:
     def assemble(self, out, h, precomputed):
         """s of what forward left in out. It is apart from forward, as torch.compile fuses it with what follows."""
         return out
+
+    def add_sums(self, w, sums, dw):
+        """Add to dw what depends on h only through sums (V,), the total of what backward returned for all rows of h."""
 
     def dense(self, h, w):
         """s (N, V) by operations that autograd differentiates as often as one likes. It holds N x V x D."""
@@ -324,6 +333,11 @@ def slices(n, step):
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
+def rows_of(pairs):
+    """Of pairs (count, 2) the first and the second entries, 65,536 at a time, as each will hold D elements."""
+    return (part.unbind(1) for part in pairs.split(2 ** 16))
+
+
 def add_product(out, a, b, alpha=1.0, beta=1.0):
     """out = beta out + alpha a @ b in out's dtype. A GPU takes bf16 operands as they are: their products are exact in
     fp32."""
@@ -334,11 +348,11 @@ def add_product(out, a, b, alpha=1.0, beta=1.0):
 
 class SquaredL2(Core):
     """s = |h - w|^2 by one matrix product. The identity |h|^2 + |w|^2 - 2 h.w cancels when h and w are close: in fp32
-    its absolute error is up to 16 x 2^-24 (|h|^2 + |w|^2). So the loss computes the target's s directly, and
-    `distances` all close pairs. The norms of bf16 operands are those of the rounded vectors, or the difference of the
-    roundings would count as a distance."""
+    its absolute error is up to 16 x 2^-24 (|h|^2 + |w|^2). So close pairs are computed directly, value and gradient.
+    The norms of bf16 operands are those of the rounded vectors, or the difference of the roundings would count as a
+    distance."""
     is_product = bf16_operands = True
-    close = 1e-2 # a pair is close where s < close * (|h|^2 + |w|^2); beyond it the relative error of d is below 1e-4
+    close = 2e-2 # a pair is close where s < close * |w|^2; beyond it the relative error of d is below 1e-4
 
     def value(self, h, w):
         return ((h - w) ** 2).sum(-1)
@@ -354,24 +368,36 @@ class SquaredL2(Core):
         add_product(out, h, w.T, beta=0)
 
     def assemble(self, out, h, precomputed):
-        return (norm2(h)[:, None] + precomputed - 2 * out).clamp_min(0)
+        return torch.add(precomputed, out, alpha=-2).add_(norm2(h)[:, None]).clamp_min_(0)
 
-    def cancelling(self, h, w):
-        """The size (N, V) of the terms that cancel."""
-        return norm2(h)[:, None] + norm2(w)
+    def margin(self, s, precomputed):
+        """Below 0 (N, V) where a pair is close."""
+        return s - self.close * precomputed
 
-    def refine(self, h, w, s):
-        """s with its close pairs computed directly, in place."""
-        close_pairs = (s < self.close * self.cancelling(h, w)).nonzero() # (pairs, 2)
-        for pairs in close_pairs.split(2 ** 16):
-            i, j = pairs.T
-            s[i, j] = self.value(h[i], w[j])
-        return s
+    def close_pairs(self, s, precomputed):
+        """The rows of h and of w of close pairs, (pairs, 2)."""
+        return (s < self.close * precomputed).nonzero()
+
+    def refine(self, h, w, s, pairs):
+        """s with these pairs computed directly, in place."""
+        for i, j in rows_of(pairs):
+            s[i, j] = self.value(h[i].to(s.dtype), w[j].to(s.dtype))
+
+    def backward_of_pairs(self, h, w, s, g, pairs, dh, dw):
+        """backward of these pairs alone, directly."""
+        for i, j in rows_of(pairs):
+            gh, gw = self.gradient(h[i], w[j], s[i, j], g[i, j])
+            dh.index_add_(0, i, gh)
+            dw.index_add_(0, j, gw)
 
     def backward(self, h, w, s, g, dh, dw):
-        g = g.to(w.dtype) # before the row sums, so that they are those of the g in the products
+        g = g.to(w.dtype) # before the sums, so that they are those of the g in the products
         add_product(dh.addcmul_(h, g.sum(1, dtype=dh.dtype)[:, None], value=2), g, w, alpha=-2)
-        add_product(dw.addcmul_(w, g.sum(0, dtype=dw.dtype)[:, None], value=2), g.T, h, alpha=-2)
+        add_product(dw, g.T, h, alpha=-2)
+        return g.sum(0, dtype=dw.dtype)
+
+    def add_sums(self, w, sums, dw):
+        dw.addcmul_(w, sums[:, None], value=2)
 
 
 class WeightedSquaredL2(SquaredL2):
@@ -387,14 +413,14 @@ class WeightedSquaredL2(SquaredL2):
     gradient = Core.gradient # by autograd
 
     def precompute(self, w):
-        return None
+        return torch.cat([norm2(torch.mul(*w[j].chunk(2, -1))) for j in slices(len(w), self.slice)])
 
     def forward(self, h, w, precomputed, out):
         h2 = h * h
         for j in slices(len(w), self.slice):
             w_j, alpha = w[j].chunk(2, -1)
             a2 = alpha ** 2
-            out[:, j] = torch.addmm((a2 * w_j * w_j).sum(-1), h, (a2 * w_j).T, alpha=-2).addmm_(h2, a2.T)
+            out[:, j] = torch.addmm(precomputed[j], h, (a2 * w_j).T, alpha=-2).addmm_(h2, a2.T)
 
     def assemble(self, out, h, precomputed):
         return out.clamp_min(0)
@@ -403,10 +429,6 @@ class WeightedSquaredL2(SquaredL2):
         w, alpha = w.chunk(2, -1)
         a2 = alpha ** 2
         return ((a2 * w * w).sum(-1) - 2 * h @ (a2 * w).T + (h * h) @ a2.T).clamp_min(0)
-
-    def cancelling(self, h, w):
-        w, alpha = w.chunk(2, -1)
-        return (h * h) @ (alpha ** 2).T + ((alpha * w) ** 2).sum(-1)
 
     def backward(self, h, w, s, g, dh, dw):
         for j in slices(len(w), self.slice):
@@ -418,6 +440,8 @@ class WeightedSquaredL2(SquaredL2):
             dw_j += 2 * a2 * (w_j * g_sum - g_h)
             dalpha += 2 * alpha * (g_j.T @ (h * h) - 2 * w_j * g_h + w_j * w_j * g_sum)
 
+    add_sums = Core.add_sums
+
 
 class Dot(Core):
     """s = h.w"""
@@ -428,6 +452,9 @@ class Dot(Core):
 
     def gradient(self, h, w, s, g):
         return g[..., None] * w, g[..., None] * h
+
+    def dense(self, h, w):
+        return h @ w.T
 
     def forward(self, h, w, precomputed, out):
         add_product(out, h, w.T, beta=0)
@@ -443,7 +470,8 @@ class Tiles(Core):
 
     slope(h, w, s, g) is the gradient per coordinate, (g ds/dh, g ds/dw) with s and g (..., 1); where it is None
     autograd finds it. pair(h, w, s, g) replaces s and g (...) by what slope takes of a pair as a whole: made once where
-    slope needs it D times. kernel names the same function in distances_triton.py, for GPUs.
+    slope needs it D times. kernel names the same function in distances_triton.py, for GPUs. norm is p where s is a norm
+    of h - w whose gradient torch.cdist has fast, on a CPU.
 
     Tiles run eagerly; or, with compile = True, larger and of one fixed shape through torch.compile, where nothing of
     size N x V x D is held either; or, unless triton = False, as hand-written kernels where there are a GPU, triton and
@@ -451,8 +479,8 @@ class Tiles(Core):
     tile = 128, 512 # rows of h and of w in a compiled tile: measured best on CPUs
     min_chunk_rows, chunk_elements = 128, 2 ** 20
 
-    def __init__(self, value, slope=None, pair=None, kernel=None):
-        self.value, self.slope, self.pair, self.kernel = value, slope, pair, kernel
+    def __init__(self, value, slope=None, pair=None, kernel=None, norm=None):
+        self.value, self.slope, self.pair, self.kernel, self.norm = value, slope, pair, kernel, norm
         self.compile, self.triton = False, True
 
     def gradient(self, h, w, s, g):
@@ -476,6 +504,9 @@ class Tiles(Core):
         if kernels:
             kernels.backward(self.kernel, h, w, s, g, dh, dw)
             return
+        if self.norm and not self.compile and h.device.type == "cpu":
+            self.backward_of_norm(h, w, s, g, dh, dw)
+            return
         tile_backward = self.compiled_backward if self.compile else self.eager_backward
         for i, j in self.tiles(h, w):
             gh, gw = tile_backward(h[i], w[j], s[i, j], g[i, j])
@@ -498,6 +529,17 @@ class Tiles(Core):
     def eager_backward(self, h, w, s, g):
         gh, gw = self.gradient(h[:, None], w[None], s, g) # (n, v, D) each, or already summed by autograd
         return gh.sum(1), gw.sum(0)
+
+    def backward_of_norm(self, h, w, s, g, dh, dw):
+        if self.pair is not None:
+            g = g.clone()
+            for i, j in self.tiles(h, w):
+                _, g[i, j] = self.pair(h[i][:, None], w[j][None], s[i, j], g[i, j])
+        gradient = torch.ops.aten._cdist_backward
+        for j in slices(len(w), 512): # it adds one term after the other, so that long sums lose digits
+            dh += gradient(g[:, j].contiguous(), h, w[j], self.norm, s[:, j].contiguous())
+        for i in slices(len(h), 512):
+            dw += gradient(g[i].T.contiguous(), w, h[i], self.norm, s[i].T.contiguous())
 
     def compiled_forward(self, h, w):
         n, v = self.tile
@@ -567,7 +609,7 @@ def with_own_cache(function, **options):
     return torch.compile(copy, **options)
 
 
-def tiles_of_difference(value, slope, pair=None, kernel=None):
+def tiles_of_difference(value, slope, pair=None, kernel=None, norm=None):
     """Tiles of a function of x = h - w, whose gradients by h and by w are opposite."""
     def slopes(h, w, s, g):
         gh = slope(h - w, s, g)
@@ -575,7 +617,7 @@ def tiles_of_difference(value, slope, pair=None, kernel=None):
 
     def pair_of_difference(h, w, s, g):
         return pair(h - w, s, g)
-    return Tiles(lambda h, w: value(h - w), slopes, pair_of_difference if pair else None, kernel)
+    return Tiles(lambda h, w: value(h - w), slopes, pair_of_difference if pair else None, kernel, norm)
 
 
 def signed(x, g):
@@ -585,7 +627,7 @@ def signed(x, g):
 
 
 def l1():
-    return tiles_of_difference(lambda x: x.abs().sum(-1), lambda x, s, g: signed(x, g), kernel=("l1",))
+    return tiles_of_difference(lambda x: x.abs().sum(-1), lambda x, s, g: signed(x, g), kernel=("l1",), norm=1.0)
 
 
 def linf():
@@ -594,7 +636,7 @@ def linf():
 
     def share_ties(x, s, g): # the mean over the coordinates that reach the maximum is a true subgradient
         return s, g / (x.abs() == s[..., None]).to(x.dtype).sum(-1)
-    return tiles_of_difference(lambda x: x.abs().amax(-1), slope, share_ties, ("linf",))
+    return tiles_of_difference(lambda x: x.abs().amax(-1), slope, share_ties, ("linf",), math.inf)
 
 
 def smooth_linf(alpha):
@@ -645,7 +687,7 @@ class HardBits(Tiles):
 
     def __init__(self):
         soft = l1()
-        super().__init__(self.mismatches, soft.slope, kernel=soft.kernel)
+        super().__init__(self.mismatches, soft.slope, kernel=soft.kernel, norm=soft.norm)
 
     def bits(self, x):
         return (x > 0.5).to(x.dtype)
@@ -721,24 +763,31 @@ def signed_bray_curtis(eps):
 # -----------------------------------------------------------------------------
 # all pairs, and the loss
 
-@contextmanager
 def full_fp32(x):
-    """No tf32: where a GPU rounds the operands, the identity of SquaredL2 keeps three digits."""
+    """The context of matrix products without tf32: where a GPU rounds the operands, the identity of SquaredL2 keeps
+    three digits."""
+    return without_tf32() if x.is_cuda else nullcontext()
+
+
+@contextmanager
+def without_tf32():
     before = torch.get_float32_matmul_precision()
-    if x.is_cuda:
-        torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        if x.is_cuda:
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before)
 
 
 def all_pairs(core, h, w):
     precomputed = core.precompute(w)
     out = h.new_empty(len(h), len(w), dtype=at_least_fp32(h.dtype))
-    core.forward(h, w, precomputed, out)
-    return core.assemble(out, h, precomputed)
+    with full_fp32(h):
+        core.forward(h, w, precomputed, out)
+    s = core.assemble(out, h, precomputed)
+    if isinstance(core, SquaredL2):
+        core.refine(h, w, s, core.close_pairs(s, precomputed))
+    return s
 
 
 class _Pairs(torch.autograd.Function):
@@ -746,9 +795,7 @@ class _Pairs(torch.autograd.Function):
 
     @staticmethod
     def forward(core, h, w):
-        with full_fp32(h):
-            s = all_pairs(core, h, w)
-            return core.refine(h, w, s) if isinstance(core, SquaredL2) else s
+        return all_pairs(core, h, w)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -760,9 +807,13 @@ class _Pairs(torch.autograd.Function):
         h, w, s = ctx.saved_tensors
         if torch.is_grad_enabled(): # this gradient is to be differentiated again
             return None, *torch.func.vjp(ctx.core.dense, h, w)[1](g)
-        dh, dw = torch.zeros_like(h), torch.zeros_like(w)
+        core, dh, dw = ctx.core, torch.zeros_like(h), torch.zeros_like(w)
+        if isinstance(core, SquaredL2):
+            pairs = core.close_pairs(s, core.precompute(w))
+            core.backward_of_pairs(h, w, s, g, pairs, dh, dw)
+            g = g.index_put(pairs.unbind(1), g.new_zeros(()))
         with full_fp32(h):
-            ctx.core.backward(h, w, s, g, dh, dw)
+            core.add_sums(w, core.backward(h, w, s, g, dh, dw), dw)
         return None, dh, dw
 
     @staticmethod
@@ -772,14 +823,19 @@ class _Pairs(torch.autograd.Function):
 
 def all_distances(spec, o, h, w, core):
     h, w, terms = prepared(spec, o, h, w)
-    traced = torch.compiler.is_compiling() or h.is_meta
-    s = core.traced(h, w) if traced else _Pairs.apply(core, h, w)
+    if torch.compiler.is_compiling() or h.is_meta:
+        s = core.traced(h, w)
+    elif h.numel() * len(w) <= SMALL["N x V x D"] and not h.is_cuda:
+        s = core.dense(h, w)
+    else:
+        s = _Pairs.apply(core, h, w)
     d = spec.finish(s, terms.get("a"), terms.get("b"), o)
     return d.sqrt() if spec.squared else d
 
 
 def without_autocast(x):
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    is_off = x.is_meta or not torch.is_autocast_enabled(x.device.type)
+    return nullcontext() if is_off else torch.autocast(x.device.type, enabled=False)
 
 
 def saved_tensor_hooks():
@@ -869,13 +925,17 @@ def chunk_loss_of(core, scores, vjp):
 
     def chunk_loss(s, s_target, ds, h, precomputed, targets, weights, terms, constants, differentiate):
         """-log p_y (c,), and the gradients of sum(weights * -log p_y) by the targets' s (c,) and by every tensor of
-        terms; constants are terms that ask for none.
+        terms; constants are terms that ask for none. At last, below 0 where a pair that is no target is close, so that
+        all this is not precise enough; None for a core that is always precise.
 
         s (c, V) comes from core.forward. s_target (c,) comes from core.value and takes the place of the targets'
         entries. The gradient by all other entries of s is written into ds (c, V), or into s where ds is None."""
         is_target = torch.arange(s.shape[1], device=targets.device) == targets[:, None]
         written = s if ds is None else ds
-        s = torch.where(is_target, s_target[:, None], core.assemble(s, h, precomputed))
+        s, margin = core.assemble(s, h, precomputed), None
+        if isinstance(core, SquaredL2):
+            margin = core.margin(s, precomputed).masked_fill(is_target, math.inf).amin()
+        s = torch.where(is_target, s_target[:, None], s)
         if differentiate:
             z, pull = vjp(lambda s, terms: scores(s, {**terms, **constants}), s, terms)
         else:
@@ -883,11 +943,11 @@ def chunk_loss_of(core, scores, vjp):
         log_p = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
         nll = -log_p.gather(1, targets[:, None])[:, 0]
         if not differentiate:
-            return nll, None, {}
+            return nll, None, {}, margin
         dz = (log_p.exp() - is_target.to(z.dtype)) * weights[:, None] # softmax less one-hot
         ds_all, dterms = pull(dz)
         written.copy_(ds_all.masked_fill(is_target, 0))
-        return nll, ds_all.gather(1, targets[:, None])[:, 0], dterms
+        return nll, ds_all.gather(1, targets[:, None])[:, 0], dterms, margin
     return chunk_loss
 
 
@@ -897,8 +957,8 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights, differentiate):
 
     One chunk of rows at a time: nothing is larger than chunk x V. The target's own term, value and gradient, is
     computed directly from operands that are not rounded to matmul_dtype: the target is what comes close to h, where a
-    matrix product cancels."""
-    core = plan.core
+    matrix product cancels. Where another prototype does, its block of rows is done again."""
+    core, sums = plan.core, []
     if isinstance(core, Tiles):
         core.compile = plan.compiled
     nll = h.new_empty(len(h))
@@ -915,6 +975,7 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights, differentiate):
 
     for chunk in slices(len(h), plan.chunk):
         h_c, targets_c = h[chunk], targets[chunk]
+        dh_c = dh[chunk] if differentiate else None
         w_target = w[targets_c] # (c, D)
         h_matmul = h_c.to(plan.matmul_dtype)
         s, ds = s_buffer[:len(h_c)], ds_buffer[:len(h_c)] # (c, V)
@@ -924,9 +985,14 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights, differentiate):
         for j in slices(len(h_c), block):
             rows = slice(chunk.start + j.start, chunk.start + j.stop)
             written = None if core.is_product else ds[j]
-            nll[rows], ds_block, dterms_block = plan.chunk_loss(
-                s[j], s_target[j], written, h_matmul[j], precomputed, targets[rows], weights[rows],
-                of_rows(terms, rows), of_rows(constants, rows), differentiate)
+            arguments = (s_target[j], written, h_matmul[j], precomputed, targets[rows], weights[rows],
+                         of_rows(terms, rows), of_rows(constants, rows), differentiate)
+            nll_block, ds_block, dterms_block, margin = plan.chunk_loss(s[j], *arguments)
+            if margin is not None and margin < 0:
+                core.forward(h_matmul[j], w_matmul, precomputed, s[j])
+                gradients = (dh_c[j], dw) if differentiate else None
+                nll_block, ds_block, dterms_block = refined_chunk_loss(plan, h_c[j], w, gradients, s[j], *arguments)
+            nll[rows] = nll_block
             if differentiate:
                 ds_target[j] = ds_block
             for name, total in of_rows(dterms, rows).items():
@@ -934,11 +1000,30 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights, differentiate):
         if differentiate:
             if not core.is_product:
                 s.scatter_(1, targets_c[:, None], s_target[:, None])
-            core.backward(h_matmul, w_matmul, s, ds, dh[chunk], dw) # all but the targets, whose ds is 0
+            sums.append(core.backward(h_matmul, w_matmul, s, ds, dh_c, dw)) # all but the targets, whose ds is 0
             gh, gw = core.gradient(h_c, w_target, s_target, ds_target)
-            dh[chunk] += gh
+            dh_c += gh
             dw.index_add_(0, targets_c, gw)
+    if sums and sums[0] is not None:
+        core.add_sums(w_matmul, sum(sums), dw)
     return nll, dh, dw, dterms
+
+
+def refined_chunk_loss(plan, h, w, gradients, s, s_target, _, h_matmul, precomputed, targets, *arguments):
+    """chunk_loss with the close pairs computed directly: what they add to the gradients (dh, dw) of w and of these rows
+    of h is added here, and their ds is 0. gradients is None where none are wanted."""
+    core = plan.core
+    s.copy_(core.assemble(s, h_matmul, precomputed))
+    pairs = core.close_pairs(s, precomputed)
+    pairs = pairs[pairs[:, 1] != targets[pairs[:, 0]]] # the targets' own are done already
+    core.refine(h, w, s, pairs)
+    ds = torch.empty_like(s)
+    chunk_loss = chunk_loss_of(Core(), plan.scores, local_vjp) # of an s that is whole
+    *results, _ = chunk_loss(s, s_target, ds, h_matmul, precomputed, targets, *arguments)
+    if gradients:
+        core.backward_of_pairs(h, w, s, ds, pairs, *gradients)
+        s.copy_(ds)[pairs.unbind(1)] = 0
+    return results
 
 
 def of_rows(terms, rows):
@@ -956,47 +1041,53 @@ def dense_loss(plan, inputs, targets, weights):
 
 class _Loss(torch.autograd.Function):
     """sum(weights * -log p_y), or the vector of its terms with plan.per_row. The gradients of the sum are made in the
-    forward pass, chunk by chunk, and only scaled in the backward pass; those of the vector need the upstream gradient,
-    so its backward pass computes again.
+    forward pass, chunk by chunk, and only scaled in the backward pass. The backward pass starts anew for a vector,
+    whose upstream gradient it needs, for a second time, and where checkpoint or the like would have kept the gradients.
 
     It takes the inputs by name twice: as they are, and prepared (h, w and terms). First derivatives go through the
-    prepared ones; second derivatives through dense_loss of those as they are, which costs no memory to keep."""
+    prepared ones; all others begin with those as they are, which costs no memory to keep."""
 
     @staticmethod
     def forward(ctx, plan, targets, weights, names, term_names, *tensors):
         asked = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(term_names):]
-        ctx.plan, ctx.names, ctx.term_names = plan, names, term_names
-        ctx.varying = [name for name, is_asked in zip(term_names, asked) if is_asked]
-        inputs, prepared_inputs = tensors[:len(names)], tensors[len(names):]
-        nll, grads = _Loss.run(ctx, prepared_inputs, targets, weights, plan.differentiate and not plan.per_row)
-        ctx.save_for_backward(targets, weights, *inputs, *(prepared_inputs if plan.per_row else grads))
+        inputs, (h, w, *rest) = tensors[:len(names)], tensors[len(names):]
+        constants = dict(zip(term_names, rest))
+        terms = {name: constants.pop(name) for name, is_asked in zip(term_names, asked) if is_asked}
+        at_once = plan.differentiate and not plan.per_row and not saved_tensor_hooks()
+        with full_fp32(h):
+            nll, dh, dw, dterms = chunked_loss(plan, h, w, terms, constants, targets, weights, at_once)
+        ctx.plan, ctx.names, ctx.num_terms = plan, names, len(term_names)
+        ctx.grads = [dh, dw, *(dterms.get(name) for name in term_names)] if at_once else None
+        ctx.save_for_backward(targets, weights, *inputs)
         return weights * nll if plan.per_row else (weights * nll).sum()
 
     @staticmethod
-    def run(ctx, prepared_inputs, targets, weights, differentiate):
-        """-log p_y per row, and the gradients by the prepared inputs, None for those that are constants."""
-        h, w, *rest = prepared_inputs
-        constants = dict(zip(ctx.term_names, rest))
-        terms = {name: constants.pop(name) for name in ctx.varying}
-        with full_fp32(h):
-            nll, dh, dw, dterms = chunked_loss(ctx.plan, h, w, terms, constants, targets, weights, differentiate)
-        return nll, [dh, dw, *(dterms.get(name) for name in ctx.term_names)]
-
-    @staticmethod
     def backward(ctx, g):
-        plan, names, count = ctx.plan, ctx.names, len(ctx.names)
-        targets, weights, *saved = ctx.saved_tensors
-        inputs, kept = saved[:count], saved[count:]
+        targets, weights, *inputs = ctx.saved_tensors
+        names, nothing = ctx.names, [None] * 5 # for plan, targets, weights, names and term_names
         if torch.is_grad_enabled(): # these gradients are to be differentiated again
             def loss(*tensors):
-                return dense_loss(plan, dict(zip(names, tensors)), targets, weights)
-            grads = [*torch.func.vjp(loss, *inputs)[1](g), *[None] * len(kept)]
-        elif plan.per_row:
-            _, grads = _Loss.run(ctx, kept, targets, weights * g, True)
-            grads = [*[None] * count, *grads]
-        else:
-            grads = [*[None] * count, *(x if x is None else x * g for x in kept)]
-        return *[None] * 5, *grads
+                return dense_loss(ctx.plan, dict(zip(names, tensors)), targets, weights)
+            return *nothing, *torch.func.vjp(loss, *inputs)[1](g), *[None] * (2 + ctx.num_terms)
+
+        grads, ctx.grads = ctx.grads, None # they are given away: whoever gets them may change them
+        if grads is not None:
+            for x in grads:
+                if x is not None and (g.is_cuda or g != 1):
+                    x *= g
+            return *nothing, *[None] * len(names), *grads
+
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            plan = replace(ctx.plan, per_row=False)
+            loss = loss_of(plan, dict(zip(names, inputs)), targets, weights * g)
+        return *nothing, *torch.autograd.grad(loss, inputs), *[None] * (2 + ctx.num_terms)
+
+
+def loss_of(plan, inputs, targets, weights):
+    """sum(weights * -log p_y), or the vector of its terms with plan.per_row, of inputs by name."""
+    h, w, terms = plan.prepare(inputs)
+    return _Loss.apply(plan, targets, weights, tuple(inputs), tuple(terms), *inputs.values(), h, w, *terms.values())
 
 
 # -----------------------------------------------------------------------------
@@ -1203,18 +1294,18 @@ class DistanceHead(nn.Module):
         if self.distance == "baseline":
             raise ValueError("baseline is a linear head, it has no distance")
         with without_autocast(h):
-            return self._distances(h).reshape(*h.shape[:-1], self.num_classes)
+            return self._distances(*self._inputs(h)).reshape(*h.shape[:-1], self.num_classes)
 
     def forward(self, h):
         """z, the scores whose softmax is p: h (..., D) -> (..., num_classes)."""
         with without_autocast(h):
-            z = link_scores(self._distances(h), self.n, self.link)
-            if self.bias is not None:
-                z = z + self.bias[:self.num_classes].to(z.dtype)
-            return z.reshape(*h.shape[:-1], self.num_classes)
+            return self._scores(*self._inputs(h)).reshape(*h.shape[:-1], self.num_classes)
 
-    def _distances(self, h):
-        h, weight, tensors = self._inputs(h)
+    def _scores(self, *inputs):
+        z = link_scores(self._distances(*inputs), self.n, self.link)
+        return z if self.bias is None else z + self.bias[:self.num_classes].to(z.dtype)
+
+    def _distances(self, h, weight, tensors):
         if isinstance(self.core, Tiles):
             self.core.compile = bool(self.compiled)
         d = all_distances(self.spec, self._options(h, weight).updated(**tensors), h, weight, self.core)
@@ -1225,10 +1316,11 @@ class DistanceHead(nn.Module):
         if h.shape[-1] != self.in_features:
             raise ValueError(f"the head takes features of size {self.in_features}, got {tuple(h.shape)}")
         h = h.reshape(-1, self.in_features)
-        if self.validate and has_values(h) and not torch.isfinite(h).all():
-            finite = torch.isfinite(h)
-            row = (~finite).any(1).nonzero()[0].item()
-            raise ValueError(f"h is not finite: {(~finite).sum().item()} of {h.numel()} values, the first in row {row}")
+        if self.validate and has_values(h) and not math.isfinite(h.detach().sum().item()): # a sum may overflow
+            wrong = ~torch.isfinite(h)
+            if wrong.any():
+                row = wrong.any(1).nonzero()[0].item()
+                raise ValueError(f"h is not finite: {wrong.sum().item()} of {h.numel()} values, the first in row {row}")
         dtype = at_least_fp32(h.dtype, self.weight.dtype)
         h, weight = h.to(dtype), self.weight.to(dtype)
         return h, weight, {name: getattr(self, name).to(dtype) for name in self.spec.tensors}
@@ -1244,7 +1336,9 @@ class DistanceHead(nn.Module):
     @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
     def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None):
         """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory. Value and gradients are equal
-        but for rounding; where h is close to a prototype that is not its target, they err as SquaredL2 says.
+        but for rounding, however close h comes to a prototype. A distance that transforms h and w first (cosine,
+        Mahalanobis, Hamming, normalized Bray-Curtis) rounds them: at a gap |h - w| = e |h| in fp32 a gradient is right
+        to some 3e-7 / e.
 
         h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction:
         "mean" over the targets that count, "sum", or "none", per target, whose backward pass computes the distances
@@ -1254,7 +1348,7 @@ class DistanceHead(nn.Module):
         Everything runs in fp32 with autocast off, but for the operands of matrix products (mm_dtype), and gradients of
         the weight accumulate in fp32. Second derivatives are right, and hold N x V x D. torch.compile runs the loss
         outside of its graph, or raises with fullgraph=True, and torch.func's transforms raise RuntimeError ("must
-        override the setup_context"): both take F.cross_entropy(head(h), targets), where close pairs are not refined.
+        override the setup_context") beyond SMALL: both take F.cross_entropy(head(h), targets).
 
         Raises ValueError for shapes that do not fit, a target out of range and an h that is not finite."""
         if reduction not in ("mean", "sum", "none"):
@@ -1270,11 +1364,17 @@ class DistanceHead(nn.Module):
         shape, targets = targets.shape, targets.reshape(-1).long()
         counts = targets != ignore_index
         if self.validate:
-            self._check_targets(targets[counts], ignore_index)
+            self._check_targets(targets.where(counts, torch.zeros_like(targets)), ignore_index)
         with without_autocast(h):
             h, weight, tensors = self._inputs(h)
             if self.spec.buffers and self.training:
                 self._update_covariance(h.detach()[counts], targets[counts])
+            differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (h, *self.parameters()))
+            is_small = chunk is None and self.mm_dtype is None and len(h) * self.num_prototypes <= SMALL["N x V"]
+            if is_small and not self._is_compiled(h, differentiate):
+                z = self._scores(h, weight, tensors)
+                loss = nn.functional.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
+                return loss.reshape(shape) if reduction == "none" else loss
             o = self._options(h, weight)
             inputs = {"h": h, "weight": weight, **tensors}
             if self.fixed_n is None:
@@ -1287,7 +1387,7 @@ class DistanceHead(nn.Module):
             targets = targets.where(counts, torch.zeros_like(targets))
             plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
             try:
-                loss = self._call_loss(plan, inputs, targets, weights)
+                loss = loss_of(plan, inputs, targets, weights)
             except Exception as e:
                 of_the_compiler = type(e).__module__.startswith(("torch._dynamo", "torch._inductor"))
                 if self.compiled is not None or not plan.compiled or not of_the_compiler:
@@ -1296,21 +1396,19 @@ class DistanceHead(nn.Module):
                 warnings.warn(f"torch.compile does not work here, large batches take longer: {reason}", stacklevel=2)
                 self.compile_loss(False)
                 plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
-                loss = self._call_loss(plan, inputs, targets, weights)
+                loss = loss_of(plan, inputs, targets, weights)
         if reduction == "none":
             return loss.reshape(shape)
         if reduction == "mean": # the mean of nothing, as F.cross_entropy has it, with gradients of 0
             return loss.where(counts.any(), torch.nan)
         return loss
 
-    def _call_loss(self, plan, inputs, targets, weights):
-        h, w, terms = plan.prepare(inputs)
-        names, tensors = tuple(inputs), inputs.values()
-        return _Loss.apply(plan, targets, weights, names, tuple(terms), *tensors, h, w, *terms.values())
-
     def _check_targets(self, targets, ignore_index):
-        illegal = targets[(targets < 0) | (targets >= self.num_classes)]
-        if len(illegal):
+        if len(targets) == 0:
+            return
+        least, most = targets.aminmax()
+        if least < 0 or most >= self.num_classes:
+            illegal = targets[(targets < 0) | (targets >= self.num_classes)]
             raise ValueError(f"target {illegal[0].item()} is out of range: the head has classes "
                              f"0..{self.num_classes - 1} (ignore_index={ignore_index})")
 

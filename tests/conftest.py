@@ -1,6 +1,6 @@
 """
 One thread per process, as the tensors are small, and threads that wait for each other make a busy machine crawl; and
-two fixtures.
+the fixtures.
 """
 import os
 
@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 from helpers import make_dataset  # noqa: E402 after the environment is set
+
+import distances  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +31,9 @@ def here(datasets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(datasets / "data")
     return tmp_path
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """No batch is small: losses go chunk by chunk, and scores through the cores."""
+    monkeypatch.setattr(distances, "SMALL", {"N x V x D": -1, "N x V": -1})

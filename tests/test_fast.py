@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import distances
 from distances import DISTANCES, Distance, DistanceHead, SquaredL2, Tiles, pairwise
 
+pytestmark = pytest.mark.usefixtures("large")
 ALL = [(distance, variant) for distance, variants in DISTANCES.items() for variant in variants]
 ELEMENTWISE = [pair for pair in ALL if isinstance(DistanceHead(4, 3, *pair).core, Tiles)]
 ELEMENTWISE += [("minkowski", "p=3"), ("minkowski", "p=7")]
@@ -166,7 +167,7 @@ def compiler():
 ])
 def test_compiled_equals_eager(distance, variant, compiler):
     head = make(distance, variant, 8, 600, learn_n=True, num_classes=590)
-    h, y = rand(300, 8), torch.arange(300)
+    h, y = rand(300, 8, seed=2), torch.arange(300) # no coordinate equals one of w: |x| has many slopes there
     eager = loss_and_gradients(head, h, y)
     head.compile_loss()
     check(loss_and_gradients(head, h, y), eager, 1e-5)

@@ -18,8 +18,9 @@ from helpers import ROOT
 from torch.utils.checkpoint import checkpoint
 
 import distances
-from distances import DISTANCES, Distance, DistanceHead, HarmonicLoss, Tiles, pairwise
+from distances import DISTANCES, SMALL, Distance, DistanceHead, HarmonicLoss, Tiles, pairwise
 
+pytestmark = pytest.mark.usefixtures("large")
 HEADS = [("baseline", None), *((d, v) for d, variants in DISTANCES.items() for v in variants)]
 SMOOTH = [(d, v) for d, v in HEADS if v != "hard"] # whose gradient is that of another function, straight through
 every = pytest.mark.parametrize("distance, variant", HEADS)
@@ -38,6 +39,44 @@ def make(distance, variant=None, D=5, V=4, **kwargs):
 def batch(N=3, D=5, V=4):
     g = torch.Generator().manual_seed(1)
     return torch.randn(N, D, dtype=torch.float64, generator=g), torch.randint(0, V, (N,), generator=g)
+
+
+# -----------------------------------------------------------------------------
+# small batches
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every
+def test_small_batches_go_another_way_to_the_same_numbers(distance, variant, reduction, monkeypatch):
+    """Value and gradients, with a bias, padding, a learned n and ignored targets; noise is off, in eval."""
+    def run():
+        head = make(distance, variant, V=6, num_classes=4, bias=True, learn_n=distance != "baseline")
+        h, y = batch(N=4)
+        y[1] = -100
+        h.requires_grad_()
+        weights = torch.arange(1.0, 5.0, dtype=torch.float64)
+        loss = head.loss(h, y, reduction=reduction)
+        d = torch.zeros(1) if distance == "baseline" else head.distances(h)
+        gradients = torch.autograd.grad((loss * weights).sum(), [h, *head.parameters()])
+        return [loss, d, *gradients]
+    expected = run()
+    monkeypatch.setattr(distances, "SMALL", SMALL)
+    for actual, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    """Those of the first one were given away, and may have been changed since."""
+    head = make("cosine")
+    h, y = batch()
+    h.requires_grad_()
+    loss = 3 * head.loss(h, y)
+    first = torch.autograd.grad(loss, [h, head.weight], retain_graph=True)
+    expected = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    second = torch.autograd.grad(loss, [h, head.weight])
+    for a, b in zip(second, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # -----------------------------------------------------------------------------
