@@ -531,10 +531,11 @@ class Tiles(Core):
         return gh.sum(1), gw.sum(0)
 
     def backward_of_norm(self, h, w, s, g, dh, dw):
-        if self.pair is not None:
+        if self.norm == math.inf: # coordinates that reach the maximum share the gradient, as in share_ties
             g = g.clone()
             for i, j in self.tiles(h, w):
-                _, g[i, j] = self.pair(h[i][:, None], w[j][None], s[i, j], g[i, j])
+                x = (h[i][:, None] - w[j]).abs_()
+                g[i, j] /= x.eq_(s[i, j][..., None]).sum(-1)
         gradient = torch.ops.aten._cdist_backward
         for j in slices(len(w), 512): # it adds one term after the other, so that long sums lose digits
             dh += gradient(g[:, j].contiguous(), h, w[j], self.norm, s[:, j].contiguous())
@@ -825,7 +826,7 @@ def all_distances(spec, o, h, w, core):
     h, w, terms = prepared(spec, o, h, w)
     if torch.compiler.is_compiling() or h.is_meta:
         s = core.traced(h, w)
-    elif h.numel() * len(w) <= SMALL["N x V x D"] and not h.is_cuda:
+    elif not h.is_cuda and (isinstance(core, Dot) or h.numel() * len(w) <= SMALL["N x V x D"]):
         s = core.dense(h, w)
     else:
         s = _Pairs.apply(core, h, w)
