@@ -882,8 +882,8 @@ class Plan:
     num_classes: int
     chunk: int                # rows of h at a time
     matmul_dtype: torch.dtype # of the operands of matrix products
-    differentiate: bool
     per_row: bool             # the loss is a vector, whose upstream gradient is known in the backward pass only
+    at_once: bool             # the gradients are made in the forward pass
     compiled: bool
     chunk_loss: Callable = None
 
@@ -952,14 +952,14 @@ def chunk_loss_of(core, scores, vjp):
     return chunk_loss
 
 
-def chunked_loss(plan, h, w, terms, constants, targets, weights, differentiate):
+def chunked_loss(plan, h, w, terms, constants, targets, weights):
     """-log p_y per row (N,), and the gradients of sum(weights * -log p_y) by h, by w, and by every tensor of the dict
-    terms.
+    terms, if they are made at once.
 
     One chunk of rows at a time: nothing is larger than chunk x V. The target's own term, value and gradient, is
     computed directly from operands that are not rounded to matmul_dtype: the target is what comes close to h, where a
     matrix product cancels. Where another prototype does, its block of rows is done again."""
-    core, sums = plan.core, []
+    core, differentiate, sums = plan.core, plan.at_once, []
     if isinstance(core, Tiles):
         core.compile = plan.compiled
     nll = h.new_empty(len(h))
@@ -1054,11 +1054,10 @@ class _Loss(torch.autograd.Function):
         inputs, (h, w, *rest) = tensors[:len(names)], tensors[len(names):]
         constants = dict(zip(term_names, rest))
         terms = {name: constants.pop(name) for name, is_asked in zip(term_names, asked) if is_asked}
-        at_once = plan.differentiate and not plan.per_row and not saved_tensor_hooks()
         with full_fp32(h):
-            nll, dh, dw, dterms = chunked_loss(plan, h, w, terms, constants, targets, weights, at_once)
+            nll, dh, dw, dterms = chunked_loss(plan, h, w, terms, constants, targets, weights)
         ctx.plan, ctx.names, ctx.num_terms = plan, names, len(term_names)
-        ctx.grads = [dh, dw, *(dterms.get(name) for name in term_names)] if at_once else None
+        ctx.grads = [dh, dw, *(dterms.get(name) for name in term_names)] if plan.at_once else None
         ctx.save_for_backward(targets, weights, *inputs)
         return weights * nll if plan.per_row else (weights * nll).sum()
 
@@ -1080,7 +1079,7 @@ class _Loss(torch.autograd.Function):
 
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in inputs]
-            plan = replace(ctx.plan, per_row=False)
+            plan = replace(ctx.plan, per_row=False, at_once=True)
             loss = loss_of(plan, dict(zip(names, inputs)), targets, weights * g)
         return *nothing, *torch.autograd.grad(loss, inputs), *[None] * (2 + ctx.num_terms)
 
@@ -1426,7 +1425,8 @@ class DistanceHead(nn.Module):
         differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values())
         compiled = self._is_compiled(h, differentiate)
         link, n, num_classes = self.link, self.fixed_n, self.num_classes
-        plan = Plan(core, self.spec, o, link, n, num_classes, chunk, matmul_dtype, differentiate, per_row, compiled)
+        at_once = differentiate and not per_row and not saved_tensor_hooks()
+        plan = Plan(core, self.spec, o, link, n, num_classes, chunk, matmul_dtype, per_row, at_once, compiled)
         key = link, n, num_classes, compiled
         if key not in self._chunk_losses:
             vjp = torch.func.vjp if compiled else local_vjp # the compiler takes the one, hooks allow the other

@@ -206,6 +206,9 @@ def test_checkpointing_and_offloading(distance):
     for call in (partial(checkpoint, use_reentrant=False), offloaded):
         for a, b in zip(run(call), expected, strict=True):
             torch.testing.assert_close(a, b)
+    with torch.autograd.graph.save_on_cpu(): # the backward pass inside, too
+        for a, b in zip(run(lambda f, x: f(x)), expected, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @some
