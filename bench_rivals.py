@@ -100,7 +100,7 @@ def by_products(head, h, w):
     if head.distance == "chebyshev":
         above = (o.alpha * h).exp() @ (-o.alpha * w).exp().T
         below = (-o.alpha * h).exp() @ (o.alpha * w).exp().T
-        return (above + below).log() / o.alpha
+        return (above + below).log() / o.alpha + o.eps
     if head.distance == "offset_l2":
         a2 = head.alpha ** 2
         squares = (h * h) @ a2.T + (a2 * w * w).sum(-1) - 2 * h @ (a2 * w).T
@@ -139,7 +139,7 @@ def by_broadcast(head, h, w):
     if head.distance == "manhattan":
         return (h - w).abs().sum(-1) + o.eps
     if head.variant == "smooth":
-        return torch.logsumexp(o.alpha * (h - w).abs(), -1) / o.alpha
+        return torch.logsumexp(o.alpha * (h - w).abs(), -1) / o.alpha + o.eps
     return (h - w).abs().amax(-1) + o.eps # chebyshev
 
 
