@@ -18,10 +18,14 @@ Make one, then train on it:
 $ python prepare_stdlib.py                     # seconds, no network
 $ python prepare_openwebtext.py --docs 1000 --val_fraction 0.05   # a small OpenWebText; without the flags all of it
 $ python train.py --dataset=stdlib
+Files are compared with the hash in meta.pkl, by train.py where that is quick, and of any size by
+$ python data.py data/openwebtext              # all of OpenWebText, 18 GB: 15 s of a core, or what the disk takes
 """
+import argparse
 import base64
 import contextlib
 import hashlib
+import math
 import os
 import pickle
 import threading
@@ -33,9 +37,21 @@ EOT = "<|endoftext|>"
 # GPT-2's pattern, in the form that tiktoken ships: it cuts text exactly as the original does
 GPT2_PAT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
+MAX_VOCAB = {"uint16": 2**16, "uint32": 2**24} # the largest tokenizers have some 2**18 tokens
+
 
 # -----------------------------------------------------------------------------
 # meta.pkl
+
+# the keys of meta.pkl by the kind of their values, where None stands for none; others are left out
+META = {
+    int: ("vocab_size", "eot", "mask_id",
+          "train_tokens", "train_docs", "train_bytes", "val_tokens", "val_docs", "val_bytes"),
+    str: ("dtype", "encoding", "pat_str", "hash", "source"),
+    list: ("special_ids",),
+    dict: ("special_tokens", "stoi", "itos"),
+}
+
 
 class PlainUnpickler(pickle.Unpickler):
     """Builds dicts, lists, strings and numbers. A pickle that asks for anything else could run code, and is refused."""
@@ -44,17 +60,33 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, only plain values are allowed")
 
 
+def refusal(path, reason):
+    """Return the ValueError of a meta.pkl that cannot be used."""
+    return ValueError(f"{path} {reason}. prepare the dataset again")
+
+
 def read_meta(path):
-    """Return the dict in one meta.pkl. Raises ValueError when it is damaged or holds more than plain values."""
-    try:
-        with open(path, "rb") as f:
-            meta = PlainUnpickler(f).load()
-        if not isinstance(meta, dict):
-            raise pickle.UnpicklingError(f"it holds a {type(meta).__name__}, not a dict")
-    except FileNotFoundError:
-        raise
-    except Exception as e: # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} was refused: {e}. prepare the dataset again") from e
+    """
+    Return the dict in one meta.pkl, the keys of META alone.
+    Raises ValueError when it is damaged, holds more than plain values, or a value of another kind.
+    """
+    with open(path, "rb") as f:
+        try:
+            content = PlainUnpickler(f).load()
+            if not isinstance(content, dict):
+                raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, not a dict")
+        except Exception as e: # a damaged pickle can raise nearly anything
+            raise refusal(path, f"was refused: {e!r:.200}") from e
+    meta = {}
+    for kind, keys in META.items():
+        for key in keys:
+            value = content.get(key)
+            if value is not None and type(value) is not kind:
+                raise refusal(path, f"says {key} {value!r:.60}, it must be of type {kind.__name__}")
+            if kind is int and value is not None and not 0 <= value < 2**63:
+                raise refusal(path, f"says {key} {value!r:.60}, it must be in 0..2**63-1")
+            if key in content:
+                meta[key] = value
     return meta
 
 
@@ -79,7 +111,7 @@ def load_meta(data_dir):
     Return the meta dict of a dataset folder, always with vocab_size, dtype, encoding, eot and source.
 
     Raises FileNotFoundError, which names the command to run, when there is no train.bin, and ValueError when meta.pkl
-    is damaged or not plain.
+    is damaged, not plain, or says what cannot be.
     """
     if not os.path.exists(os.path.join(data_dir, "train.bin")):
         raise missing(data_dir, "train.bin")
@@ -90,12 +122,58 @@ def load_meta(data_dir):
     meta = read_meta(path)
     if "itos" in meta:
         meta = {"dtype": "uint16", "encoding": "char", "eot": None, "source": "nanoGPT's, characters"} | meta
-    for key in "vocab_size", "dtype", "encoding", "eot", "source":
-        if key not in meta:
-            raise ValueError(f"{path} has no {key!r}, only {sorted(map(str, meta))}. prepare the dataset again")
-    if meta["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"{path} says dtype {meta['dtype']!r}, it must be 'uint16' or 'uint32'")
+    needed = ["vocab_size", "dtype", "encoding", "source"]
+    if meta.get("encoding") == "char":
+        needed += ["stoi", "itos"]
+    if meta.get("val_bytes"):
+        needed.append("val_tokens")
+    for key in needed:
+        if meta.get(key) is None:
+            raise refusal(path, f"has no {key!r}, only {sorted(meta)}")
+    meta.setdefault("eot", None)
+    V, largest = meta["vocab_size"], MAX_VOCAB.get(meta["dtype"])
+    if largest is None:
+        raise refusal(path, f"says dtype {meta['dtype']!r:.60}, it must be 'uint16' or 'uint32'")
+    if not 2 <= V <= largest:
+        raise refusal(path, f"says vocab_size {V}, with {meta['dtype']} it must be in 2..{largest}")
+    special_ids = meta.get("special_ids") or []
+    for key, ids in ("eot", [meta["eot"]]), ("mask_id", [meta.get("mask_id")]), ("special_ids", special_ids):
+        for i in ids:
+            if i is not None and (type(i) is not int or not 0 <= i < V):
+                raise refusal(path, f"says {key} {i!r:.60}, an id must be in 0..{V - 1}")
+    if len(set(special_ids)) > V - 2: # BERT draws random tokens from the others, and the mask is none of them
+        raise refusal(path, f"says that {len(special_ids)} of {V} ids are special, which leaves none for text")
     return meta
+
+
+def file_hash(data_dir):
+    """Return the hash of a dataset's train.bin and val.bin, as meta.pkl has it."""
+    shas = [hashlib.sha256(), hashlib.sha256()]
+    for sha, name in zip(shas, ("train.bin", "val.bin")):
+        with open(os.path.join(data_dir, name), "rb") as f:
+            while chunk := f.read(2**20):
+                sha.update(chunk)
+    return joint_hash(shas)
+
+
+def joint_hash(shas):
+    """Return the sha256 of the two files' sha256, which are given as hashlib's objects."""
+    return hashlib.sha256("".join(sha.hexdigest() for sha in shas).encode()).hexdigest()
+
+
+def check_hash(data_dir, meta, max_bytes=2**28):
+    """
+    Raise ValueError when train.bin and val.bin do not have the hash that meta, from load_meta, says. They are not read
+    where it says none, as in nanoGPT's folders, nor where the two have more than max_bytes: a core hashes 0.4 to
+    1.7 GB/s, so that the default takes less than a second.
+    """
+    paths = [os.path.join(data_dir, name) for name in ("train.bin", "val.bin")]
+    if meta.get("hash") is None or sum(map(os.path.getsize, paths)) > max_bytes:
+        return
+    found = file_hash(data_dir)
+    if found != meta["hash"]:
+        raise ValueError(f"{' or '.join(paths)} was damaged or changed after it was prepared: their hash is "
+                         f"{found[:16]}..., meta.pkl says {meta['hash'][:16]}... prepare the dataset again")
 
 
 # -----------------------------------------------------------------------------
@@ -142,8 +220,8 @@ def named_encoding(name):
 def own_encoding(ranks, pat_str=GPT2_PAT, special_tokens=None):
     """
     Make a tiktoken.Encoding of ranks {token bytes: id} and special_tokens {text: id}, by default end-of-text with the
-    id after the last. Raises ValueError when a single byte has no rank, on which tiktoken would panic, or when two
-    tokens share an id.
+    id after the last. Raises ValueError when a single byte has no rank, on which tiktoken would panic, when two tokens
+    share an id, or when an id is none.
     """
     import tiktoken
     lacking = [b for b in range(256) if bytes([b]) not in ranks]
@@ -152,6 +230,9 @@ def own_encoding(ranks, pat_str=GPT2_PAT, special_tokens=None):
                          f"first {bytes([lacking[0]])!r}")
     special_tokens = special_tokens or {EOT: max(ranks.values()) + 1}
     ids = [*ranks.values(), *special_tokens.values()]
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < MAX_VOCAB["uint32"]]
+    if wrong:
+        raise ValueError(f"a token has the id {wrong[0]!r:.60}, ids must be in 0..{MAX_VOCAB['uint32'] - 1}")
     if EOT not in special_tokens or len(set(ids)) < len(ids):
         raise ValueError(f"every token needs an id of its own, {EOT} too; the special tokens are {special_tokens}")
     return tiktoken.Encoding("own ranks", pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
@@ -232,7 +313,7 @@ def load_encoding(meta, data_dir):
             enc = JsonTokenizer(f.read())
     elif "pat_str" in meta:
         ranks = read_ranks(os.path.join(data_dir, meta["encoding"]))
-        enc = own_encoding(ranks, meta["pat_str"], meta["special_tokens"])
+        enc = own_encoding(ranks, meta["pat_str"], meta.get("special_tokens"))
     else:
         enc = named_encoding(meta["encoding"])
 
@@ -268,14 +349,18 @@ class Blocks:
     the order, and ranks that ask for different indices get different blocks.
 
     Ids at or above vocab_size, by default the dataset's own, are refused.
-    Raises FileNotFoundError when the file is not there, ValueError when it is damaged or shorter than a block.
+    Raises OSError when the file is not there or cannot be read, ValueError when it is damaged or shorter than a block.
     """
 
     def __init__(self, data_dir, split, block_size, vocab_size=None, seed=0):
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
         meta = load_meta(data_dir)
         self.path = os.path.join(data_dir, f"{split}.bin")
         if not os.path.exists(self.path):
             raise missing(data_dir, f"{split}.bin")
+        with open(self.path, "rb"): # a folder, or a file that may not be read, is better known now
+            pass
         self.block_size, self.seed, self.dtype = block_size, seed, np.dtype(meta["dtype"])
         self.vocab_size = vocab_size or meta["vocab_size"]
         size = os.path.getsize(self.path) # bytes
@@ -323,12 +408,15 @@ class Blocks:
     def read(self, starts):
         """
         Return x, y (len(starts), T) int64 from these token positions.
-        Raises ValueError for an id that the vocabulary does not have.
+        Raises ValueError for an id that the vocabulary does not have, or when the file has become shorter.
         """
         # imported here, as the workers of the prepare scripts import this file and can do without
         import torch
         # a new memmap per batch, as in nanoGPT: one that is kept holds every page it has touched in resident memory
         data = np.memmap(self.path, dtype=self.dtype, mode="r")
+        needed = starts.max() + self.block_size + 1
+        if len(data) < needed:
+            raise ValueError(f"{self.path} has become shorter, {len(data)} tokens: position {needed - 1} is gone")
         tokens = np.stack([data[s:s + self.block_size + 1] for s in starts]).astype(np.int64) # (count, T+1)
         if tokens.max() >= self.vocab_size:
             row, col = np.argwhere(tokens >= self.vocab_size)[0]
@@ -454,3 +542,27 @@ def describe_tokenizer(enc):
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks]
     about = {"encoding": "tokenizer.tiktoken", "pat_str": enc._pat_str, "special_tokens": dict(enc._special_tokens)}
     return about, {"tokenizer.tiktoken": b"".join(lines)}
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Compare the files of prepared datasets with the hash in meta.pkl.")
+    parser.add_argument("folders", nargs="+", help="such as data/openwebtext")
+    for folder in parser.parse_args(argv).folders:
+        try:
+            meta = load_meta(folder)
+            for split in "train", "val":
+                Blocks(folder, split, 1) # whose files have the sizes that meta.pkl says
+            check_hash(folder, meta, max_bytes=math.inf)
+        except (ValueError, OSError) as e:
+            raise SystemExit(str(e)) from None
+        about = "it has no meta.pkl, or one without a hash: what its files hold cannot be checked"
+        if meta.get("hash"):
+            about = "train.bin and val.bin are what meta.pkl says"
+        print(f"{folder}: {about}")
+
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import figures
 import run
 from configurator import fail
-from data import Blocks, load_meta
+from data import Blocks, check_hash, load_meta
 from distances import Tiles
 from families import FAMILIES
 from model_bert import mask_tokens
@@ -158,6 +158,7 @@ try:
     if block_size > 0:
         train_data = Blocks(data_folder, "train", block_size, vocab_size, seed)
         val_data = Blocks(data_folder, "val", block_size, vocab_size, seed)
+        check_hash(data_folder, meta)
 except (ValueError, OSError) as e:
     problems.append(str(e))
 fail(problems)
@@ -221,7 +222,7 @@ if init_from == "resume":
 def read(blocks, first, count):
     try:
         return blocks(first, count)
-    except ValueError as e: # an id that the vocabulary does not have
+    except (ValueError, OSError) as e: # an id that the vocabulary does not have, a file that is gone
         raise SystemExit(str(e)) from None
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import configurator
+import data
 import run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -35,8 +36,8 @@ def make_dataset(folder, train_tokens=6000, val_tokens=16 * 21 + 5, dtype="uint1
     for split, size in (("train", train_tokens), ("val", val_tokens)):
         ids = np.where(rng.random(size) < 0.1, rng.integers(0, 97, size), np.arange(size) % 97)
         ids.astype(dtype).tofile(folder / f"{split}.bin")
-    meta = dict(vocab_size=97, stoi={c: i for i, c in enumerate(CHARS)}, itos=dict(enumerate(CHARS)), hash="123abc",
-                val_tokens=val_tokens, val_bytes=val_tokens) | meta
+    meta = dict(vocab_size=97, stoi={c: i for i, c in enumerate(CHARS)}, itos=dict(enumerate(CHARS)),
+                hash=data.file_hash(folder), val_tokens=val_tokens, val_bytes=val_tokens) | meta
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, SETTINGS, refused
 
 import data
 from data import Blocks, load_encoding, load_meta
@@ -111,6 +111,118 @@ def test_an_encoding_that_cannot_be_downloaded(monkeypatch):
         data.within(0.05, time.sleep, 1)
 
 # -----------------------------------------------------------------------------
+# damage
+
+
+GOOD = {"vocab_size": 1000, "dtype": "uint16", "encoding": "gpt2", "eot": 3, "source": "test", "mask_id": None,
+        "special_ids": [3, 4], "train_tokens": 100, "val_tokens": 50, "val_bytes": 200, "hash": None}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"vocab_size": "many"}, "says vocab_size 'many', it must be of type int"),
+    ({"vocab_size": 10**12}, "says vocab_size 1000000000000, with uint16 it must be in 2..65536"),
+    ({"vocab_size": 10**12, "dtype": "uint32"}, "says vocab_size 1000000000000, with uint32 it must"),
+    ({"vocab_size": 10**30}, "says vocab_size 10{30}, it must be in 0..2..63-1"),
+    ({"vocab_size": True}, "says vocab_size True"),
+    ({"vocab_size": 0}, "says vocab_size 0"),
+    ({"vocab_size": None}, "has no 'vocab_size', only"),
+    ({"vocab_size": 5.0}, "says vocab_size 5.0"),
+    ({"dtype": "float32"}, "says dtype 'float32', it must be 'uint16' or 'uint32'"),
+    ({"dtype": ["uint16"]}, "says dtype .'uint16'., it must be of type str"),
+    ({"dtype": "x" * 10**4}, "says dtype 'x{59}, it must"),
+    ({"encoding": 7}, "says encoding 7"),
+    ({"eot": 1000}, "says eot 1000, an id must be in 0..999"),
+    ({"eot": "</s>"}, "says eot '</s>'"),
+    ({"mask_id": -1}, "says mask_id -1"),
+    ({"special_ids": "all"}, "says special_ids 'all'"),
+    ({"special_ids": [1, "2"]}, "says special_ids '2', an id must be"),
+    ({"special_ids": list(range(999))}, "says that 999 of 1000 ids are special"),
+    ({"train_tokens": "100"}, "says train_tokens '100'"),
+    ({"val_tokens": None}, "has no 'val_tokens'"),
+    ({"hash": 5}, "says hash 5"),
+    ({"encoding": "char"}, "has no 'stoi'"),
+    ({"itos": ["a"]}, "says itos .'a'."),
+])
+def test_a_meta_pkl_that_cannot_be_meant_is_named(tmp_path, change, message):
+    folder = write_folder(tmp_path / "x", range(100), range(50), **GOOD)
+    assert load_meta(folder) == GOOD
+    (folder / "meta.pkl").write_bytes(pickle.dumps({**GOOD, **change}))
+    with pytest.raises(ValueError, match=f"x.meta.pkl {message}.*prepare the dataset again$") as e:
+        Blocks(folder, "train", 8)
+    assert "\n" not in str(e.value)
+
+
+def test_what_meta_pkl_holds_besides_is_left_out(tmp_path):
+    """config.json takes its values, and JSON has no bytes."""
+    folder = write_folder(tmp_path / "x", range(100), **GOOD)
+    (folder / "meta.pkl").write_bytes(pickle.dumps({**GOOD, "more": b"bytes", 5: {1, 2}}))
+    assert load_meta(folder) == GOOD
+
+
+def damaged(raw, rng):
+    """Return raw cut off somewhere, or with a few bits turned over."""
+    if rng.random() < 0.3:
+        return raw[:rng.randrange(len(raw))]
+    wrong = bytearray(raw)
+    for _ in range(rng.randint(1, 4)):
+        wrong[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    return bytes(wrong)
+
+
+@pytest.mark.parametrize("cases", [150, pytest.param(5_000, marks=pytest.mark.torture)])
+def test_a_damaged_meta_pkl_is_one_line_or_makes_sense(tmp_path, cases):
+    folder = write_folder(tmp_path / "x", range(100), range(50), **GOOD)
+    raw, rng, refusals = (folder / "meta.pkl").read_bytes(), random.Random(3), 0
+    for _ in range(cases):
+        (folder / "meta.pkl").write_bytes(damaged(raw, rng))
+        try:
+            meta = load_meta(folder)
+        except ValueError as e:
+            assert "meta.pkl" in str(e) and "again" in str(e) and "\n" not in str(e)
+            refusals += 1
+        else:
+            assert type(meta["vocab_size"]) is int and 2 <= meta["vocab_size"] <= 2**16
+    assert refusals > cases / 3
+
+
+def test_a_flipped_bit_is_found_where_reading_is_quick_and_by_the_command_always(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = write_folder(tmp_path / "x", range(1000), range(100), **{**GOOD, "train_tokens": 1000, "val_tokens": 100})
+    meta = load_meta(folder)
+    data.main(["x"])
+    assert "without a hash" in capsys.readouterr().out
+    content = {**meta, "hash": data.file_hash(folder)}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(content))
+    data.main(["x"])
+    assert "are what meta.pkl says" in capsys.readouterr().out
+    data.check_hash(folder, content)
+    for name in "train.bin", "val.bin":
+        raw = (folder / name).read_bytes()
+        (folder / name).write_bytes(raw[:50] + bytes([raw[50] ^ 1]) + raw[51:]) # its size and ids are good
+        message = "x/train.bin or .*x/val.bin was damaged or changed .*prepare the dataset again"
+        with pytest.raises(ValueError, match=message):
+            data.check_hash(folder, content)
+        data.check_hash(folder, content, max_bytes=2199) # larger files are not read at the start of a run
+        with pytest.raises(SystemExit, match=message):
+            data.main(["x"])
+        report = refused(**{**SETTINGS, "data_dir": ".", "dataset": "x"})
+        assert "x/val.bin was damaged or changed" in report and "1 to fix" in report
+        (folder / name).write_bytes(raw)
+    for bad in ["nowhere"], ["x", "nowhere"]:
+        with pytest.raises(SystemExit, match="nowhere/train.bin is not there"):
+            data.main(bad)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.pkl"])
+def test_a_folder_in_place_of_a_file(tmp_path, name):
+    folder = write_folder(tmp_path / "x", range(100), range(50), **GOOD)
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(OSError, match=name):
+        Blocks(folder, "train", 8)
+        Blocks(folder, "val", 8)
+
+# -----------------------------------------------------------------------------
 # Blocks
 
 
@@ -193,6 +305,32 @@ def test_damaged_and_short_files_are_refused(tmp_path, folder):
     cut = write_folder(tmp_path / "cut", range(100), vocab_size=1000, train_tokens=110)
     with pytest.raises(ValueError, match="train.bin is damaged: 200 bytes of uint16, expected 110 tokens"):
         Blocks(cut, "train", 16)
+
+
+def test_a_file_that_shrinks_or_goes_while_it_is_read(folder):
+    blocks = Blocks(folder, "train", 16)
+    blocks.batch(0, 61)
+    os.truncate(folder / "train.bin", 1000)
+    with pytest.raises(ValueError, match="train.bin has become shorter, 500 tokens: position .* is gone"):
+        blocks.batch(0, 61)
+    (folder / "train.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="train.bin"):
+        blocks.batch(0, 61)
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 10**20])
+def test_a_block_size_that_cannot_be(folder, block_size):
+    with pytest.raises(ValueError, match="block_size"):
+        Blocks(folder, "train", block_size)
+
+
+def test_ids_that_are_none_make_no_tokenizer():
+    ranks = {bytes([b]): b for b in range(256)}
+    for wrong in -1, 2**24, 10**30:
+        with pytest.raises(ValueError, match=f"a token has the id {wrong}, ids must be in 0..16777215"):
+            data.own_encoding({**ranks, b"ab": wrong})
+    with pytest.raises(ValueError, match="has the id 'x'"):
+        data.own_encoding(ranks, special_tokens={data.EOT: "x"})
 
 
 def test_uint32_ids_are_read_as_such(tmp_path):

@@ -12,7 +12,6 @@ import csv
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -84,7 +83,7 @@ def test_a_run_leaves_its_settings(runs):
     assert info["sources"]["distance"] == "command line" and info["sources"]["beta2"] == "default"
     assert info["device"] == "cpu" and info["dtype"] == "float32" and info["world_size"] == 1 and "git" in info
     assert info["versions"]["torch"] == torch.__version__ and info["versions"]["python"] and info["versions"]["numpy"]
-    assert info["data"]["hash"] == "123abc"
+    assert info["data"]["hash"] == data.file_hash(folder / "data" / "tiny")
     assert info["data"]["vocab_size"] == 97 and info["model_args"]["vocab_size"] == 97
     model = model_of(load(folder / "whole"))
     assert info["num_params"] == sum(p.numel() for p in model.parameters())
@@ -460,7 +459,7 @@ def test_bits_per_byte_is_the_loss_of_a_token_over_its_bytes(here):
 
 
 def test_a_token_that_the_vocabulary_lacks_is_refused_with_its_place(here):
-    make_dataset(here / "own" / "tiny")
+    make_dataset(here / "own" / "tiny", hash=None)
     ids = np.fromfile("own/tiny/train.bin", np.uint16)
     ids[:] = 97
     ids.tofile("own/tiny/train.bin")
@@ -484,11 +483,10 @@ def test_another_model_or_other_data_are_not_resumed(here):
     for part in ("n_layer is 3 here, 2 in the checkpoint", "distance is 'manhattan' here, 'cosine' in the checkpoint",
                  "n is 2.0 here, 0.0 in the checkpoint"):
         assert part in message
-    make_dataset(here / "own" / "tiny", source="x")
-    meta = data.read_meta("own/tiny/meta.pkl")
-    (here / "own" / "tiny" / "meta.pkl").write_bytes(pickle.dumps({**meta, "hash": "456def"}))
+    make_dataset(here / "own" / "tiny", train_tokens=6001)
     message = refused(init_from="resume", out_dir="out", max_iters=4, data_dir="own")
-    assert "hash 456def here, 123abc in the checkpoint" in message
+    before, now = (data.file_hash(f"{folder}/tiny") for folder in ("data", "own"))
+    assert f"hash {now} here, {before} in the checkpoint" in message
 
 
 # mahalanobis fails earlier than its loss: a matrix that is not finite has no Cholesky factor
