@@ -443,6 +443,36 @@ def in_val(seed, key, val_fraction):
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
 
 
+@contextlib.contextmanager
+def replacing(*paths, tmp=".tmp"):
+    """
+    Open files for writing bytes that get these names, whole or not at all: what is written goes to path + tmp, and to
+    the disk, before it takes the name. Of several the last is the one by which others know that all are there: an old
+    one goes first, and the new one comes last.
+
+    Raises OSError when they cannot be written. Then, as after any error, no path + tmp is left, and unless that was a
+    rename all is as it was. A file that several processes may write at the same time needs a tmp of each one's own.
+    """
+    tmps = [f"{path}{tmp}" for path in paths]
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(name, "wb")) for name in tmps]
+            yield files
+            for f in files: # a full disk may come to light with the last bytes, and on some file systems with fsync
+                f.flush()
+                os.fsync(f.fileno())
+        if len(paths) > 1:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(paths[-1])
+        for name, path in zip(tmps, paths):
+            os.replace(name, path)
+    except BaseException:
+        for name in tmps:
+            with contextlib.suppress(OSError):
+                os.remove(name)
+        raise
+
+
 class SplitWriter:
     """Appends tokens to the file of one split, and counts what meta.pkl says of them."""
 
@@ -475,11 +505,10 @@ def write_dataset(out_dir, pairs, enc, source):
     Write train.bin, val.bin and meta.pkl, print what they hold, and return meta. A tokenizer that tiktoken does not
     have by name goes into a file of its own, tokenizer.tiktoken or tokenizer.json.
 
-    pairs yields (train ids, val ids), 1-D arrays to append to the two files. enc is a tiktoken.Encoding with
+    pairs is a generator of (train ids, val ids), 1-D arrays to append to the two files. enc is a tiktoken.Encoding with
     end-of-text, or a JsonTokenizer. Killed at any moment it leaves no train.bin with another dataset's meta.pkl.
-    Raises ValueError when a split stays empty.
+    Raises ValueError when a split stays empty, and OSError, which says what is there now, when it cannot be written.
     """
-    os.makedirs(out_dir, exist_ok=True)
     meta = {"vocab_size": enc.n_vocab, "dtype": token_dtype(enc.n_vocab), "encoding": enc.name, "eot": enc.eot_token,
             "source": source}
     about_tokenizer, tokenizer_file = describe_tokenizer(enc)
@@ -488,35 +517,34 @@ def write_dataset(out_dir, pairs, enc, source):
     for token, rank in enc._mergeable_ranks.items():
         num_bytes[rank] = len(token)
 
-    def tmp(name):
-        return os.path.join(out_dir, name + ".tmp")
-    with open(tmp("train.bin"), "wb") as train_file, open(tmp("val.bin"), "wb") as val_file:
-        writers = {"train": SplitWriter(train_file, meta["dtype"], enc.eot_token),
-                   "val": SplitWriter(val_file, meta["dtype"], enc.eot_token)}
-        for train_ids, val_ids in pairs:
-            writers["train"].append(train_ids, num_bytes)
-            writers["val"].append(val_ids, num_bytes)
-    for split, writer in writers.items():
-        if not writer.tokens:
-            os.remove(tmp("train.bin"))
-            os.remove(tmp("val.bin"))
-            num_docs = sum(w.ends for w in writers.values())
-            raise ValueError(f"the {split} split is empty, of {num_docs} document(s) in all: change --val_fraction")
-        meta |= {f"{split}_tokens": writer.tokens, f"{split}_bytes": writer.text_bytes, f"{split}_docs": writer.docs}
-    shas = "".join(writer.sha.hexdigest() for writer in writers.values())
-    meta["hash"] = hashlib.sha256(shas.encode()).hexdigest()
-    with open(tmp("meta.pkl"), "wb") as f:
-        pickle.dump(meta, f, protocol=4)
-    for name, content in tokenizer_file.items():
-        with open(tmp(name), "wb") as f:
-            f.write(content)
-
-    # a folder counts as a dataset when it has a train.bin: the old one goes first, the new one comes last
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(out_dir, "train.bin"))
+    # a folder counts as a dataset when it has a train.bin
     names = ["val.bin", "meta.pkl", *tokenizer_file, "train.bin"]
-    for name in names:
-        os.replace(tmp(name), os.path.join(out_dir, name))
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        paths = [os.path.join(out_dir, name) for name in names]
+        with contextlib.closing(pairs), replacing(*paths) as opened: # closed, so is its progress bar
+            files = dict(zip(names, opened))
+            writers = {split: SplitWriter(files[f"{split}.bin"], meta["dtype"], enc.eot_token)
+                       for split in ("train", "val")}
+            for train_ids, val_ids in pairs:
+                writers["train"].append(train_ids, num_bytes)
+                writers["val"].append(val_ids, num_bytes)
+            for split, writer in writers.items():
+                if not writer.tokens:
+                    num_docs = sum(w.ends for w in writers.values())
+                    raise ValueError(f"the {split} split is empty, of {num_docs} document(s) in all: "
+                                     "change --val_fraction")
+                meta |= {f"{split}_tokens": writer.tokens, f"{split}_bytes": writer.text_bytes,
+                         f"{split}_docs": writer.docs}
+            meta["hash"] = joint_hash(writer.sha for writer in writers.values())
+            pickle.dump(meta, files["meta.pkl"], protocol=4)
+            for name, content in tokenizer_file.items():
+                files[name].write(content)
+    except OSError as e:
+        state = "it holds no dataset"
+        if os.path.isfile(os.path.join(out_dir, "train.bin")):
+            state = "the dataset in it is as it was"
+        raise OSError(f"cannot write to {out_dir}: {e}. {state}") from e
 
     print(f"{out_dir}: {', '.join(sorted(names))}; vocab_size {meta['vocab_size']:,} ({meta['dtype']})")
     for split, writer in writers.items():

@@ -8,8 +8,9 @@ $ python prepare_openwebtext.py book.txt --split tail --val_fraction 0.1  # a si
 
 All of OpenWebText takes 18 GB, twice that while it is prepared, and some 60 GB in the huggingface cache. Local files
 are text, jsonl or parquet. Every document ends with the end-of-text token; empty ones are left out. A command that
-was killed half-way continues when it is run again: finished shards lie in <out_dir>/shards-<hash of the settings>
-until the bins are written. Without network use python prepare_stdlib.py, or local files.
+was killed half-way, or found the disk full, continues when it is run again: finished shards lie in
+<out_dir>/shards-<hash of the settings> until the bins are written. Without network use python prepare_stdlib.py, or
+local files.
 
 You can bring a tokenizer of your own:
   --ranks FILE       is in tiktoken's format: per line a token in base64, a space and its id. In a prepared folder the
@@ -19,6 +20,7 @@ You can bring a tokenizer of your own:
                      Qwen/Qwen2-0.5B for Qwen2's vocabulary, whose ids take uint32.
 """
 import argparse
+import errno
 import glob
 import hashlib
 import multiprocessing
@@ -27,11 +29,13 @@ import re
 import shutil
 import signal
 import ssl
+import tempfile
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -44,6 +48,7 @@ from data import (
     own_encoding,
     read_meta,
     read_ranks,
+    replacing,
     token_dtype,
     within,
     write_dataset,
@@ -119,20 +124,29 @@ def load_documents(args, files, offline):
             pattern = f"hf://datasets/{args.id}@{urllib.parse.quote(args.revision, safe='')}/{args.data_files}"
             ds = datasets.load_dataset(BUILDERS[ending(args.data_files)], data_files=pattern, **options)
         first = next(iter(ds), None)
-    except (UnicodeDecodeError, datasets.exceptions.DatasetGenerationError) as e:
-        raise SystemExit(f"cannot read the text: {e.__cause__ or e}") from None
     except OSError as e:
         if offline:
             raise SystemExit(f"no network: {args.id} is neither within reach nor in the local cache. "
                              "what works without: python prepare_stdlib.py, "
                              "or local files: python prepare_openwebtext.py FILES") from None
         raise SystemExit(f"cannot load {files[0] if files else args.id}: {str(e) or type(e).__name__}") from None
+    except Exception as e:
+        raise SystemExit(str(unreadable(e))) from None
     if first is None:
         raise SystemExit("there are no documents")
     if args.text_column not in first:
         raise SystemExit(f"there is no column {args.text_column!r}, only {list(first)}: choose one with --text_column")
     ds = ds.select_columns([args.text_column])
     return ds if args.docs is None else ds.take(args.docs)
+
+
+def unreadable(e):
+    """Return the OSError, one line, for whatever a reader of datasets has raised: each format has errors of its own."""
+    reason = e.__cause__ or e
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    if getattr(reason, "errno", None) == errno.ENOSPC:
+        text += ", for huggingface's cache: HF_HOME names another place"
+    return OSError(f"cannot read the text: {text}")
 
 
 # -----------------------------------------------------------------------------
@@ -155,20 +169,30 @@ def end_with_parent():
     os._exit(1)
 
 
-def tokenise(path, texts):
-    """Write one shard: the tokens of its documents, each with end-of-text behind it."""
+def tokenise(stem, texts):
+    """Write one shard: the tokens of its documents, each with end-of-text behind it. Its name tells their number."""
     # encode_ordinary would make a list of Python ints, ten times the memory, which is too much for a large document.
     # An end-of-text marker within a text stays text
     ids = [np.append(enc.encode_to_numpy(text, disallowed_special=()), enc.eot_token) for text in texts]
-    tmp = f"{path}.{os.getpid()}.tmp"
-    np.concatenate(ids or [[]]).astype(token_dtype(enc.n_vocab)).tofile(tmp)
-    os.replace(tmp, path)
+    ids = np.concatenate(ids or [[]]).astype(token_dtype(enc.n_vocab))
+    # not with ndarray.tofile, which does not say that the disk was full at the last bytes. The worker of a run that was
+    # killed may write the same shard for a moment yet
+    with replacing(f"{stem}-{len(ids)}.bin", tmp=f".{os.getpid()}.tmp") as (f,):
+        f.write(ids.tobytes())
+
+
+def batches(ds):
+    """Yield a dataset's documents, 100 at a time. With --docs they are read, or downloaded, only now."""
+    try:
+        yield from ds.iter(batch_size=100)
+    except Exception as e:
+        raise unreadable(e) from e
 
 
 def shards(ds, text_column, shard_mb):
     """Cut the documents into shards: yield (the number of documents, the texts that are not empty)."""
     num, size, texts = 0, 0, []
-    for batch in ds.iter(batch_size=100):
+    for batch in batches(ds):
         for text in batch[text_column]:
             num += 1
             if text:
@@ -184,31 +208,50 @@ def shards(ds, text_column, shard_mb):
         yield num, texts
 
 
-def finished(folder):
-    """Return {shard: (path, number of documents)} of the finished shards, in order."""
+def finished(folder, dtype):
+    """
+    Return {shard: (path, number of documents, number of tokens)} of the finished shards, in order. One whose size is
+    not that of its tokens is none: it is made again.
+    """
     found = {}
     for name in os.listdir(folder):
-        match = re.fullmatch(r"(\d+)-(\d+)\.bin", name)
-        if match:
-            found[int(match[1])] = os.path.join(folder, name), int(match[2])
+        match = re.fullmatch(r"(\d+)-(\d+)-(\d+)\.bin", name)
+        if not match:
+            continue
+        shard, docs, tokens = map(int, match.groups())
+        path = os.path.join(folder, name)
+        if os.path.getsize(path) == tokens * np.dtype(dtype).itemsize:
+            found[shard] = path, docs, tokens
+        else:
+            print(f"{path} is damaged, {os.path.getsize(path)} bytes for {tokens} tokens of {dtype}: not used")
     return dict(sorted(found.items()))
+
+
+def what_is_left(folder, dtype):
+    """Return the sentence with which a command ends that did not get through."""
+    count = len(finished(folder, dtype)) if os.path.isdir(folder) else 0
+    if not count:
+        return "no shard was finished: run the same command again"
+    return f"{count} finished shards are intact in {folder}: the same command continues from there"
 
 
 def write_shards(ds, args, encoding, folder):
     """
     Tokenise the shards that are not there yet, in parallel. What a shard holds depends neither on num_proc nor on where
-    the last run was killed.
+    the last run was killed. Raises OSError, which says why, when it cannot go on.
     """
     os.makedirs(folder, exist_ok=True)
-    done = finished(folder)
+    done = finished(folder, token_dtype(encoding.n_vocab))
     start, docs = 0, 0
     while start in done:
         docs += done[start][1]
         start += 1
     if done:
         print(f"continuing: {len(done)} finished shards in {folder}")
-    total = args.docs if args.docs is not None else len(ds)
-    ds = ds.skip(docs)
+    total = len(ds) if hasattr(ds, "__len__") else args.docs
+    to_come = ()
+    if docs < total: # else there is nothing to skip to
+        to_come = shards(ds.skip(docs), args.text_column, args.shard_mb)
     # workers are spawned on every platform: forking a process with threads, which datasets has by now, can hang
     with tqdm(total=total, initial=docs, desc="tokenising", unit=" docs") as bar, \
             ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("spawn"), start_worker, (encoding,)) as pool:
@@ -218,32 +261,39 @@ def write_shards(ds, args, encoding, folder):
             """Wait until at most limit shards are in work: the pool's queue would read all of the text into memory."""
             while len(pending) > limit:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    future.result()
+                    try:
+                        future.result()
+                    except OSError as e:
+                        raise OSError(f"cannot write to {folder}: {e}") from None
                     bar.update(pending.pop(future))
         try:
-            for shard, (num, texts) in enumerate(shards(ds, args.text_column, args.shard_mb), start):
+            for shard, (num, texts) in enumerate(to_come, start):
                 if shard in done:
                     bar.update(num)
                     continue
-                path = os.path.join(folder, f"{shard:06d}-{num}.bin")
-                pending[pool.submit(tokenise, path, texts)] = num
+                stem = os.path.join(folder, f"{shard:06d}-{num}")
+                pending[pool.submit(tokenise, stem, texts)] = num
                 collect(2 * args.num_proc - 1)
             collect(0)
-        except KeyboardInterrupt:
+        except (BrokenProcessPool, MemoryError):
             pool.shutdown(cancel_futures=True)
-            raise SystemExit(f"\nstopped with {len(finished(folder))} finished shards. "
-                             "the same command continues from there") from None
+            raise OSError("a worker was killed, perhaps as memory ran out: lower --num_proc or --shard_mb") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def split_shards(folder, encoding, args):
     """Yield (train ids, val ids) per shard, in the order of the documents."""
-    dtype = np.dtype(token_dtype(encoding.n_vocab))
-    paths = [path for path, _ in finished(folder).values()]
-    num_tokens = sum(os.path.getsize(path) for path in paths) // dtype.itemsize
+    dtype = token_dtype(encoding.n_vocab)
+    done = finished(folder, dtype).values()
+    num_tokens = sum(tokens for _, _, tokens in done)
     left = num_tokens - int(num_tokens * args.val_fraction) # train tokens yet to come, with --split tail
     doc = 0 # the number of the shard's first document
-    for path in tqdm(paths, desc="writing bins", unit=" shards"):
+    for path, _, tokens in tqdm(done, desc="writing bins", unit=" shards"):
         ids = np.fromfile(path, dtype)
+        if len(ids) != tokens: # fromfile does not raise where a disk fails
+            raise OSError(f"{path} gave {len(ids)} of its {tokens} tokens")
         if args.split == "tail":
             yield ids[:left], ids[left:]
             left -= min(left, len(ids))
@@ -326,11 +376,25 @@ def parse(argv):
     parser.add_argument("--data_files", default="data/*.parquet", help="its files (default: %(default)s)")
     args = parser.parse_args(argv)
     for key in "docs", "num_proc", "shard_mb":
-        if getattr(args, key) is not None and getattr(args, key) <= 0:
+        if getattr(args, key) is not None and not getattr(args, key) > 0: # not nan either
             raise SystemExit(f"--{key} {getattr(args, key)} must be above 0")
+    if not 0 <= args.val_fraction <= 1:
+        raise SystemExit(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
     if not ending(args.data_files):
         raise SystemExit(f"--data_files {args.data_files} must end with one of {', '.join(BUILDERS)}")
     return args
+
+
+def check_out_dir(out_dir):
+    """Raise SystemExit when nothing can be written there, which is better known before a download of hours."""
+    parent = os.path.abspath(out_dir) # or the nearest folder above that exists
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as e:
+        raise SystemExit(f"cannot write to {out_dir}: {e.strerror}: {parent}. nothing was changed: "
+                         "choose another folder with --out_dir") from None
 
 
 def main(argv=None):
@@ -340,6 +404,7 @@ def main(argv=None):
     out_dir = args.out_dir or os.path.join("data", name)
     if os.path.exists(os.path.join(out_dir, "train.bin")) and not args.overwrite:
         raise SystemExit(f"{out_dir} holds a dataset: write elsewhere (--out_dir ...), or replace it (--overwrite)")
+    check_out_dir(out_dir)
     offline = not files and not hub_answers()
     if offline:
         ds = load_documents(args, files, offline)
@@ -364,16 +429,21 @@ def main(argv=None):
                 encoding.eot_token, sorted(encoding._mergeable_ranks.items())]
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()
     folder = os.path.join(out_dir, f"shards-{digest[:12]}")
-    write_shards(ds, args, encoding, folder)
-
+    dtype = token_dtype(encoding.n_vocab)
     if args.docs is not None:
         source += f", first {args.docs} documents"
     source += f"; split {args.split}, val_fraction {args.val_fraction}, seed {args.seed}"
     try:
-        write_dataset(out_dir, split_shards(folder, encoding, args), encoding, source)
-    except ValueError as e:
-        raise SystemExit(f"{e}, or use --split tail, which cuts within a document. "
-                         "the shards are kept for it") from None
+        write_shards(ds, args, encoding, folder)
+        try:
+            write_dataset(out_dir, split_shards(folder, encoding, args), encoding, source)
+        except ValueError as e:
+            raise SystemExit(f"{e}, or use --split tail, which cuts within a document. "
+                             "the shards are kept for it") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nstopped. {what_is_left(folder, dtype)}") from None
+    except OSError as e:
+        raise SystemExit(f"{e}. {what_is_left(folder, dtype)}") from None
     shutil.rmtree(folder)
     others = glob.glob(os.path.join(glob.escape(out_dir), "shards-*"))
     if others:

@@ -15,7 +15,7 @@ import tokenize
 import numpy as np
 from tqdm import tqdm
 
-from data import in_val, own_encoding, write_dataset
+from data import MAX_VOCAB, in_val, own_encoding, write_dataset
 
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 
@@ -63,6 +63,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.vocab_size < 257:
         raise SystemExit(f"--vocab_size {args.vocab_size} is too small: 256 bytes and end-of-text make 257")
+    if args.vocab_size > MAX_VOCAB["uint32"]:
+        raise SystemExit(f"--vocab_size {args.vocab_size} is too large: at most {MAX_VOCAB['uint32']}")
     files = python_files(args.src)
     if not files:
         raise SystemExit(f"there are no *.py files in {args.src}: give a folder that has some with --src")
@@ -75,6 +77,8 @@ def main(argv=None):
         except (SyntaxError, UnicodeDecodeError) as e:
             raise SystemExit(f"{os.path.join(args.src, name)} is not Python source in its declared encoding: "
                              f"{e}") from None
+        except OSError as e:
+            raise SystemExit(f"cannot read {os.path.join(args.src, name)}: {e.strerror}. nothing was written") from None
     print(f"{len(files)} files, {sum(len(t.encode()) for t in texts):,} bytes from {args.src}")
     enc = own_encoding(train_bpe(texts, args.vocab_size))
     if enc.n_vocab < args.vocab_size:
@@ -95,6 +99,8 @@ def main(argv=None):
         write_dataset(args.out_dir, pairs(), enc, source)
     except ValueError as e:
         raise SystemExit(str(e)) from None
+    except OSError as e:
+        raise SystemExit(f"{e}. mend that, or write elsewhere (--out_dir ...)") from None
 
 
 if __name__ == "__main__":

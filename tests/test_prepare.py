@@ -1,14 +1,18 @@
 """
-The prepare scripts: what they write is what the text says, even after a kill. The tests need no network and no real
-corpus.
+The prepare scripts: what they write is what the text says, and the same bytes come out after any harm: a kill -9 at any
+file operation, a full disk, a damaged shard. The tests need no network and no real corpus.
 
 $ pytest tests/test_prepare.py
+$ pytest tests/test_prepare.py -m torture   # kills at every file operation and at random moments, disks of many sizes
 """
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -114,8 +118,8 @@ def test_round_trip_of_documents_drawn_at_random(tmp_path, ranks_file):
     assert 10 < sum(drawn) < 40
 
 
-def test_killed_and_run_again_gives_the_same_bytes(tmp_path, ranks_file):
-    source = write_jsonl(tmp_path / "texts.jsonl", documents(1500))
+def test_killed_and_run_again_gives_the_same_bytes(tmp_path, ranks_file, capsys):
+    source = write_jsonl(tmp_path / "texts.jsonl", documents(300))
     args = [source, "--ranks", ranks_file, "--val_fraction", 0.1, "--shard_mb", 1e-6] # a shard per document
     prepare(*args, "--out_dir", tmp_path / "unbroken", "--num_proc", 2)
 
@@ -131,7 +135,7 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, ranks_file):
     process.kill()
     assert process.wait() != 0
     shards = {path.name: path.stat().st_mtime_ns for path in out.glob("shards-*/*.bin")}
-    assert 0 < len(shards) < 1500 and not (out / "train.bin").exists()
+    assert 0 < len(shards) < 300 and not (out / "train.bin").exists()
 
     # another run's shards do not get in the way, and are not taken
     other = [*args[:3], "--val_fraction", 0.1, "--docs", 100, "--out_dir", out, "--num_proc", 1]
@@ -141,11 +145,10 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, ranks_file):
 
     with pytest.raises(SystemExit, match="killed holds a dataset: .*--overwrite"):
         prepare(*args, "--out_dir", out)
-    again = subprocess.run(command[:-1] + ["1", "--overwrite"], cwd=tmp_path, env=env, capture_output=True, text=True,
-                           check=False)
-    assert again.returncode == 0, again.stderr
-    finished = int(again.stdout.split("continuing: ")[1].split()[0])
-    assert len(shards) <= finished < 1500 # a worker may have finished its last one after the kill
+    capsys.readouterr()
+    prepare(*args, "--out_dir", out, "--num_proc", 1, "--overwrite")
+    finished = int(capsys.readouterr().out.split("continuing: ")[1].split()[0])
+    assert len(shards) <= finished < 300 # a worker may have finished its last one after the kill
     assert file_bytes(out) == file_bytes(tmp_path / "unbroken")
 
 
@@ -264,3 +267,304 @@ def test_the_exported_ranks_cut_text_as_the_trained_tokenizer_does():
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=399, initial_alphabet=alphabet))
     assert enc.n_vocab == 400
     assert [enc.encode_ordinary(text) for text in texts] == [e.ids for e in tokenizer.encode_batch(texts)]
+
+# -----------------------------------------------------------------------------
+# harm: kills, full disks, damaged shards
+
+
+# Every Python of a command imports a sitecustomize.py, its workers too. This one counts the operations on files that a
+# pattern matches, in all of these processes together, and kills at one of them, before it is done.
+KILLER = """
+import os, re, signal, sys
+
+pattern, at, whom = os.environ["KILL_AT"].split("|")
+count = os.open(os.path.join(os.path.dirname(__file__), "count"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+def hook(event, args):
+    if event in ("open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree") \\
+            and re.search(pattern, f"{event} {args[0]}"):
+        os.write(count, b".")
+        if os.fstat(count).st_size == int(at):
+            os.kill(0 if whom == "all" else os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path, ranks_file, monkeypatch):
+    """
+    The arguments for 10 shards of some 10 kB and, in out/, an older dataset of other documents. Nothing is compiled
+    to disk, as a full one could leave half of a *.pyc.
+    """
+    source = write_jsonl(tmp_path / "texts.jsonl", documents(1500))
+    other = write_jsonl(tmp_path / "older.jsonl", documents(60)[30:])
+    args = ["--ranks", ranks_file, "--val_fraction", 0.1, "--shard_mb", 0.005, "--num_proc", 1]
+    prepare(other, *args, "--out_dir", tmp_path / "out")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return [source, *args, "--overwrite"]
+
+
+def whole(folder, args, *more):
+    """The bytes that an undisturbed run gives. It also leaves the documents in the cache."""
+    prepare(*args, *more, "--out_dir", folder)
+    return file_bytes(folder)
+
+
+def kill_at(folder, pattern, at=1, whom="all"):
+    """The environment of a command that is killed at the at-th operation on files that the pattern matches."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(KILLER)
+    (folder / "count").unlink(missing_ok=True)
+    return {"PYTHONPATH": str(folder), "KILL_AT": f"{pattern}|{at}|{whom}"}
+
+
+def started(tmp_path, args, env=()):
+    """Start the script, with the cache of these tests, in a session of its own, so that a kill reaches the workers."""
+    command = [sys.executable, os.path.join(ROOT, "prepare_openwebtext.py"), *map(str, args)]
+    env = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), **dict(env)}
+    return subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def is_a_dataset_or_none(folder):
+    """Whether a folder holds one that its meta.pkl describes, or none that could be taken for one."""
+    if (folder / "train.bin").exists():
+        assert data.file_hash(folder) == load_meta(folder)["hash"]
+    return True
+
+
+@pytest.mark.parametrize("split", ["random", "tail"])
+@pytest.mark.parametrize("at", [
+    r"os.rename .*000003-.*tmp$", # a shard is written, but not there
+    r"open .*000004-\d+-\d+\.bin$", # train.bin is half written
+    r"os.rename .*val\.bin\.tmp$", # all is written, nothing there
+    r"os.rename .*train\.bin\.tmp$", # all but train.bin is there
+])
+def test_killed_at_a_chosen_moment(tmp_path, corpus, at, split):
+    if split == "tail" and "000003" in at:
+        pytest.skip("a shard does not know of the split")
+    expected = whole(tmp_path / "whole", corpus, "--split", split)
+    args = [*corpus, "--split", split, "--out_dir", tmp_path / "out"]
+    process = started(tmp_path, args, kill_at(tmp_path / "killer", at))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, err
+    assert list((tmp_path / "out").rglob("*.tmp")) and is_a_dataset_or_none(tmp_path / "out")
+    prepare(*args)
+    assert file_bytes(tmp_path / "out") == expected
+
+
+def test_a_killed_worker_is_one_line(tmp_path, corpus, monkeypatch):
+    expected = whole(tmp_path / "whole", corpus)
+    args, before = [*corpus, "--out_dir", tmp_path / "out"], file_bytes(tmp_path / "out")
+    with monkeypatch.context() as m:
+        for key, value in kill_at(tmp_path / "killer", "os.rename .*000003-.*tmp$", whom="itself").items():
+            m.setenv(key, value)
+        with pytest.raises(SystemExit, match="^a worker was killed, .*--num_proc.* 3 finished shards are intact in .*: "
+                                             "the same command continues from there$"):
+            prepare(*args)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    prepare(*args)
+    assert file_bytes(tmp_path / "out") == expected
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """A full disk, as the kernel shows it to this process and its workers: a file takes so many bytes and no more."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def left(folder):
+    """The files below a folder, by name: none is temporary."""
+    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert not [name for name in names if "tmp" in name]
+    return sorted(names)
+
+
+@pytest.mark.parametrize("split", ["random", "tail"])
+def test_a_full_disk_loses_nothing(tmp_path, corpus, split):
+    out, args = tmp_path / "out", [*corpus, "--split", split]
+    expected, before = whole(tmp_path / "whole", args), file_bytes(tmp_path / "out")
+    # C's stdio, through which ndarray.tofile goes, writes the bytes after the last multiple of 4,096 when it closes
+    with files_of_at_most(8192), pytest.raises(SystemExit, match="^cannot write to .*shards-.*File too large") as e:
+        prepare(*args, "--out_dir", out)
+    assert "\n" not in e.value.code and "same command" in e.value.code
+    assert set(left(out)) >= set(before) and not [name for name in left(out) if name.startswith("000000")]
+
+    for size in 65536, len(expected["train.bin"]) - 1: # the shards are there, the bins are half written
+        with files_of_at_most(size), pytest.raises(SystemExit, match="^cannot write to .*out: .*File too large") as e:
+            prepare(*args, "--out_dir", out)
+        assert "the dataset in it is as it was. 10 finished shards are intact in" in e.value.code
+        assert "\n" not in e.value.code and len(left(out)) == 10 + len(before)
+        assert {name: (out / name).read_bytes() for name in before} == before
+    prepare(*args, "--out_dir", out)
+    assert file_bytes(out) == expected
+
+
+@pytest.mark.parametrize("split", ["random", "tail"])
+def test_damaged_shards_are_made_again(tmp_path, corpus, capsys, split):
+    expected = whole(tmp_path / "whole", corpus, "--split", split)
+    out, args = tmp_path / "out", [*corpus, "--split", split, "--out_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="val split is empty, .*the shards are kept"):
+        prepare(*args, "--val_fraction", 0)
+    first, second, third, *_ = sorted(out.glob("shards-*/*.bin"))
+    first.write_bytes(first.read_bytes()[:-288])
+    second.write_bytes(second.read_bytes() + b"\1\0")
+    third.write_bytes(b"")
+    prepare(*args)
+    assert capsys.readouterr().out.count(" is damaged, ") == 3
+    assert file_bytes(out) == expected
+
+
+def test_a_run_whose_shards_are_all_finished_goes_on(tmp_path, corpus):
+    expected = whole(tmp_path / "whole", corpus, "--split", "tail")
+    with pytest.raises(SystemExit, match="or use --split tail.*the shards are kept for it"):
+        prepare(*corpus, "--val_fraction", 0, "--out_dir", tmp_path / "out")
+    prepare(*corpus, "--split", "tail", "--out_dir", tmp_path / "out")
+    assert file_bytes(tmp_path / "out") == expected
+
+
+def test_a_shard_that_cannot_be_read_is_not_left_out(tmp_path, corpus, monkeypatch):
+    read = np.fromfile
+    with monkeypatch.context() as m:
+        m.setattr(np, "fromfile", lambda path, dtype: read(path, dtype)[:-1]) # what a broken disk gives
+        with pytest.raises(SystemExit, match=r"000000-\d+-(\d+).bin gave \d+ of its \1 tokens. .* finished shards"):
+            prepare(*corpus, "--out_dir", tmp_path / "out")
+    assert load_meta(tmp_path / "out")["train_docs"] < 30 # still the older one
+
+
+@pytest.mark.parametrize("out", ["a_file", "a_file/x", "locked/x"])
+def test_a_folder_that_cannot_be_written_is_known_at_once(tmp_path, ranks_file, monkeypatch, out):
+    (tmp_path / "a_file").write_text("mine")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(0o500)
+    if out == "locked/x" and os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("root may write anywhere")
+    monkeypatch.setattr(prepare_openwebtext, "load_documents", lambda *args: pytest.fail("nothing may be read yet"))
+    with pytest.raises(SystemExit, match=f"^cannot write to .*{out}: .*nothing was changed: .*--out_dir$"):
+        prepare(write_jsonl(tmp_path / "texts.jsonl", documents(20)), "--ranks", ranks_file,
+                "--out_dir", tmp_path / out)
+    assert (tmp_path / "a_file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_older_stdlib_as_it_was(tmp_path):
+    (tmp_path / "library").mkdir()
+    for i, text in enumerate(documents(40)):
+        (tmp_path / "library" / f"module{i}.py").write_text(f"# {text}\n{TEXT}" * 3, encoding="utf-8")
+    args = ["--src", str(tmp_path / "library"), "--out_dir", str(tmp_path / "out"), "--val_fraction", "0.2"]
+    with files_of_at_most(4096), pytest.raises(SystemExit, match="^cannot write to .*it holds no dataset.*--out_dir"):
+        prepare_stdlib.main([*args, "--vocab_size", "300"])
+    assert left(tmp_path / "out") == []
+    prepare_stdlib.main([*args, "--vocab_size", "300"])
+    before = file_bytes(tmp_path / "out")
+    with files_of_at_most(4096), pytest.raises(SystemExit, match="File too large.*the dataset in it is as it was"):
+        prepare_stdlib.main([*args, "--vocab_size", "280"])
+    assert file_bytes(tmp_path / "out") == before
+    with pytest.raises(SystemExit, match="cannot write to .*module1.py: .*exists"):
+        prepare_stdlib.main([*args[:2], "--out_dir", str(tmp_path / "library" / "module1.py"), "--vocab_size", "300",
+                             "--val_fraction", "0.2"])
+
+
+def test_replacing_is_all_or_nothing(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for path in one, two:
+        path.write_bytes(b"old")
+
+    def contents():
+        assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+        return one.read_bytes(), two.read_bytes()
+
+    with pytest.raises(KeyboardInterrupt), data.replacing(one, two) as files:
+        files[0].write(b"new")
+        raise KeyboardInterrupt
+    with files_of_at_most(100), pytest.raises(OSError, match="too large"), data.replacing(one, two) as files:
+        files[0].write(b"new")
+        files[1].write(b"x" * 101) # stays in the buffer until the end
+    assert contents() == (b"old", b"old")
+    with data.replacing(one, two) as files:
+        for f in files:
+            f.write(b"new")
+        assert (one.read_bytes(), two.read_bytes()) == (b"old", b"old")
+    assert contents() == (b"new", b"new")
+    if os.path.exists("/dev/full"): # a device that is always full
+        (tmp_path / "one.tmp").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left"), data.replacing(one) as (f,):
+            f.write(b"newer")
+        assert contents() == (b"new", b"new")
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("split", ["random", "tail"])
+def test_killed_at_every_file_operation(tmp_path, corpus, split):
+    """A run is killed at its first operation below out/, the next at its second, and so on, until one gets through."""
+    args = [*corpus, "--split", split, "--shard_mb", 0.02]
+    expected = whole(tmp_path / "whole", args)
+    out, older = tmp_path / "out", tmp_path / "older"
+    shutil.copytree(out, older)
+    args, code, at = [*args, "--out_dir", out], None, 0
+    while code != 0:
+        at += 1
+        shutil.rmtree(out)
+        shutil.copytree(older, out)
+        process = started(tmp_path, args, kill_at(tmp_path / "killer", f" {out}", at))
+        _, err = process.communicate(timeout=120)
+        code = process.returncode
+        assert code in (0, -signal.SIGKILL) and is_a_dataset_or_none(out), (at, err)
+        prepare(*args)
+        assert file_bytes(out) == expected, at
+    assert at > 20
+
+
+@pytest.mark.torture
+def test_killed_at_random_moments(tmp_path, corpus):
+    """Twelve times over: kill at random until a run gets through, the parent alone or the workers with it."""
+    expected, rng = whole(tmp_path / "whole", corpus), random.Random(2)
+    out, args = tmp_path / "out", [*corpus, "--num_proc", 2, "--out_dir", tmp_path / "out"]
+    for _ in range(12):
+        for _ in range(rng.randint(1, 3)):
+            process = started(tmp_path, args)
+            time.sleep(rng.uniform(0.8, 3.5))
+            if rng.random() < 0.5:
+                process.kill()
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=120)
+            assert is_a_dataset_or_none(out)
+        prepare(*args)
+        assert file_bytes(out) == expected
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("split", ["random", "tail"])
+def test_disks_of_many_sizes(tmp_path, corpus, split):
+    """A file system in memory, of a size at which each part of the work meets its end."""
+    expected = whole(tmp_path / "whole", corpus, "--split", split)
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    # in a name space of its own, so that nobody else sees it and it goes with the last process
+    space = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=$0k none {mount} && exec sh -c "$1"']
+    if shutil.which("unshare") is None or subprocess.run([*space, "4", "true"], check=False).returncode:
+        pytest.skip("only root may mount a disk")
+    script = os.path.join(ROOT, "prepare_openwebtext.py")
+    command = " ".join(map(str, [sys.executable, script, *corpus, "--split", split, "--out_dir", mount / "out"]))
+    env = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    total, sizes = sum(map(len, expected.values())), range(8, 400, 40)
+    codes = []
+    for size in sizes:
+        again = (f"{command}; echo first $?; find {mount} -name '*.tmp'; mount -o remount,size=100m {mount}; "
+                 f"{command} && cp -r {mount}/out {tmp_path}/{size}")
+        run = subprocess.run([*space, str(size), again], env=env, capture_output=True, text=True, check=False)
+        assert run.returncode == 0 and "Traceback" not in run.stderr and ".tmp" not in run.stdout, run.stderr
+        assert file_bytes(tmp_path / str(size)) == expected, size
+        code = run.stdout.split("first ")[1].split()[0]
+        codes.append(code)
+        assert (code == "0") == ("No space left on device" not in run.stderr), run.stderr
+    assert codes[0] == "1" and codes[-1] == "0" and 2 * total < 400e3
