@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import PlainUnpickler, within
+from data import PlainUnpickler, replacing, within
 
 # (mean, standard deviation) of pixels in 0..1, for each channel or one for all, as in the paper's C.1
 STATS = {
@@ -52,6 +52,7 @@ class Images:
     test_y: torch.Tensor # (M,) int64
     num_classes: int
     source: str # where it comes from, for people
+    note: str # a warning that this is not all of the dataset, or ""
     hash: str # a hash of the arrays, whatever files they come from: it tells which data a run saw
 
 
@@ -173,7 +174,7 @@ def read_pickle(path, num_classes):
             batch[text(key)] = value.array() if isinstance(value, Parts) else value
         x, y = np.asarray(batch["data"]), np.asarray(batch[labels])
     except Exception as e: # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} was refused, {len(raw)} bytes: {type(e).__name__}: {e}") from None
+        raise ValueError(f"{path} was refused, {len(raw)} bytes: {e!r:.200}") from None
     if x.ndim != 2 or x.shape[1] != 3072:
         raise ValueError(f"{path} has data of shape {x.shape}, expected (n, 3072)")
     return check(path, x.reshape(-1, 3, 32, 32), y, num_classes)
@@ -202,6 +203,7 @@ class Origin:
     """Where the files of a dataset may lie, what they are called, and which reader takes them."""
     num_classes: int
     mode: str # PIL's name for the kind of pixels, L is grey
+    sizes: tuple # how many images there are for training and for the test
     hub: str # the dataset's name on the huggingface hub
     folders: list # in the data folder, beside the one that is called as the dataset
     formats: list # tuples (reader, names of the training files, name of the test file)
@@ -209,14 +211,14 @@ class Origin:
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 DATASETS = {
-    "mnist": Origin(10, "L", "ylecun/mnist", [], [
+    "mnist": Origin(10, "L", (60000, 10000), "ylecun/mnist", [], [
         (read_idx, ["train-images-idx3-ubyte"], "t10k-images-idx3-ubyte"),
     ]),
-    "cifar10": Origin(10, "RGB", "uoft-cs/cifar10", ["cifar-10-batches-bin", "cifar-10-batches-py"], [
+    "cifar10": Origin(10, "RGB", (50000, 10000), "uoft-cs/cifar10", ["cifar-10-batches-bin", "cifar-10-batches-py"], [
         (read_binary, [f"{name}.bin" for name in BATCHES], "test_batch.bin"),
         (read_pickle, BATCHES, "test_batch"),
     ]),
-    "cifar100": Origin(100, "RGB", "uoft-cs/cifar100", ["cifar-100-binary", "cifar-100-python"], [
+    "cifar100": Origin(100, "RGB", (50000, 10000), "uoft-cs/cifar100", ["cifar-100-binary", "cifar-100-python"], [
         (read_binary, ["train.bin"], "test.bin"),
         (read_pickle, ["train"], "test"),
     ]),
@@ -246,14 +248,13 @@ def local_files(dataset, data_dir):
         folder = os.path.join(data_dir, folder_name)
         for read, train_names, test_name in origin.formats:
             train = [find(folder, name) for name in train_names]
-            train = [path for path in train if path] # not all five of CIFAR-10's need be there
+            train = [path for path in train if path] # not all five of CIFAR-10's need be there, load() says so
             test = find(folder, test_name)
             if train and test:
-                parts = [read(path, origin.num_classes) for path in train]
-                train_x, train_y = (np.concatenate(part) for part in zip(*parts))
-                test_x, test_y = read(test, origin.num_classes)
-                names = ", ".join(os.path.basename(path) for path in (*train, test))
-                return train_x, train_y, test_x, test_y, f"{folder}: {names}"
+                parts = [read(path, origin.num_classes) for path in (*train, test)]
+                names = [f"{os.path.basename(path)} ({len(y):,})" for path, (_, y) in zip((*train, test), parts)]
+                train_x, train_y = (np.concatenate(part) for part in zip(*parts[:-1]))
+                return train_x, train_y, *parts[-1], f"{folder}: {', '.join(names)}"
             if train:
                 raise ValueError(f"{folder} has {os.path.basename(train[0])}, but no {test_name}")
             if test:
@@ -262,15 +263,16 @@ def local_files(dataset, data_dir):
 
 
 def saved(dataset, data_dir):
-    """Read images.npz; None when there is none. Raises ValueError when it is damaged."""
+    """Read images.npz; None when there is none. Raises ValueError when it is damaged, OSError when it is unreadable."""
     path = os.path.join(data_dir, dataset, "images.npz")
     if not os.path.exists(path):
         return None
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            train_x, train_y, test_x, test_y = (f[name] for name in ("train_x", "train_y", "test_x", "test_y"))
-    except Exception as e: # not a zip, a truncated one, an array missing, or of objects
-        raise ValueError(f"{path} is damaged, delete it to download it again: {type(e).__name__}: {e}") from None
+    with open(path, "rb") as f:
+        try:
+            with np.load(f, allow_pickle=False) as arrays:
+                train_x, train_y, test_x, test_y = (arrays[name] for name in ("train_x", "train_y", "test_x", "test_y"))
+        except Exception as e: # not a zip, a truncated one, an array missing, or of objects
+            raise ValueError(f"{path} is damaged, delete it to download it again: {e!r:.200}") from None
     num_classes = DATASETS[dataset].num_classes
     train_x, train_y = check(f"{path}, train", train_x, train_y, num_classes)
     test_x, test_y = check(f"{path}, test", test_x, test_y, num_classes)
@@ -279,7 +281,7 @@ def saved(dataset, data_dir):
 
 def download(dataset, data_dir):
     """
-    Read the dataset from the huggingface hub, or its local cache, and save it as images.npz.
+    Read the dataset from the huggingface hub, or its local cache, and save it as images.npz, if that can be.
     Raises ConnectionError, one line, when that fails, and ValueError when the hub has something else.
     """
     origin, hub, folder = DATASETS[dataset], DATASETS[dataset].hub, os.path.join(data_dir, dataset)
@@ -303,16 +305,15 @@ def download(dataset, data_dir):
         if part not in parts:
             raise ValueError(f"{hub} has no {part} split, only {sorted(parts)}")
         arrays[f"{part}_x"], arrays[f"{part}_y"] = hub_arrays(f"{hub}, {part}", parts[part], origin)
-    os.makedirs(folder, exist_ok=True)
-    tmp = os.path.join(folder, f"images.npz.{os.getpid()}.tmp") # ranks may do this side by side
+    path = os.path.join(folder, "images.npz")
+    source = f"{hub}, saved as {path}"
     try:
-        with open(tmp, "wb") as f:
+        os.makedirs(folder, exist_ok=True)
+        with replacing(path, tmp=f".{os.getpid()}.tmp") as (f,): # ranks may do this side by side
             np.savez(f, **arrays)
-        os.replace(tmp, os.path.join(folder, "images.npz"))
-    finally:
-        if os.path.exists(tmp):
-            os.remove(tmp)
-    return *arrays.values(), f"{hub}, saved as {os.path.join(folder, 'images.npz')}"
+    except OSError as e: # no reason not to go on: the hub's own cache has them too
+        source = f"{hub}, not saved as {path}: {e.strerror or e}"
+    return *arrays.values(), source
 
 
 def hub_arrays(name, part, origin):
@@ -337,27 +338,32 @@ def load(dataset, data_dir="data"):
     Raises ValueError for an unknown name, for damaged, missing or ill-matched files, and for a class without a training
     image, ConnectionError when there are no files and the download fails, ImportError for digits without scikit-learn.
     """
+    sizes = None
     if dataset == "digits":
         num_classes, found = 10, digits()
     elif dataset in DATASETS:
-        num_classes = DATASETS[dataset].num_classes
+        num_classes, sizes = DATASETS[dataset].num_classes, DATASETS[dataset].sizes
         found = local_files(dataset, data_dir) or saved(dataset, data_dir) or download(dataset, data_dir)
     else:
         raise ValueError(f"there is no dataset {dataset!r}, only digits, {', '.join(DATASETS)}")
     *arrays, source = found
-    train_x, train_y, test_x, _ = arrays
+    train_x, train_y, test_x, test_y = arrays
     if train_x.shape[1:] != test_x.shape[1:]:
         raise ValueError(f"{source}: training images are {train_x.shape[1:]}, test images {test_x.shape[1:]}")
     empty = np.flatnonzero(np.bincount(train_y, minlength=num_classes) == 0)
     if len(empty):
         raise ValueError(f"{source}: no training image of class {', '.join(map(str, empty))}, "
                          f"{dataset} has {num_classes} classes")
+    note = ""
+    if sizes and (len(train_y), len(test_y)) != sizes:
+        note = (f"{dataset} has {sizes[0]:,} training and {sizes[1]:,} test images, here are {len(train_y):,} and "
+                f"{len(test_y):,}: unless a part is meant, files are missing or cut off ({source})")
     sha = hashlib.sha256()
     for i, a in enumerate(arrays):
         arrays[i] = np.require(a, requirements="CW") # torch wants to be able to write
         sha.update(f"{a.dtype} {a.shape}".encode())
         sha.update(arrays[i])
-    return Images(*map(torch.from_numpy, arrays), num_classes, source, sha.hexdigest()[:16])
+    return Images(*map(torch.from_numpy, arrays), num_classes, source, note, sha.hexdigest()[:16])
 
 
 def split(labels, val_fraction, seed):

@@ -134,7 +134,7 @@ if not problems: # else the data could not be read
         if min(batch_size, len(train_idx)) % world_size:
             problems.append(f"the {len(train_idx)} training images are one batch, which {world_size} ranks cannot "
                             "share evenly: use a smaller batch_size")
-    except (ValueError, OSError) as e:
+    except (ImportError, ValueError, OSError) as e:
         problems.append(str(e))
 fail(problems)
 
@@ -290,6 +290,8 @@ def stop_non_finite(loss, norm, at=None):
 about = run.describe(raw_model, device_type, dtype)
 print0(f"{dataset}: {len(train_data.y):,} training, {len(val_data.y):,} validation, {len(test_data.y):,} test images "
        f"({images.source}), {'x'.join(map(str, image_shape))}")
+if images.note:
+    print0(f"note: {images.note}")
 print0(f"{model}: {about['num_params'] / 1e6:.2f}M parameters; head: {about['head']}")
 print0(f"{steps_per_epoch:,} steps of {images_per_step:,} images per epoch, on {world_size} rank(s), "
        f"{device_type}, {dtype}")

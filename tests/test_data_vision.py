@@ -7,6 +7,7 @@ $ pytest tests/test_data_vision.py
 import colorsys
 import os
 import pickle
+import random
 import socket
 import struct
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import flags, refused, run_script
 from image_files import TEST, TRAIN, cifar_arrays, idx, images, labels, records, write, write_mnist
 
 import data
@@ -250,6 +252,78 @@ def test_cifar_binary_refusals(tmp_path, num_classes):
             load(f"cifar{num_classes}", str(tmp_path))
 
 
+def test_a_part_of_a_dataset_is_named(tmp_path):
+    """One of five batches, or a file that was cut off behind a record, cannot be told from a part that is meant."""
+    full = {name: 10 for name in ("data_batch_1.bin", "data_batch_2.bin", "test_batch.bin")}
+    folder = tmp_path / "cifar10"
+    for name, count in full.items():
+        write(folder / name, records(images(count, 3, 32, 32), labels(count), 10))
+    path = folder / "data_batch_2.bin"
+    path.write_bytes(path.read_bytes()[:7 * 3073])
+    found = load("cifar10", str(tmp_path))
+    assert found.note == (
+        "cifar10 has 50,000 training and 10,000 test images, here are 17 and 10: unless a part is meant, files are "
+        f"missing or cut off ({folder}: data_batch_1.bin (10), data_batch_2.bin (7), test_batch.bin (10))")
+    write_mnist(tmp_path, n=60000, m=10000, size=(1, 1))
+    assert load("mnist", str(tmp_path)).note == ""
+    write_mnist(tmp_path, n=60000, m=9999, size=(1, 1))
+    assert "here are 60,000 and 9,999" in load("mnist", str(tmp_path)).note
+
+
+def test_the_note_is_printed(tmp_path):
+    write_mnist(tmp_path, n=300, m=20)
+    settings = dict(dataset="mnist", data_dir=tmp_path, out_dir=tmp_path / "out", epochs=0, device="cpu",
+                    track_emissions=False, plots=False)
+    out, _ = run_script("train_vision.py", *flags(**settings))
+    assert out.count("note: mnist has 60,000 training and 10,000 test images, here are 300 and 20: ") == 1
+
+
+def damaged(raw, rng):
+    """Return raw cut off somewhere, or with a byte that is another one."""
+    if rng.random() < 0.5:
+        return raw[:rng.randrange(len(raw))]
+    i = rng.randrange(min(len(raw), 2000)) # headers are at the front
+    return raw[:i] + bytes([rng.randrange(256)]) + raw[i + 1:]
+
+
+@pytest.mark.parametrize("cases", [40, pytest.param(1000, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("kind", ["idx", "gz", "binary", "pickle", "npz"])
+def test_a_damaged_file_is_one_line_or_makes_sense(tmp_path, kind, cases):
+    rng, refusals = random.Random(5), 0
+    dataset, folder = "mnist", tmp_path / "mnist"
+    if kind in ("idx", "gz"):
+        ending = ".gz" if kind == "gz" else ""
+        write_mnist(tmp_path, ending=ending, size=(4, 4))
+        path = folder / (TRAIN[0] + ending)
+    elif kind == "npz":
+        path = folder / "images.npz"
+        folder.mkdir()
+        x, y = images(20, 1, 4, 4), labels(20).astype(np.int64)
+        np.savez(path, train_x=x, train_y=y, test_x=x, test_y=y)
+    else:
+        dataset, x, y = "cifar10", images(10, 3, 32, 32), labels(10)
+        name, raw = ("data_batch_1", batch(x, y, 10)) if kind == "pickle" else ("data_batch_1.bin", records(x, y, 10))
+        path = tmp_path / "cifar10" / name
+        write(path, raw)
+        write(path.with_name(name.replace("data_batch_1", "test_batch")), raw)
+    raw = path.read_bytes()
+    for _ in range(cases):
+        path.write_bytes(damaged(raw, rng))
+        try:
+            load(dataset, str(tmp_path))
+        except ValueError as e:
+            assert path.name in str(e) and str(e).isprintable()
+            refusals += 1
+    assert refusals > cases / 3
+
+
+@pytest.mark.parametrize("dataset, name", [("mnist", "images.npz"), ("cifar10", "images.npz")])
+def test_a_folder_in_place_of_a_file(tmp_path, dataset, name):
+    (tmp_path / dataset / name).mkdir(parents=True)
+    with pytest.raises(OSError, match=name):
+        load(dataset, str(tmp_path))
+
+
 def test_unknown_dataset():
     with pytest.raises(ValueError, match="no dataset 'imagenet', only digits, mnist"):
         load("imagenet")
@@ -317,9 +391,12 @@ def test_download(tmp_path, monkeypatch, dataset, hub, image, label):
 
     with monkeypatch.context() as m:
         m.setattr(np, "savez", on_a_full_disk)
-        with pytest.raises(OSError, match="no space left"):
-            load(dataset, str(tmp_path))
+        found = load(dataset, str(tmp_path)) # goes on without
+    assert same(found, arrays) and "not saved as" in found.source and found.source.endswith("no space left")
     assert os.listdir(tmp_path / dataset) == []
+    (tmp_path / dataset).rmdir()
+    (tmp_path / dataset).write_text("mine") # a file in place of the folder
+    assert same(load(dataset, str(tmp_path)), arrays) and (tmp_path / dataset).read_text() == "mine"
     del fake.parts["test"]
     with pytest.raises(ValueError, match="has no test split"):
         load(dataset, str(tmp_path))
@@ -403,6 +480,7 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match="--dataset=digits is part of scikit-learn: pip install scikit-learn"):
         load("digits")
+    assert "1 to fix:\n  - --dataset=digits is part of scikit-learn" in refused(script="train_vision.py", device="cpu")
 
 
 @pytest.fixture(scope="module")
