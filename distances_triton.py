@@ -5,8 +5,9 @@ nothing of size N x V x D.
     s = forward(kernel, h, w)                  # h (N, D), w (V, D) -> (N, V), all fp32
     backward(kernel, h, w, s, g, dh, dw)       # adds g ds/dh to dh (N, D) and g ds/dw to dw (V, D); s, g (N, V)
 
-    kernel                         s, with x = h - w    slope of s in |x|; exactly 0 at x = 0
+    kernel                         s, with x = h - w    slope of s in |x|; exactly 0 at x = 0, but that of l1 is -1
     ("l1",)                        sum |x|              1
+    ("l1", "half")                 the same             the same, in fp16, two coordinates an instruction: see below
     ("linf",)                      max |x|              1 / number of ties where |x| = s, else 0
     ("lp", p), 1 < p <= 4          (sum |x|^p)^(1/p)    (|x| / s)^(p-1); 1.5 and 3 have kernels without powers
     ("canberra", eps, min_denom)   sum |x| / q          its derivative, where a q at its floor does not move
@@ -19,10 +20,20 @@ How it is built. A tile of the result stays in registers while one coordinate (f
 the other passes by: `acc += f(column, row)`. A product of matrices does no more, except that here f takes 2 to 14
 instructions on no tensor core. So the number of instructions per element is the cost, and everything else is done
 outside of the loop:
-    h and w are rescaled by a power of two. That is exact, keeps powers in range, and makes sign(x) one instruction,
-    clamp(x, -1, 1).
+    h and w are rescaled by a power of two, which is exact, so that powers of differences stay in range.
     What depends on (n, v) alone, such as g s^(1-p), is multiplied into g beforehand.
+    A tile that begins as a load keeps the shape of a load in the registers: each thread has some 16 rows of 4 columns,
+    and reads 20 numbers for 64 elements. A tile that begins as zeros has one column to a thread, which reads 65.
     One kernel makes dh and, with h and w exchanged, dw: for every core here the slope in w is that in h, exchanged.
+
+("l1", "half") rounds h, w and g to fp16, that is by up to 2^-11 of themselves; g after each of its rows, for dh, or
+columns, for dw, is scaled to at most 1. It sums 8 terms in fp16 before it adds them up in fp32. That takes 0.6 of the
+instructions. Distances of 768 dimensions err by 5e-5 (root mean square), half of what rounding h and w to bf16 does;
+the gradient is that of the rounded coordinates. No head takes it by itself: head.core.kernel = ("l1", "half") does.
+
+The other kernels stay in fp32. A maximum that is rounded has ties, which its gradient would share; powers and
+reciprocals have no packed instruction.
+
 TRITON_INTERPRET=1 in the environment runs all of it on CPU tensors, slowly.
 """
 import math
@@ -42,6 +53,7 @@ except ImportError:
     raise
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+STEPS = tl.constexpr(8) # terms of a partial sum: of 8 differences, fp16 keeps three digits
 
 
 @triton.jit
@@ -68,7 +80,7 @@ def _forward(hT, wT, s, known, top, N, V, D, HS, WS, p, eps, floor,
     tile, mask = n.to(tl.int64)[:, None] * V + v[None, :], (n < N)[:, None] & (v < V)[None, :]
     hT += n
     wT += v
-    acc = tl.full((TN, TV), 0.0, tl.float32)
+    acc = tl.load(s + tile, mask & (n < 0)[:, None], 0.0) # of nothing: see the note on a tile's registers
     if KIND == "ties":
         s_known = tl.load(known + tile, mask, 0.0)
     h_next, w_next = tl.load(hT), tl.load(wT)
@@ -131,9 +143,7 @@ def _backward(a, b, c, s, out, scale, A, B, D, rows, p, eps, floor,
         c += A
         b_next, c_next = tl.load(b, d < D_next), tl.load(c, i < A_next)
         z = x - y
-        if KIND == "l1":
-            acc += g * tl.clamp(z, -1.0, 1.0)
-        elif KIND == "linf":
+        if KIND == "linf":
             acc = tl.where(tl.abs(z) == s_next[:, None], acc + g * z, acc)
             s += A
             s_next = tl.load(s, i < A_next)
@@ -160,6 +170,85 @@ def _backward(a, b, c, s, out, scale, A, B, D, rows, p, eps, floor,
     tl.store(out + tile, tl.load(out + tile, mask, 0.0) + acc, mask)
 
 
+@triton.jit
+def _forward_half(hT, wT, s, scale, N, V, D, HS, WS, TN: tl.constexpr, TV: tl.constexpr):
+    """Store scale sum |h - w| (N, V) of fp16 hT (rows, HS) and wT (rows, WS); D is a multiple of STEPS."""
+    n = tl.program_id(0) * TN + tl.arange(0, TN)
+    v = tl.program_id(1) * TV + tl.arange(0, TV)
+    tile, mask = n.to(tl.int64)[:, None] * V + v[None, :], (n < N)[:, None] & (v < V)[None, :]
+    hT += n
+    wT += v
+    acc = tl.load(s + tile, mask & (n < 0)[:, None], 0.0)
+    h_next, w_next = tl.load(hT), tl.load(wT)
+    for _ in range(0, D, STEPS):
+        part = tl.zeros((TN, TV), tl.float16)
+        for _ in tl.static_range(STEPS):
+            h, w = h_next[:, None], w_next[None, :]
+            hT += HS
+            wT += WS
+            h_next, w_next = tl.load(hT), tl.load(wT) # row D is padding
+            part += tl.abs(h - w)
+        acc += part.to(tl.float32)
+    tl.store(s + tile, acc * tl.load(scale), mask)
+
+
+@triton.jit
+def _add_where_above(acc, x, y, g, AT_0: tl.constexpr):
+    """
+    Return acc + g where x > y, else acc; with AT_0 where x >= y. On a GPU fp16 takes two instructions for two elements,
+    which no compiler finds.
+    """
+    if x.dtype == tl.float16 and not INTERPRETED:
+        x, y = tl.broadcast(x, y)
+        g, acc = tl.broadcast(tl.broadcast(g, x)[0], acc)
+        if AT_0:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 z; set.ge.f16x2.f16x2 z, $1, $2; fma.rn.f16x2 $0, $3, z, $4; }", "=r,r,r,r,r",
+                [x, y, g, acc], tl.float16, True, 2)
+        else:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 z; set.gt.f16x2.f16x2 z, $1, $2; fma.rn.f16x2 $0, $3, z, $4; }", "=r,r,r,r,r",
+                [x, y, g, acc], tl.float16, True, 2)
+    elif AT_0:
+        return tl.where(x >= y, acc + g, acc)
+    else:
+        return tl.where(x > y, acc + g, acc)
+
+
+@triton.jit
+def _backward_l1(a, b, c, minus, out, A, B, D, rows, BS, CS, AT_0: tl.constexpr, TA: tl.constexpr, TD: tl.constexpr):
+    """
+    Add sum_j c[j, i] / 2 sign(a[i] - b[j]) to out[:, i], for a (A, D), b (B, BS) and c (B, CS), out (parts, A, D). Each
+    part sums over `rows` rows j of its own, a multiple of STEPS; b and c are padded with zeros.
+
+    A sign is 2 [a > b] - 1, so that one comparison is enough: minus (B / STEPS, CS) is -1/2 of the sums of STEPS rows
+    of c. Every partial sum begins with it, as the difference of two large sums would lose digits.
+    """
+    d = tl.program_id(0) * TD + tl.arange(0, TD)
+    i = tl.program_id(1) * TA + tl.arange(0, TA)
+    part = tl.program_id(2)
+    tile, mask = i.to(tl.int64)[:, None] * D + d[None, :], (i < A)[:, None] & (d < D)[None, :]
+    x = tl.load(a + tile, mask, 0.0)
+    acc = tl.load(out + part.to(tl.int64) * A * D + tile, mask, 0.0)
+    first = (part * rows).to(tl.int64)
+    b += first * BS + d
+    c += first * CS + i
+    minus += first // STEPS * CS + i
+    b_next, c_next = tl.load(b), tl.load(c)
+    for _ in range(0, rows, STEPS):
+        sums, _ = tl.broadcast(tl.load(minus)[:, None], x)
+        minus += CS
+        for _ in tl.static_range(STEPS):
+            y, g = b_next[None, :], c_next[:, None]
+            b += BS
+            c += CS
+            b_next, c_next = tl.load(b), tl.load(c) # the row after the last one is padding
+            sums = _add_where_above(sums, x, y, g, AT_0)
+        acc += sums.to(tl.float32)
+    out += part.to(tl.int64) * A * D
+    tl.store(out + tile, acc, mask)
+
+
 # -----------------------------------------------------------------------------
 # the functions that distances.py calls
 
@@ -167,7 +256,7 @@ def supports(kernel):
     """Return whether there is such a kernel. Beyond p = 4 the sum of powers would leave the range of fp32."""
     if kernel[0] == "lp":
         return 1 < kernel[1] <= 4
-    return kernel[0] in ("l1", "linf", "canberra")
+    return kernel in (("l1",), ("l1", "half"), ("linf",)) or kernel[0] == "canberra"
 
 
 def _parse(kernel):
@@ -178,14 +267,12 @@ def _parse(kernel):
     if name == "lp":
         p = float(numbers[0])
         return {1.5: "l1.5", 3.0: "l3"}.get(p, "lp"), p, 0.0, 0.0
-    return name, 1.0, 0.0, 0.0
+    return " ".join(kernel), 1.0, 0.0, 0.0
 
 
 def _tiles(KIND):
     """Return (rows, columns) of a tile of the forward and of the backward pass, as large as 128 threads can hold."""
-    forward = (128, 64) if KIND in ("canberra", "ties") else (128, 128)
-    backward = (128, 32) if KIND == "canberra" else (128, 64)
-    return forward, backward
+    return (128, 64), (128, 32) if KIND == "canberra" else (128, 64)
 
 
 def _scale(h, w, exponent):
@@ -198,34 +285,47 @@ def _scale(h, w, exponent):
     return ((power + 127) << 23).view(torch.float32) # the bits of 2^power in fp32
 
 
-def _columns(x, r, tile):
-    """Return r x transposed, for x (M, D), with zeros after it to whole tiles: (D+1, M rounded up)."""
-    out = x.new_zeros(x.shape[1] + 1, -(-len(x) // tile) * tile)
-    torch.mul(x.T, r, out=out[:-1, :len(x)])
+def _up_to(n, step):
+    """Return n, rounded up to a multiple of step."""
+    return triton.cdiv(n, step) * step
+
+
+def _padded(x, r, rows, columns, dtype):
+    """Return r x of that dtype, for x (M, K), with zeros after it: (rows, columns)."""
+    out = x.new_zeros(rows, columns, dtype=dtype)
+    torch.mul(x, r, out=out[:len(x), :x.shape[1]])
     return out
 
 
-def _launch_forward(kind, h, w, known=None):
-    """Return what _forward stores, (N, V); kind is that of _parse."""
+def _launch_forward(kind, h, w, s, known=None):
+    """Fill s (N, V); kind is that of _parse."""
     KIND, p, eps, floor = kind
     (N, D), V, (TN, TV) = h.shape, len(w), _tiles(KIND)[0]
-    s = h.new_empty(N, V)
-    r = _scale(h, w, 0) if KIND in ("l1.5", "l3", "lp") else h.new_ones(())
-    hT, wT = _columns(h, r, TN), _columns(w, r, TV)
+    half, r = KIND == "l1 half", h.new_ones(())
+    if half:
+        r = _scale(h, w, 11) # of coordinates below 2^11, STEPS differences stay in the range of fp16
+    elif p > 1:
+        r = _scale(h, w, 0)
+    steps, dtype = (STEPS.value, torch.float16) if half else (1, torch.float32)
+    hT, wT = (_padded(x.T, r, _up_to(D, steps) + 1, _up_to(len(x), tile), dtype) for x, tile in ((h, TN), (w, TV)))
+    grid = triton.cdiv(N, TN), triton.cdiv(V, TV)
+    if half:
+        _forward_half[grid](hT, wT, s, 1 / r, N, V, _up_to(D, steps), hT.shape[1], wT.shape[1], TN, TV, num_warps=4)
+        return
     if known is None:
         known = s # any address: only "ties" reads it
-    grid = triton.cdiv(N, TN), triton.cdiv(V, TV)
     _forward[grid](hT, wT, s, known, 1 / r, N, V, D, hT.shape[1], wT.shape[1], p, eps, floor,
                    KIND, floor > 0, TN, TV, num_warps=4, enable_fp_fusion=True)
-    return s
 
 
-def forward(kernel, h, w):
-    """Return s (N, V) for all pairs of rows of h (N, D) and w (V, D)."""
-    if not len(h) or not len(w):
-        return h.new_empty(len(h), len(w))
-    with torch.cuda.device_of(h):
-        return _launch_forward(_parse(kernel), h, w)
+def forward(kernel, h, w, out=None):
+    """Return s (N, V) for all pairs of rows of h (N, D) and w (V, D), in out (N, V) if it is given."""
+    in_place = out is not None and out.is_contiguous()
+    s = out if in_place else h.new_empty(len(h), len(w))
+    if s.numel():
+        with torch.cuda.device_of(h):
+            _launch_forward(_parse(kernel), h, w, s)
+    return s if out is None or in_place else out.copy_(s)
 
 
 def backward(kernel, h, w, s, g, dh, dw):
@@ -238,16 +338,18 @@ def backward(kernel, h, w, s, g, dh, dw):
     KIND, p, _, _ = kind = _parse(kernel)
     h, w, s = h.contiguous(), w.contiguous(), s.contiguous()
     with torch.cuda.device_of(h):
-        if KIND == "canberra":
-            r = h.new_ones(())
-        elif KIND == "l1": # any difference becomes at least 1, so that a clamp gives its sign
-            r = _scale(h, w, 126)
-        else:
-            r = _scale(h, w, 0)
-        if KIND == "linf" or p > 1: # what depends on the pair alone goes into g, in the scale of the kernel
+        if KIND in ("l1", "l1 half"):
+            half = KIND == "l1 half"
+            _launch_backward_l1(h, w, g.T, dh, half, at_0=False)
+            _launch_backward_l1(w, h, g, dw, half, at_0=True) # of the opposite sign where h = w
+            return
+        r = h.new_ones(()) if KIND == "canberra" else _scale(h, w, 0)
+        if KIND != "canberra": # what depends on the pair alone goes into g, in the scale of the kernel
             s_r = s * r
             if KIND == "linf": # 1 / (ties s_r), as z / s_r is sign(x) where |x| = s
-                c = _launch_forward(("ties", *kind[1:]), h, w, s).clamp_(min=1).mul_(s_r).reciprocal_()
+                c = torch.empty_like(s)
+                _launch_forward(("ties", *kind[1:]), h, w, c, s)
+                c.clamp_(min=1).mul_(s_r).reciprocal_()
             else:
                 c = s_r.pow(1 - p)
             g, s = c.mul_(g).masked_fill_(s_r < 1e-36 ** (1 / p), 0), s_r
@@ -256,46 +358,79 @@ def backward(kernel, h, w, s, g, dh, dw):
         _launch_backward(kind, w, h, g.contiguous(), s, r, dw)
 
 
+def _split(grad, B, tile):
+    """
+    Return how the sum over B rows for grad (A, D) is cut into parts: (rows of a part, parts, the grid, out). The parts
+    go into out (parts, A, D), which is grad itself where one is enough.
+    """
+    (A, D), (TA, TD) = grad.shape, tile
+    across, down = triton.cdiv(D, TD), triton.cdiv(A, TA)
+    # a GPU of 132 processors holds some 264 tiles at a time: parts of at least 64 rows give it up to four rounds of
+    # them
+    most_parts = max(1, min(1056 // (across * down), triton.cdiv(B, 64)))
+    rows = _up_to(triton.cdiv(B, most_parts), STEPS.value)
+    parts = triton.cdiv(B, rows)
+    out = grad if parts == 1 and grad.is_contiguous() else grad.new_zeros(parts, A, D)
+    return rows, parts, (across, down, parts), out
+
+
 def _launch_backward(kind, a, b, c, s, r, grad):
     """Add sum_j c[j, i] slope(a[i], b[j]) to grad[i], for grad (A, D)."""
     KIND, p, eps, floor = kind
-    (A, D), B, (TA, TD) = a.shape, len(b), _tiles(KIND)[1]
-    tiles = triton.cdiv(A, TA) * triton.cdiv(D, TD)
-    # a GPU of 132 processors holds some 264 tiles at a time: parts of at least 64 rows give it up to four rounds of
-    # them
-    most_parts = max(1, min(1056 // tiles, triton.cdiv(B, 64)))
-    rows = triton.cdiv(B, most_parts)
-    parts = triton.cdiv(B, rows)
-    out = grad if parts == 1 and grad.is_contiguous() else grad.new_zeros(parts, A, D)
-    grid = triton.cdiv(D, TD), triton.cdiv(A, TA), parts
+    (A, D), B, tile = a.shape, len(b), _tiles(KIND)[1]
+    rows, _, grid, out = _split(grad, B, tile)
     _backward[grid](a, b, c, s, out, r, A, B, D, rows, p, eps, floor,
-                    KIND, floor > 0, TA, TD, num_warps=4, enable_fp_fusion=True)
+                    KIND, floor > 0, *tile, num_warps=4, enable_fp_fusion=True)
     if out is not grad:
+        grad += out.sum(0)
+
+
+def _launch_backward_l1(a, b, c, grad, half, at_0):
+    """Add sum_j c[j, i] sign(a[i] - b[j]) to grad[i], for grad (A, D); sign(0) is 1 with at_0, else -1."""
+    (A, D), B, tile = a.shape, len(b), _tiles("l1")[1]
+    rows, parts, grid, out = _split(grad, B, tile)
+    columns, dtype, r, factor = _up_to(A, tile[0]), a.dtype, 1, 2
+    if half:
+        dtype, r = torch.float16, _scale(a, b, 11)
+        a = (a * r).half()
+        top = c.abs().amax(0).clamp_min_(torch.finfo(c.dtype).tiny) # (A,)
+        factor = 1 / top
+        out = grad.new_zeros(parts, A, D)
+    b = _padded(b, r, parts * rows + 1, _up_to(D, tile[1]), dtype)
+    c = _padded(c, factor, parts * rows + STEPS.value, columns, dtype)
+    minus = c.view(-1, STEPS.value, columns).sum(1, dtype=torch.float32).mul_(-0.5).to(dtype)
+    _backward_l1[grid](a, b, c, minus, out, A, B, D, rows, b.shape[1], columns, at_0, *tile, num_warps=4)
+    if half:
+        grad.addcmul_(out.sum(0), top[:, None], value=2)
+    elif out is not grad:
         grad += out.sum(0)
 
 
 # -----------------------------------------------------------------------------
 # the budget
 
-def _count(kernel, KIND, floor, tile):
+def _count(kernel, tile, half=False, **chosen):
     """
-    Compile a kernel for sm_90. Returns the instructions of its inner loop per element, its registers, and how many of
-    its instructions spill.
+    Compile a kernel for sm_90; chosen are its other constants, KIND and so on. Returns the instructions of its inner
+    loop per element, its registers, and how many of its instructions spill.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    constants = dict(zip([x.name for x in kernel.params if x.is_constexpr], (KIND, floor, *tile)))
-    tensors = ("hT", "wT", "s", "known", "top", "a", "b", "c", "out", "scale")
+    *_, rows, columns = [x.name for x in kernel.params if x.is_constexpr]
+    constants = {**chosen, rows: tile[0], columns: tile[1]}
+    operands, tensors = ("hT", "wT", "a", "b", "c", "minus"), ("s", "known", "top", "out", "scale")
     types, attrs = {}, {}
     for k, name in enumerate(kernel.arg_names):
         if name in constants:
             types[name] = "constexpr"
         elif name in ("p", "eps", "floor"):
             types[name] = "fp32"
+        elif name in operands:
+            types[name] = "*fp16" if half else "*fp32"
         else:
             types[name] = "*fp32" if name in tensors else "i32"
-            if name != "rows": # addresses and sizes are multiples of 16, as those of a language model
-                attrs[k,] = [["tt.divisibility", 16]]
+        if types[name][0] in "*i" and name != "rows": # addresses and sizes of a language model are multiples of 16
+            attrs[k,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constants, attrs)
     options = dict(num_warps=4, enable_fp_fusion=True)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -311,8 +446,10 @@ def _count(kernel, KIND, floor, tile):
     text = "".join(code)
     registers = max(int(n) for n in re.findall(r"\bR(\d+)\b", text)) + 1
     spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
-    per_thread = tile[0] * tile[1] / 128 # elements
-    return max(loops) / per_thread, registers, spills
+    elements = tile[0] * tile[1] / 128 # of a thread
+    if kernel in (_forward_half, _backward_l1):
+        elements *= STEPS.value
+    return max(loops) / elements, registers, spills
 
 
 def budget():
@@ -320,13 +457,17 @@ def budget():
     Return rows (distance, pass, instructions per element, registers, spills). The backward pass is one kernel for dh
     and for dw.
     """
-    rows = []
-    for name in ("l1", "linf", "ties", "l1.5", "l3", "lp", "canberra", "canberra with floor"):
-        KIND, floor = name.removesuffix(" with floor"), name.endswith(" with floor")
+    forward_tile, backward_tile = _tiles("l1")
+    rows = [("l1", "forward", *_count(_forward, forward_tile, KIND="l1", FLOOR=False)),
+            ("l1", "backward", *_count(_backward_l1, backward_tile, AT_0=False)),
+            ("l1 half", "forward", *_count(_forward_half, forward_tile, half=True)),
+            ("l1 half", "backward", *_count(_backward_l1, backward_tile, half=True, AT_0=False))]
+    for name in ("linf", "ties", "l1.5", "l3", "lp", "canberra", "canberra with floor"):
+        KIND, FLOOR = name.removesuffix(" with floor"), name.endswith(" with floor")
         forward_tile, backward_tile = _tiles(KIND)
-        rows.append((name, "forward", *_count(_forward, KIND, floor, forward_tile)))
+        rows.append((name, "forward", *_count(_forward, forward_tile, KIND=KIND, FLOOR=FLOOR)))
         if KIND != "ties": # linf's backward pass counts ties once, by a forward pass
-            rows.append((name, "backward", *_count(_backward, KIND, floor, backward_tile)))
+            rows.append((name, "backward", *_count(_backward, backward_tile, KIND=KIND, FLOOR=FLOOR)))
     return rows
 
 

@@ -13,14 +13,17 @@ import torch
 from helpers import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
+import distances  # noqa: E402
 import distances_triton as dt  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-4
 L1, LINF, CANBERRA, FLOOR = ("l1",), ("linf",), ("canberra", EPS, 0.0), ("canberra", EPS, 0.5)
+HALF = ("l1", "half")
 LP = [("lp", p) for p in (1.5, 3.0, 2.5, 1.1, 4.0)]
 ALL = [L1, LINF, *LP, CANBERRA, FLOOR]
 every = pytest.mark.parametrize("kernel", ALL, ids=lambda k: "-".join(map(str, k)))
+all_but_l1 = pytest.mark.parametrize("kernel", [k for k in ALL if k != L1], ids=lambda k: "-".join(map(str, k)))
 # log2(0) = -inf and clamp(inf) are meant
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow")
 
@@ -114,7 +117,7 @@ def test_empty():
 # -----------------------------------------------------------------------------
 # hard points
 
-@every
+@all_but_l1
 def test_equal_rows(kernel):
     """Where h = w, s is 0 and there is no gradient at all."""
     h = rand(6, 10)
@@ -123,7 +126,7 @@ def test_equal_rows(kernel):
     assert not s.diagonal().any() and not dh.any() and not dw.any()
 
 
-@every
+@all_but_l1
 def test_ties_have_no_sign(kernel):
     """Every other coordinate is equal: the gradient is exactly 0 there."""
     h, w = rand(4, 8), rand(1, 8, seed=1)
@@ -132,12 +135,57 @@ def test_ties_have_no_sign(kernel):
     assert not dh[:, ::2].any() and not dw[:, ::2].any() and (dh[:, 1::2] != 0).any(1).all()
 
 
+@pytest.mark.parametrize("kernel", [L1, HALF], ids=str)
+def test_l1_where_coordinates_are_equal(kernel):
+    """Its slope is what torch's own tiles take there, -1 for h and 1 for w: one comparison is enough for that."""
+    h = rand(3, 10)
+    w = rand(4, 10, seed=1)
+    w[1:, ::2] = h[:, ::2]
+    g = rand(3, 4, seed=2)
+    s, dh, dw = run(kernel, h, w, g)
+    dh_, dw_ = distances.l1().eager_backward(h, w, s, g)
+    close(dh, dh_.double(), 2e-3)
+    close(dw, dw_.double(), 2e-3)
+    s, dh, dw = run(kernel, h, h.clone(), torch.eye(3))
+    assert not s.diagonal().any() and (dh == -1).all() and (dw == 1).all()
+
+
 def test_sign_is_exact():
     """The slope of l1 is -1, 0 or 1, even between neighbouring numbers, tiny or huge ones."""
     w = torch.tensor([[1.0, 1e4, -1e4, 1e-20, 0.0, 3.0, -7e-12]])
     h = torch.nextafter(w, torch.tensor(9e9)) # 0 becomes subnormal, where the slope may be less
     s, dh, dw = run(L1, h, w)
     assert (dh[0, [0, 1, 2, 3, 5, 6]] == 1).all() and 0 <= dh[0, 4] <= 1 and torch.equal(dh, -dw)
+
+
+def relative(actual, expected):
+    """The norm of the error, relative to that of what is expected."""
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("N, V, D", [(48, 96, 72), (5, 130, 33), (130, 3, 5), (1, 1, 1)])
+@pytest.mark.parametrize("scale", [2.0 ** 13, 1.0, 2.0 ** -66])
+def test_half(N, V, D, scale):
+    """In fp16 values keep three digits, and the gradient is that of the rounded coordinates, at any scale of them."""
+    h, w = rand(N, D), rand(V, D, seed=1)
+    g = rand(N, V, seed=2) * 10.0 ** torch.arange(-N, 0).clamp(min=-30)[:, None] # rows of very different sizes
+    s, dh, dw = run(HALF, scale * h, scale * w, g)
+    torch.testing.assert_close(s, scale * formula(L1, h.double(), w.double()), rtol=2e-3, atol=0)
+    dh_, dw_ = distances.l1().eager_backward(h.half().double(), w.half().double(), s, g.double())
+    assert ((dh - dh_).abs().amax(1) < 2e-3 * g.double().abs().sum(1)).all()
+    assert ((dw - dw_).abs().amax(1) < 2e-3 * g.double().abs().sum(0)).all()
+
+
+def test_half_beside_bf16():
+    """RESULTS.md has these errors: of 768 dimensions, a sum in fp16 errs less than a product of bf16 operands does."""
+    h, w = rand(24, 768), rand(64, 768, seed=1)
+    s, _, _ = run(HALF, h, w)
+    exact = formula(L1, h.double(), w.double())
+    bf16 = formula(L1, h.bfloat16().double(), w.bfloat16().double())
+    error, error_of_bf16 = s / exact - 1, bf16 / exact - 1
+    assert error.square().mean().sqrt() < 6e-5 < error_of_bf16.square().mean().sqrt()
+    assert error.abs().max() < 3e-4
+    assert abs(error.mean()) < 5e-6 # it is not biased
 
 
 @every
@@ -206,16 +254,27 @@ def test_canberra_floor_and_zeros():
 
 
 def test_supports():
-    assert all(dt.supports(k) for k in ALL)
-    assert not any(dt.supports(k) for k in [("lp", 1.0), ("lp", 4.5), ("mm",)])
+    assert all(dt.supports(k) for k in [*ALL, HALF])
+    assert not any(dt.supports(k) for k in [("lp", 1.0), ("lp", 4.5), ("mm",), ("l1", "full"), ("linf", "half")])
+
+
+def test_a_given_place_is_filled():
+    """forward(..., out) fills a matrix, or a part of one, and returns it."""
+    h, w = rand(3, 6).to(DEVICE), rand(4, 6, seed=1).to(DEVICE)
+    for kernel in (L1, HALF, CANBERRA):
+        expected = dt.forward(kernel, h, w)
+        for out in (torch.full((3, 4), torch.nan), torch.full((3, 9), torch.nan)[:, ::2][:, :4]):
+            out = out.to(DEVICE)
+            assert dt.forward(kernel, h, w, out) is out and torch.equal(out, expected)
 
 
 # -----------------------------------------------------------------------------
 # the budget: what a GPU would execute, compiled here
 
 BUDGET = { # instructions per element: forward, backward
-    "l1": (2.5, 3.7), "linf": (2.5, 3.9), "ties": (3.4, None), "l1.5": (3.5, 5.8), "l3": (3.5, 3.8), "lp": (5.5, 7.8),
-    "canberra": (6.9, 11.5), "canberra with floor": (8.0, 14.5),
+    "l1": (2.4, 2.5), "l1 half": (1.5, 1.6), "linf": (2.4, 3.9), "ties": (3.4, None), "l1.5": (3.5, 5.8),
+    "l3": (3.5, 3.8), "lp": (5.4, 7.8), "canberra": (6.5, 11.5),
+    "canberra with floor": (7.5, 16.6), # backward, Triton 3.9 makes 14.4 of it, 3.6 16.5
 }
 
 
@@ -234,5 +293,5 @@ def test_budget():
             budget[name, "backward"] = backward
     assert {(name, step) for name, step, *_ in rows} == budget.keys()
     for name, step, instructions, registers, spills in rows:
-        assert 2 < float(instructions) <= budget[name, step], (name, step, instructions)
+        assert 1.25 < float(instructions) <= budget[name, step], (name, step, instructions)
         assert int(registers) <= 255 and int(spills) == 0, (name, step, registers, spills)
