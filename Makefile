@@ -1,10 +1,13 @@
 # make demo    prepares a corpus that needs no network, trains a small GPT with a cosine head, and shows what it learned
 # make test    runs the linter and the tests
 # make study   trains every head on the digits and six in a small GPT, three seeds each; report/index.html shows it
+# make gpu     measures what only an NVIDIA GPU can show, in 25 minutes, without a network: gpu-tests, gpu-bench, gpu-runs
 # make clean   removes what these have made, except the corpus
-# The first three make .venv beforehand. PYTHON=python3.12 chooses another Python, VENV=somewhere another place.
+# The first three make .venv beforehand; gpu takes it if it is there, else PYTHON as it is, and installs nothing.
+# PYTHON=python3.12 chooses another Python, VENV=somewhere another place.
 PYTHON ?= python3
 VENV ?= .venv
+GPU_PYTHON = $(or $(wildcard $(VENV)/bin/python),$(PYTHON))
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 demo: $(VENV)/demo.installed
@@ -34,7 +37,14 @@ $(VENV)/test.installed: requirements.txt tests/requirements.txt
 	$(PIP) -r tests/requirements.txt
 	touch $@ $(VENV)/demo.installed
 
+# python gpu.py alone is all three stages: one that fails does not keep the next from running
+gpu:
+	$(GPU_PYTHON) gpu.py
+
+gpu-tests gpu-bench gpu-runs:
+	$(GPU_PYTHON) gpu.py $(@:gpu-%=%)
+
 clean:
 	rm -rf .venv out/demo out/study_digits out/study_gpt report
 
-.PHONY: demo test study clean
+.PHONY: demo test study gpu gpu-tests gpu-bench gpu-runs clean

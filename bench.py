@@ -9,9 +9,9 @@ $ python bench.py step             # a step of the training script, against nano
 $ python bench.py data             # the fetching of batches, against nanoGPT's
 $ python bench.py vision           # a step of the script for images, against a loop over a DataLoader
 
-It prints a table in Markdown; --json_file=path keeps every time that was taken. Sizes are tokens x prototypes x
-dimensions. The rivals stand in bench_rivals.py. step and vision time train.py and train_vision.py themselves, as
-processes (bench_train.py).
+It prints a table in Markdown; --json_file=path keeps every time that was taken, from the first head on. Sizes are
+tokens x prototypes x dimensions. The rivals stand in bench_rivals.py. step and vision time train.py and
+train_vision.py themselves, as processes (bench_train.py).
 """
 import copy
 import json
@@ -36,7 +36,7 @@ from configurator import configure, fail
 from data import Blocks, load_meta
 from distances import DistanceHead, parse_head
 from model import GPT, GPTConfig, default_scales
-from run import device_name
+from run import device_name, write
 
 # -----------------------------------------------------------------------------
 # defaults
@@ -50,7 +50,7 @@ device = "auto" # 'cuda', 'cpu', or the first of these that there is
 dtype = "auto" # 'float32', or autocast to 'bfloat16'; auto: bfloat16 on a GPU that has it, else float32
 threads = 0 # of the CPU; 0: torch's default
 # head: sizes are NxVxD, comma separated
-sizes = "" # '': 512x8192x256,1024x16384x384, or GPT-2's and Qwen2's 16384x50304x768,16384x151936x896 on a GPU
+sizes = "" # '': 512x8192x256,1024x16384x384; on a GPU those of GPT-2, Qwen2, Llama 3 and Gemma 2, see SIZES
 slow_s = 10.0 # a rival that would run for longer is timed on a part of the rows and scaled
 growth = False # draw time and memory over N, V and D instead
 growth_base = "256x4096x128" # and its doublings, one axis at a time
@@ -80,7 +80,9 @@ HEADS = { # of each word, where `heads` names none
     "data": (),
     "vision": (),
 }
-SIZES = {"cpu": "512x8192x256,1024x16384x384", "cuda": "16384x50304x768,16384x151936x896"}
+SIZES = {"cpu": "512x8192x256,1024x16384x384",
+         "cuda": "16384x50304x768,16384x151936x896,8192x128256x4096,8192x262144x2304"}
+SAMPLE = 32 # rows whose gradients are compared with float64
 SHAPES = {
     "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, vocab_size=4096,
                 gradient_accumulation_steps=1, steps=10),
@@ -179,6 +181,43 @@ def ours(head, h, y):
     return with_gradients(head.loss(h, y), h, *head.parameters())
 
 
+def in_fp16(head):
+    """The same head on the kernels of distances_triton.py that take two coordinates an instruction."""
+    head = as_in_training(copy.deepcopy(head))
+    head.core.kernel = (*head.core.kernel, "half")
+    return head
+
+
+def all_distances(head, h):
+    """The forward pass of the distances alone: all of them are made, a chunk at a time, and none is kept."""
+    with torch.no_grad():
+        for part in h.split(1024 if device == "cuda" else 128):
+            head.distances(part)
+
+
+def exact_rows(f, head, h, y):
+    """The gradient by the first SAMPLE rows of h of the sum of their losses, by f in float64; None where f is None."""
+    if f is None:
+        return None
+    head, h = copy.deepcopy(head).double(), h.detach()[:SAMPLE].double().requires_grad_()
+    _, (dh, *_) = f(head, h, y[:SAMPLE])
+    return dh * len(h)
+
+
+def examine(run, exact, peak, peak_rows):
+    """
+    What a run tells besides its time: the error of its gradient by h relative to the exact rows, and the MB of `peak`,
+    its bytes with so many rows, beyond the gradients.
+    """
+    _, (dh, *others) = run()
+    beyond = (peak - peak_rows * dh[0].nbytes - sum(x.nbytes for x in others)) / 1e6
+    if exact is None:
+        return None, beyond
+    exact = exact[:len(dh)]
+    error = (len(dh) * dh[:len(exact)].double() - exact).norm() / exact.norm()
+    return error.item(), beyond
+
+
 def one_pass(f, head, h, y):
     """f is `ours` or a rival: loss and gradients, in the dtype of training."""
     with autocast():
@@ -197,7 +236,7 @@ def prepare(name, f, head, h, y):
     rows = N
     if name == "broadcast":
         rows = min(N, max(1, 2 ** 27 // (V * D))) # more than 512 MB for each of its temporaries may not fit
-    probe = min(rows, max(16, N // 16))
+    probe = min(rows, max(16, min(N // 16, 256)))
     seconds_per_row = min(seconds_of(on(probe)), seconds_of(on(probe))) / probe
     too_slow = seconds_per_row * N >= 30 * slow_s
     while rows > probe and seconds_per_row * rows > slow_s:
@@ -208,54 +247,77 @@ def prepare(name, f, head, h, y):
     return SimpleNamespace(run=on(rows), rows=rows, peak_bytes=peak_bytes(on(peak_rows)), peak_rows=peak_rows)
 
 
-def prepare_or_none(name, f, head, h, y):
-    """prepare(), or None for a rival that runs out of memory."""
+def prepare_or_say(name, f, head, h, y):
+    """prepare(), or in words why it cannot be: it runs out of memory, or is of others and fails."""
     try:
         return prepare(name, f, head, h, y)
-    except RuntimeError as e:
+    except Exception as e: # of others' code any
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
-            return None
-        raise
+            return "out of memory"
+        if name not in bench_rivals.OPTIONAL:
+            raise
+        first_line, *_ = str(e).splitlines() or [""]
+        return f"fails, {type(e).__name__}: {first_line[:100]}"
 
 
 def head_case(text, N, V, D):
     """The rows of the table for one head at one size: a row for each rival."""
     head, h, y = make_case(text, N, V, D)
-    as_built = copy.deepcopy(head)
-    as_built.compile_loss(None) # the head decides for itself
     side = 8192 if device == "cuda" else 1024
     a, b = torch.randn(2, side, side, device=device, dtype=getattr(torch, dtype))
-    runners = {"ours": partial(one_pass, ours, head, h, y), "as built": partial(one_pass, ours, as_built, h, y),
-               "mm": partial(torch.mm, a, b)}
+    runners = {"ours": partial(one_pass, ours, head, h, y), "mm": partial(torch.mm, a, b)}
+    if device == "cpu" or not compile: # else it is the same once more
+        as_built = as_in_training(copy.deepcopy(head))
+        as_built.compile_loss(None) # the head decides for itself
+        runners["as built"] = partial(one_pass, ours, as_built, h, y)
+    flops = bench_rivals.flops(head, N, V, D)
+    if flops is None:
+        runners["forward"] = partial(all_distances, head, h)
     for f in runners.values():
         f() # warm-up
     peak = peak_bytes(runners["ours"])
-    rivals = {name: prepare_or_none(name, f, head, h, y) for name, f in rivals_of(head).items()}
-    runners |= {name: rival.run for name, rival in rivals.items() if rival is not None}
+    functions = rivals_of(head, compile)
+    if device == "cuda" and triton and getattr(head.core, "kernel", None) == ("l1",):
+        packed = in_fp16(head)
+        functions["ours, in fp16"] = lambda _, h, y: ours(packed, h, y)
+    rivals = {name: prepare_or_say(name, f, head, h, y) for name, f in functions.items()}
+    runners |= {name: rival.run for name, rival in rivals.items() if not isinstance(rival, str)}
     times, median = race(runners, warm_up=False)
     seconds = median["ours"]
     floor_s = bench_rivals.floor(head, N, V, D, flops_per_s=2 * side ** 3 / median["mm"])
+    exact = exact_rows(bench_rivals.own_distance(head, rows=max(1, 2 ** 27 // (V * D))), head, h, y)
+    exact_linear = exact_rows(linear, head, h, y)
+    error, beyond = examine(runners["ours"], exact, peak, N)
 
     rows = []
     for name, rival in rivals.items():
-        row = {"size": f"{N}x{V}x{D}", "head": text, "as built, ms": median["as built"] * 1e3, "ms": seconds * 1e3,
-               "rival": f"{name} (out of memory)",
-               "rival's ms": None, "ratio": None, "MiB": peak / 2 ** 20, "rival's MiB": None, "MiB ratio": None,
-               "MB beside": (peak - sum(p.nbytes for p in head.parameters())) / 1e6,
+        row = {"size": f"{N}x{V}x{D}", "head": text, "as built, ms": median.get("as built", seconds) * 1e3,
+               "ms": seconds * 1e3, "TFLOP/s": None, "forward, ms": None, "T elements/s": None, "error": error,
+               "rival": name, "rival's ms": None, "ratio": None, "rival's error": None,
+               "MiB": peak / 2 ** 20, "rival's MiB": None, "MiB ratio": None,
+               "MB beyond gradients": beyond, "rival's MB": None,
                "floor ms": None, "% of floor": None}
-        raw = dict(n=head.n, rival_rows=N, seconds=times["ours"], as_built_seconds=times["as built"],
-                   rival_seconds=None, mm_seconds=times["mm"],
+        raw = dict(n=head.n, rival_rows=N, seconds=times["ours"], as_built_seconds=times.get("as built"),
+                   forward_seconds=times.get("forward"), rival_seconds=None, mm_seconds=times["mm"],
                    peak_bytes=peak, rival_peak_bytes=None)
-        if rival is not None:
-            row["rival"] = name
+        if isinstance(rival, str):
+            row["rival"] += f" ({rival})"
+        else:
             if rival.rows < N:
                 row["rival"] += f" (on {rival.rows} of {N} rows, scaled)"
             if rival.peak_rows < N:
                 row["rival"] += ", its MiB those of the part"
             rival_seconds = median[name] * N / rival.rows
-            row |= {"rival's ms": rival_seconds * 1e3, "ratio": seconds / rival_seconds,
-                    "rival's MiB": rival.peak_bytes / 2 ** 20, "MiB ratio": peak / rival.peak_bytes}
+            its_exact = exact_linear if name in bench_rivals.LINEAR else exact
+            its_error, its_beyond = examine(rival.run, its_exact, rival.peak_bytes, rival.peak_rows)
+            row |= {"rival's ms": rival_seconds * 1e3, "ratio": seconds / rival_seconds, "rival's error": its_error,
+                    "rival's MiB": rival.peak_bytes / 2 ** 20, "MiB ratio": peak / rival.peak_bytes,
+                    "rival's MB": its_beyond}
             raw |= dict(rival_rows=rival.rows, rival_seconds=times[name], rival_peak_bytes=rival.peak_bytes)
+        if flops is None:
+            row |= {"forward, ms": median["forward"] * 1e3, "T elements/s": N * V * D / median["forward"] / 1e12}
+        else:
+            row["TFLOP/s"] = flops / seconds / 1e12
         if floor_s is not None:
             row |= {"floor ms": floor_s * 1e3, "% of floor": 100 * floor_s / seconds}
         rows.append({**row, "raw": raw})
@@ -267,6 +329,7 @@ def bench_head():
     cases = [(name, *size) for size in parse_sizes(sizes or SIZES[device]) for name in names_of("head")]
     for case in progress(cases):
         rows += head_case(*case)
+        keep(rows)
     return rows
 
 
@@ -380,12 +443,15 @@ def bench_vision():
 # the command line
 
 
+arguments = [] # of the command line, for the file
 WORDS = {"head": bench_head, "model": bench_model, "step": bench_step, "data": bench_data, "vision": bench_vision}
 NOTES = { # printed below each table
     "head": "Times are medians of a forward and backward pass. Both sides make and hold the gradients of h and of all "
             "parameters. 'As built' is our head without a call of compile_loss, 'ms' after one unless --compile=false, "
-            "and a ratio is the latter over the rival's. 'MB beside' is the peak memory less the gradients of the "
-            "parameters. The floor of matrix products is at the rate of a square torch.mm in the same rounds; that of "
+            "and a ratio is the latter over the rival's. Forward is the distances alone; elements are tokens x "
+            "prototypes x dimensions. An error is that of the gradient by h, on 32 rows, against float64, and that of "
+            "a linear rival against its own. 'MB beyond gradients', and the rival's MB, are the peak memory less all "
+            "gradients. The floor of matrix products is at the rate of a square torch.mm in the same rounds; that of "
             "elementwise distances, on a GPU only, is a model (lane instructions per clock).",
     "growth": "Times are medians of a forward and backward pass. Time and memory include all gradients.",
     "model": "Times are medians of a forward and backward pass of the whole model. The head's share is that of its "
@@ -427,6 +493,15 @@ def machine():
     return dict(cpu=device_name("cpu"), cores=os.cpu_count(), threads=torch.get_num_threads(),
                 gpu=device_name("cuda") if device == "cuda" else "none", torch=torch.__version__, dtype=dtype,
                 compile=compile)
+
+
+def keep(rows):
+    """Write what was measured so far into json_file, if there is one."""
+    if json_file:
+        found = dict(command=" ".join(["python bench.py", *arguments]), machine=machine(), settings=vars(settings()),
+                     rows=rows)
+        os.makedirs(os.path.dirname(json_file) or ".", exist_ok=True)
+        write(json_file, json.dumps(found, indent=1))
 
 
 def cell(value):
@@ -476,6 +551,7 @@ def resolve():
 def main(argv):
     """Measure what the first word of argv says, print the table, and write the file. Returns the rows."""
     word, *flags = argv or ["nothing"]
+    arguments[:] = argv
     if "-h" in argv or "--help" in argv:
         flags = argv
     elif word not in WORDS:
@@ -496,10 +572,10 @@ def main(argv):
     here = machine()
     described = ", ".join(f"{key} {value}" for key, value in here.items())
     print(f"{described}\n\n{table(rows)}\n\n{NOTES[word]}")
-    if json_file:
-        found = dict(command=" ".join(["python bench.py", *argv]), machine=here, settings=vars(settings()), rows=rows)
-        with open(json_file, "w") as f:
-            json.dump(found, f, indent=1)
+    missing = bench_rivals.left_out() if word == "head" and device == "cuda" else {}
+    if missing:
+        print(f"left out, as they are not here: {', '.join(missing)} (pip install {' '.join(missing.values())})")
+    keep(rows)
     return rows
 
 

@@ -9,6 +9,8 @@ Every distance stands here a second time, from its formula: of distances.py only
 The two loops are processes, as the training scripts are. They are this file run as a script, with a loop's name and, in
 JSON, the settings that the training script gets as flags.
 """
+import functools
+import importlib
 import json
 import math
 import os
@@ -27,7 +29,7 @@ from data_vision import AUGMENTATIONS, STATS, load, split
 from distances import DISTANCES
 from model import GPT, GPTConfig
 from model_vision import VisionConfig, VisionNet
-from run import device_name, log
+from run import device_name, log, peak_memory
 
 
 def autocast(device, dtype):
@@ -46,12 +48,48 @@ def linear(head, h, y):
     return with_gradients(F.cross_entropy(F.linear(h, head.weight), y), h, head.weight)
 
 
+@functools.cache # one compiled function for all heads
+def compiled_linear_loss():
+    return torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y))
+
+
+def compiled_linear(head, h, y):
+    """The same linear layer, its cross-entropy fused by torch.compile."""
+    return with_gradients(compiled_linear_loss()(h, head.weight, y), h, head.weight)
+
+
+def lowered(head, h):
+    """h and the weight in autocast's dtype, if it is on: it does not know the functions below."""
+    dtype = F.linear(h[:1], head.weight[:1]).dtype
+    return h.to(dtype), head.weight.to(dtype)
+
+
 def chunked_linear(head, h, y):
-    """torch's own linear layer and cross-entropy in one function, which autocast does not know."""
-    low = F.linear(h[:1], head.weight[:1]).dtype # of autocast, if it is on
+    """torch's own linear layer and cross-entropy in one function."""
     options = torch.nn.LinearCrossEntropyOptions()
-    loss = F.linear_cross_entropy(h.to(low), head.weight.to(low), y, options=options)
-    return with_gradients(loss, h, head.weight)
+    return with_gradients(F.linear_cross_entropy(*lowered(head, h), y, options=options), h, head.weight)
+
+
+def liger(head, h, y):
+    """Liger's, which works in chunks of rows and makes the gradients in the forward pass, as our heads do."""
+    loss = optional("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
+    low_h, low_w = lowered(head, h)
+    return with_gradients(loss(low_w, low_h, y), h, head.weight)
+
+
+def cut_cross_entropy(head, h, y):
+    """Apple's, which holds no logits at all. Without its filter, which drops small gradients, it is exact."""
+    loss = optional("cut_cross_entropy").linear_cross_entropy
+    return with_gradients(loss(*lowered(head, h), y, filter_eps=None), h, head.weight)
+
+
+def keops(head, h, y):
+    """An elementwise distance through KeOps, which compiles a kernel for the formula and never holds N x V either."""
+    lazy = optional("pykeops.torch").LazyTensor
+    d = elementwise(head, lazy(h[:, None].contiguous()), lazy(head.weight[None].contiguous())) # (N, V), not yet made
+    of_target = elementwise(head, h, head.weight[y]) # (N,)
+    loss = (-head.n * d.log()).logsumexp(dim=1)[:, 0] + head.n * of_target.log()
+    return with_gradients(loss.mean(), h, head.weight)
 
 
 def nll_sum(distances, head, h, y):
@@ -126,8 +164,12 @@ def by_cdist(head, h, w):
 
 def by_broadcast(head, h, w):
     """d (N, V) from all differences, (N, V, D) of them."""
+    return elementwise(head, h[:, None], w[None])
+
+
+def elementwise(head, h, w):
+    """d of pairs that broadcast, (..., D), (..., D) -> (...)."""
     o = params_of(head)
-    h, w = h[:, None], w[None]
     if head.distance == "hamming":
         return (torch.sigmoid(h / o.T) - torch.sigmoid(w / o.T)).abs().mean(-1) + o.eps
     if head.distance == "bray_curtis":
@@ -152,20 +194,66 @@ def kind(head):
     return f"{head.distance}:{head.variant}"
 
 
-def rivals_of(head):
-    """{name: function}. An elementwise head meets its own distance, others also the linear layer that they replace."""
+OPTIONAL = { # rivals that others have made, for a GPU: the module, its package, and which heads meet it
+    "Liger": (liger, "liger_kernel.transformers", "liger-kernel"),
+    "cut cross-entropy": (cut_cross_entropy, "cut_cross_entropy", "cut-cross-entropy"),
+    "KeOps": (keops, "pykeops.torch", "pykeops"),
+}
+LINEAR = ("linear + CE", "linear + CE, compiled", "F.linear_cross_entropy", "Liger", "cut cross-entropy")
+BY_KEOPS = ("manhattan:standard", "minkowski:standard", "canberra:standard")
+KEOPS_DIMENSIONS = 128 # it unrolls them all, and is slow beyond some hundred
+
+
+@functools.cache
+def optional(module):
+    """The module, or None where it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except Exception: # not there, or not made for this torch
+        return None
+
+
+def left_out():
+    """The names of the rivals that are not here, with their packages: {"Liger": "liger-kernel"}."""
+    return {name: package for name, (_, module, package) in OPTIONAL.items() if optional(module) is None}
+
+
+def rivals_of(head, compile=False):
+    """
+    {name: function}. An elementwise head meets its own distance, others also the linear layer that they replace, which
+    torch.compile may fuse, and on a GPU what others have made of it.
+    """
+    on_gpu = head.weight.is_cuda
+    others = {name: f for name, (f, module, _) in OPTIONAL.items() if on_gpu and optional(module) is not None}
     broadcast = partial(with_autograd, distances=by_broadcast, chunk=None)
-    if kind(head) in BY_CDIST:
-        chunk = 64 if head.weight.is_cuda else None # the backward pass of cdist holds rows x V x D there
-        return {"cdist": partial(with_autograd, distances=by_cdist, chunk=chunk), "broadcast": broadcast}
-    if kind(head) in BY_BROADCAST:
-        return {"chunked broadcast": partial(with_autograd, distances=by_broadcast, chunk=8), "broadcast": broadcast}
+    if kind(head) in (*BY_CDIST, *BY_BROADCAST):
+        chunk = 64 if on_gpu else None # the backward pass of cdist holds rows x V x D there
+        if kind(head) in BY_CDIST:
+            rivals = {"cdist": partial(with_autograd, distances=by_cdist, chunk=chunk)}
+        else:
+            rivals = {"chunked broadcast": partial(with_autograd, distances=by_broadcast, chunk=8)}
+        if kind(head) in BY_KEOPS and head.in_features <= KEOPS_DIMENSIONS:
+            rivals.update({name: f for name, f in others.items() if f is keops})
+        return {**rivals, "broadcast": broadcast}
     rivals = {"linear + CE": linear}
+    if compile:
+        rivals["linear + CE, compiled"] = compiled_linear
     if kind(head) in BY_PRODUCTS:
         rivals["dense distance"] = partial(with_autograd, distances=by_products, chunk=None)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"): # torch 2.13 has it
         rivals["F.linear_cross_entropy"] = chunked_linear
-    return rivals
+    return {**rivals, **{name: f for name, f in others.items() if f is not keops}}
+
+
+def own_distance(head, rows):
+    """The function that computes a head's loss from its formula, so many rows at a time; None where there is none."""
+    if head.distance == "baseline":
+        return linear
+    if kind(head) in BY_PRODUCTS:
+        return partial(with_autograd, distances=by_products, chunk=rows)
+    if kind(head) in (*BY_CDIST, *BY_BROADCAST):
+        return partial(with_autograd, distances=by_broadcast, chunk=rows)
+    return None
 
 
 # The lane instructions of an element on a GPU, in all three passes. A reciprocal, root or exponential counts as 8.
@@ -176,20 +264,28 @@ LANE_INSTRUCTIONS = {
 CLOCK_HZ = {"H100": 1.98e9, "H200": 1.98e9}
 
 
+def flops(head, N, V, D):
+    """The FLOPs of the matrix products of a head, or None for one that is not made of them."""
+    name, of_products = kind(head), ("baseline", "euclidean", "cosine", "mahalanobis", "offset_l2")
+    if head.distance not in of_products and name != "chebyshev:cosh":
+        return None
+    count = 6 * N * V * D # one product forward and two backward
+    if name in ("offset_l2:standard", "chebyshev:cosh"):
+        count *= 2
+    if name in ("mahalanobis:standard", "mahalanobis:cholesky"):
+        count += 6 * (N + V) * D * D # h and w are whitened
+    return count
+
+
 def floor(head, N, V, D, flops_per_s):
     """
     The seconds that the arithmetic alone takes, or None where no honest number is known. Matrix products run at
     flops_per_s. Elementwise distances, on a GPU whose clock is known, are a model: one instruction per lane and clock,
     128 lanes on each multiprocessor.
     """
-    name = kind(head)
-    if head.distance in ("baseline", "euclidean", "cosine", "mahalanobis", "offset_l2") or name == "chebyshev:cosh":
-        flops = 6 * N * V * D # one product forward and two backward
-        if name in ("offset_l2:standard", "chebyshev:cosh"):
-            flops *= 2
-        if name in ("mahalanobis:standard", "mahalanobis:cholesky"):
-            flops += 6 * (N + V) * D * D # h and w are whitened
-        return flops / flops_per_s
+    name, of_products = kind(head), flops(head, N, V, D)
+    if of_products is not None:
+        return of_products / flops_per_s
     if head.distance == "minkowski":
         name = f"minkowski:p={params_of(head).p:g}"
     gpu = device_name("cuda") if head.weight.is_cuda else ""
@@ -267,7 +363,8 @@ def nanogpt(c):
         if step % c.log_interval == 0:
             loss_value = loss.item() * c.gradient_accumulation_steps # it waits for the device
             now = time.time()
-            log(c.out_dir, dict(kind="train", step=step, loss=loss_value, ms=(now - last) / c.log_interval * 1000))
+            log(c.out_dir, dict(kind="train", step=step, loss=loss_value, ms=(now - last) / c.log_interval * 1000,
+                                peak_memory_bytes=peak_memory(c.device)))
             last = now
     return gpt
 

@@ -152,6 +152,14 @@ def random_images(count, shape):
     return x, np.arange(count) % 10
 
 
+def write_images(data_dir, dataset, num_train, num_test):
+    """Write a dataset of random images in the format of data_vision.py."""
+    x, y = random_images(num_train + num_test, IMAGE_SHAPES[dataset])
+    os.mkdir(os.path.join(data_dir, dataset))
+    np.savez(os.path.join(data_dir, dataset, "images.npz"), train_x=x[num_test:], train_y=y[num_test:],
+             test_x=x[:num_test], test_y=y[:num_test])
+
+
 def race_pipelines(data, workers, num_batches, race):
     """Race epochs of batches alone, data_vision.py's and a DataLoader's. Returns {name: [seconds per batch, ...]}."""
     x, y = random_images(num_batches * data["batch_size"], IMAGE_SHAPES[data["dataset"]])
@@ -179,11 +187,8 @@ def race_pipelines(data, workers, num_batches, race):
 def race_trainers(settings, workers, num_batches, race):
     """Race train_vision.py and the plain loop; each trains an epoch, then one that is timed. Returns the same."""
     num_images = num_batches * settings["batch_size"] + HELD_OUT
-    x, y = random_images(num_images + HELD_OUT, IMAGE_SHAPES[settings["dataset"]])
     with tempfile.TemporaryDirectory() as data_dir:
-        os.mkdir(os.path.join(data_dir, settings["dataset"]))
-        np.savez(os.path.join(data_dir, settings["dataset"], "images.npz"), train_x=x[HELD_OUT:], train_y=y[HELD_OUT:],
-                 test_x=x[:HELD_OUT], test_y=y[:HELD_OUT])
+        write_images(data_dir, settings["dataset"], num_images, HELD_OUT)
         settings = dict(settings, data_dir=data_dir, val_fraction=HELD_OUT / num_images, epochs=2, seed=SEED)
         # a log line at the end of each epoch, and no evaluation between the two
         only_ours = dict(log_interval=10 ** 9, eval_interval=2, patience=0, plots=False, track_emissions=False)
