@@ -50,7 +50,7 @@ def linear(head, h, y):
 
 @functools.cache # one compiled function for all heads
 def compiled_linear_loss():
-    return torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y))
+    return torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), dynamic=False) # each size its own kernels
 
 
 def compiled_linear(head, h, y):

@@ -40,6 +40,7 @@ FIRST = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, gra
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=1, vocab_size=300,
             max_iters=6, eval_interval=6, eval_iters=1, dtype="float32", compile=False)
 VISION = {"resnet50": 512, "pvtv2_b0": 256} # images a batch, as in config/
+TINY_VISION = {"mlp": 20}
 CIFAR10 = ("cifar10", "cifar-10-batches-bin", "cifar-10-batches-py") # the folders in data/ where it may lie
 
 # -----------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def prepare_images(stage, data_dir):
     folder = os.path.join(HERE, "data")
     if not stage.tiny and any(os.path.isdir(os.path.join(folder, name)) for name in CIFAR10):
         return folder, "CIFAR-10"
-    num_train, num_test = (80, 20) if stage.tiny else (50000, 10000)
+    num_train, num_test = (200, 20) if stage.tiny else (50000, 10000)
     bench_train.write_images(data_dir, "cifar10", num_train, num_test)
     return data_dir, "random images"
 
@@ -175,18 +176,14 @@ def train_gpts(stage, scratch, rows):
 
 def train_vision(stage, scratch, rows):
     data_dir, images = prepare_images(stage, scratch)
-    for name, batch_size in VISION.items():
+    for name, batch_size in (TINY_VISION if stage.tiny else VISION).items():
         folder = os.path.join(scratch, name)
         settings = dict(SAME, dataset="cifar10", data_dir=data_dir, out_dir=folder, distance="cosine", epochs=1,
-                        batch_size=batch_size, log_interval=10, compile=False, plots=False)
-        if stage.tiny:
-            settings.update(batch_size=20, log_interval=1)
+                        batch_size=batch_size, log_interval=1 if stage.tiny else 10, compile=False, plots=False)
         watch = Watch(folder, stage.meter)
         stage.run(f"{name}, cosine", ["train_vision.py", f"config/{name}.py", *flags(settings)], watch=watch)
-        rows.append({"run": f"{name}, cosine", "data": images, **measured(folder, watch, settings["batch_size"])})
+        rows.append({"run": f"{name}, cosine", "data": images, **measured(folder, watch, batch_size)})
         keep(stage, rows)
-        if stage.tiny:
-            break # one is enough to see that it works
 
 
 def train_first_steps(stage, scratch):

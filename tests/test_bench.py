@@ -310,9 +310,11 @@ def test_head(tmp_path, capsys):
     assert saved["command"].startswith("python bench.py head") and "--heads=baseline" in saved["command"]
     header, _, *body = table
     assert len(body) == len(rows) and [line[:2] for line in body] == [[r["size"], r["head"]] for r in rows]
-    assert header == ["size", "head", "as built, ms", "ms", "rival", "rival's ms", "ratio", "MiB", "rival's MiB",
-                      "MiB ratio", "MB beside", "floor ms", "% of floor"]
-    assert_positive(rows, "as built, ms", "ms", "rival's ms", "ratio", "MiB", "rival's MiB", "MiB ratio")
+    assert header == ["size", "head", "as built, ms", "ms", "TFLOP/s", "forward, ms", "T elements/s", "error", "rival",
+                      "rival's ms", "ratio", "rival's error", "MiB", "rival's MiB", "MiB ratio", "MB beyond gradients",
+                      "rival's MB", "floor ms", "% of floor"]
+    assert_positive(rows, "as built, ms", "ms", "rival's ms", "ratio", "MiB", "rival's MiB", "MiB ratio", "error",
+                    "rival's error")
     for r in rows:
         raw = r["raw"]
         ours, rival = (statistics.median(raw[key]) for key in ("seconds", "rival_seconds"))
@@ -322,6 +324,15 @@ def test_head(tmp_path, capsys):
         assert r["rival's ms"] == pytest.approx(1e3 * rival)
         assert r["MiB ratio"] == pytest.approx(raw["peak_bytes"] / raw["rival_peak_bytes"])
         assert r["MiB ratio"] == pytest.approx(r["MiB"] / r["rival's MiB"])
+        assert max(r["error"], r["rival's error"]) < 1e-5
+        N, V, D = map(int, r["size"].split("x"))
+        gradients = 4 * D * (N + V)
+        assert r["MB beyond gradients"] == pytest.approx((r["raw"]["peak_bytes"] - gradients) / 1e6)
+        if r["TFLOP/s"] is None:
+            forward = statistics.median(r["raw"]["forward_seconds"])
+            assert r["T elements/s"] == pytest.approx(N * V * D / forward / 1e12)
+        else:
+            assert r["TFLOP/s"] == pytest.approx(6 * N * V * D / ours / 1e12)
         if r["floor ms"]:
             assert r["% of floor"] == pytest.approx(100 * r["floor ms"] / r["ms"])
         assert (r["floor ms"] is None) == (r["head"] in ("minkowski:p=3", "canberra"))
@@ -343,6 +354,42 @@ def test_a_rival_that_runs_out_of_memory_keeps_its_row(monkeypatch):
     row, broadcast = bench.head_case("manhattan", 16, 32, 8)
     assert row["rival"] == "cdist (out of memory)" and row["ratio"] is row["rival's ms"] is None
     assert broadcast["ratio"] > 0
+
+
+def test_the_error_is_that_of_a_side(monkeypatch):
+    """A distance that is off by a thousandth shows, on the side that has it."""
+    by_cdist = bench_rivals.by_cdist
+    monkeypatch.setattr(bench_rivals, "by_cdist", lambda *args: by_cdist(*args) ** 1.001)
+    row, broadcast = bench.head_case("manhattan", 40, 32, 16)
+    assert row["error"] == broadcast["error"] < 1e-6 and broadcast["rival's error"] < 1e-6
+    assert 1e-4 < row["rival's error"] < 1e-2
+    assert bench.head_case("mahalanobis:diagonal", 40, 32, 16)[0]["error"] is None # its formula stands here only once
+
+
+def test_a_rival_of_others_that_fails_keeps_its_row(monkeypatch):
+    def fail(*args):
+        raise TypeError("this torch is too new\nfor it")
+    monkeypatch.setattr(bench, "rivals_of", lambda head, compile: {"Liger": fail, "linear + CE": bench_rivals.linear})
+    row, linear = bench.head_case("baseline", 16, 32, 8)
+    assert row["rival"] == "Liger (fails, TypeError: this torch is too new)" and row["rival's ms"] is None
+    assert linear["ratio"] > 0
+    monkeypatch.setattr(bench, "rivals_of", lambda head, compile: {"dense distance": fail})
+    with pytest.raises(TypeError): # our own code has to work
+        bench.head_case("baseline", 16, 32, 8)
+
+
+def test_what_was_measured_is_kept_when_a_later_head_fails(tmp_path, monkeypatch):
+    head_case = bench.head_case
+
+    def fail_at_the_second(text, *size):
+        return head_case(text, *size) if text == "baseline" else 1 / 0
+    monkeypatch.setattr(bench, "head_case", fail_at_the_second)
+    path = tmp_path / "new" / "head.json"
+    precision = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError):
+        bench.main(["head", *TINY, "--heads=baseline,cosine", "--sizes=16x32x8", f"--json_file={path}"])
+    torch.set_float32_matmul_precision(precision)
+    assert {row["head"] for row in json.loads(path.read_text())["rows"]} == {"baseline"}
 
 
 def test_growth(tmp_path, capsys):
