@@ -25,6 +25,7 @@ It has four parts: the distances, a table and the small functions that it names;
 loss, which goes through them chunk by chunk; and the modules. """
 import functools
 import math
+import os
 import signal
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,11 @@ from types import FunctionType, SimpleNamespace
 
 import torch
 from torch import nn
+
+try: # torch's compiler, which a decorator below imports, ends the program where it cannot make this folder
+    os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or ".", exist_ok=True)
+except OSError:
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"] # it then takes one among the temporary files
 
 # -----------------------------------------------------------------------------
 # the distances
