@@ -2,8 +2,7 @@
 import os
 from collections import namedtuple
 
-import torch
-
+import safe
 from model import GPT, GPTConfig
 from model_bert import BERT, BERTConfig
 from model_qwen2 import Qwen2, Qwen2Config
@@ -21,13 +20,16 @@ FAMILIES = {
 def load_run(out_dir, checkpoint="best.pt", device="cpu"):
     """
     Return (the run's model in evaluation mode, the run's config, a dict, and the step of the checkpoint).
-    Raises SystemExit where there is no such checkpoint.
+    Raises SystemExit where there is no such checkpoint, or a damaged one.
     """
     path = os.path.join(out_dir, checkpoint)
     if not os.path.exists(path):
         raise SystemExit(f"{path} is not there: train first (python train.py --out_dir={out_dir}), "
                          "or name another --out_dir or --checkpoint")
-    ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        ckpt = safe.load(path)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
     family = FAMILIES[ckpt["config"].get("model", "gpt")]
     model = family.Model(family.Config(**ckpt["model_args"]))
     load_weights(model, ckpt["model"])

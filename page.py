@@ -9,7 +9,7 @@ import html
 import os
 from collections import namedtuple
 
-from run import write
+from safe import write
 
 Heading = namedtuple("Heading", "text level", defaults=(2,))
 Paragraph = namedtuple("Paragraph", "text")

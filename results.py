@@ -33,7 +33,7 @@ VALIDATION = {"vision": "val_accuracy", "language": "val_loss"}
 # runs are averaged
 HEAD_KEYS = ("distance", "variant", "distance_params", "link", "n", "learn_n", "eps", "feature_scale")
 IGNORED = (*HEAD_KEYS, "seed", "out_dir", "data_dir", "overwrite", "plots", "wandb_log", "wandb_project",
-           "wandb_run_name", "wandb_mode", "device", "dtype")
+           "wandb_run_name", "wandb_mode", "device", "dtype", "time_limit")
 # setting: 'fixed', 'given' (on the command line) or 'learned' n
 Head = namedtuple("Head", "distance variant params link setting n eps feature_scale")
 

@@ -10,6 +10,8 @@ and the run's folder, which study.py, figures.py and report.py read:
                      images also class_means (K, D), of all test images
   summary.json       the end result; a run without it has not ended
   *.png              pictures of all this, see figures.py
+  ckpt_before.pt     the checkpoint before the last one, for the case that that is damaged
+  lock               which process writes here, see safe.py; empty where none does
 """
 import atexit
 import contextlib
@@ -31,9 +33,11 @@ import torch.nn.functional as F
 
 import configurator
 import metrics
+import safe
 from configurator import fail
 from distances import DistanceHead, parse_head
 from emissions import Emissions, grid_factor
+from safe import print0, ranks, read_metrics
 
 PROBE_SIZE = 512 # hidden states: their rank can be seen up to this number
 
@@ -68,8 +72,13 @@ def configure(namespace):
     if not has_checkpoint or not os.path.exists(path):
         fail([*problems, f"init_from=resume: {out_dir} holds no ckpt.pt with a config.json, "
                          "name the run's folder with --out_dir"])
-    with open(path) as f:
-        saved = json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            saved = json.load(f)
+        saved["config"].items(), saved["sources"].items()
+    except Exception as e: # a damaged file can raise anything
+        fail([f"init_from=resume: {path} is damaged ({type(e).__name__}: {e}); ckpt.pt holds the settings as well, "
+              f"torch.load({os.path.join(out_dir, 'ckpt.pt')!r})['config']"])
     script, here = saved.get("script", "train.py"), os.path.basename(namespace["__file__"])
     if script != here:
         fail([f"init_from=resume: {out_dir} holds a run of {script}, this is {here}"])
@@ -133,19 +142,6 @@ def check(config, **choices):
 # -----------------------------------------------------------------------------
 # device and ranks
 
-def ranks():
-    """(rank, local rank, number of ranks) as torchrun gives them to its processes; (0, 0, 1) without it."""
-    rank, local_rank = os.environ.get("RANK", 0), os.environ.get("LOCAL_RANK", 0)
-    return int(rank), int(local_rank), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def print0(*args):
-    """Print, on rank 0 only."""
-    rank, _, _ = ranks()
-    if rank == 0:
-        print(*args, flush=True)
-
-
 def choose_device(device, dtype, problems):
     """Resolve "auto": (device, its type, dtype by name). What cannot be is added to the list `problems`."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -194,11 +190,26 @@ def start_ddp(device_type):
     _, local_rank, _ = ranks()
     device, backend = device_type, "gloo"
     if device_type == "cuda":
-        device, backend = f"cuda:{local_rank}", "nccl"
+        device, backend = f"cuda:{local_rank}", "cpu:gloo,cuda:nccl" # Halt's answers do not wait for the GPUs
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(backend=backend, timeout=timedelta(minutes=30))
     closing.callback(torch.distributed.destroy_process_group)
     return device
+
+
+def guard(config):
+    """
+    Make the run's folder and let no other process write there, see safe.lock. Returns the safe.Halt that ends the run
+    after a whole step. Raises SystemExit where the folder cannot be had.
+    """
+    rank, local_rank, _ = ranks()
+    if rank == 0:
+        closing.callback(safe.lock(config["out_dir"]))
+    elif local_rank == 0: # a node may have disks of its own, for its emissions
+        os.makedirs(config["out_dir"], exist_ok=True)
+    halt = safe.Halt(config["time_limit"])
+    closing.callback(halt.forget)
+    return halt
 
 
 def precision(device_type, dtype):
@@ -277,10 +288,10 @@ def parameter_groups(model, weight_decay):
 
 def load_checkpoint(out_dir, model, config, data_hash, fixed=()):
     """
-    Load the weights of out_dir/ckpt.pt into the model, and return the whole checkpoint.
+    Load the weights of out_dir/ckpt.pt, see safe.recover, into the model, and return the whole checkpoint.
     Raises SystemExit where the model, the data, or one of the settings `fixed` differ from those of the checkpoint.
     """
-    ckpt = torch.load(os.path.join(out_dir, "ckpt.pt"), map_location="cpu", weights_only=True)
+    ckpt = safe.recover(os.path.join(out_dir, "ckpt.pt"))
     here = {**asdict(model.config), **{key: config[key] for key in fixed}}
     there = {**ckpt["model_args"], **{key: ckpt["config"][key] for key in fixed}}
     differences = []
@@ -451,25 +462,11 @@ def probe(head, h, y):
 # -----------------------------------------------------------------------------
 # the run's folder
 
-def write(path, text):
-    """Write a text file, whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)
-
-
-def save(path, state):
-    """Write a checkpoint, whole or not at all."""
-    torch.save(state, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
 def save_probe(out_dir, h, y, **more):
     """Write probe.npz, whole or not at all: h (N, D), y (N,), and more arrays by name."""
     path = os.path.join(out_dir, "probe.npz")
-    with open(path + ".tmp", "wb") as f:
+    with safe.explained(path), safe.whole_file(path) as f:
         np.savez(f, h=h.float().cpu().numpy(), y=y.cpu().numpy(), **more)
-    os.replace(path + ".tmp", path)
 
 
 def git_commit():
@@ -503,7 +500,7 @@ def describe(model, device_type, dtype):
 
 
 # files that a run leaves besides config.json, metrics.jsonl, summary.json and emissions*.csv
-LEFT_OVERS = ("ckpt.pt", "best.pt", "probe.npz", "loss.png", "curves.png", "learned.png")
+LEFT_OVERS = ("ckpt.pt", "ckpt_before.pt", "best.pt", "probe.npz", "loss.png", "curves.png", "learned.png")
 
 
 def begin(out_dir, info, resume_step=None):
@@ -531,10 +528,10 @@ def begin(out_dir, info, resume_step=None):
         rows = [row for row in read_metrics(out_dir)[0] if row["step"] <= resume_step]
     for name in os.listdir(out_dir): # before anything is written: no half of one run with half of another
         of_a_former_run = is_new and (name in LEFT_OVERS or name.startswith("emissions"))
-        if name == "summary.json" or of_a_former_run:
+        if name == "summary.json" or of_a_former_run or name.endswith(".tmp"): # which a kill has left
             os.remove(os.path.join(out_dir, name))
-    write(path, json.dumps(info, indent=1))
-    write(os.path.join(out_dir, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    safe.write(path, json.dumps(info, indent=1))
+    safe.write(os.path.join(out_dir, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def start_emissions(config, resumed_at, current_step):
@@ -565,25 +562,8 @@ def start_wandb(config):
 
 def log(out_dir, row, wandb_run=None):
     """Add a row to metrics.jsonl, and to the run on Weights & Biases if there is one."""
-    with open(os.path.join(out_dir, "metrics.jsonl"), "a") as f:
+    path = os.path.join(out_dir, "metrics.jsonl")
+    with safe.explained(path), open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
     if wandb_run is not None:
         wandb_run.log({key: value for key, value in row.items() if key != "kind"}, step=row["step"])
-
-
-def read_metrics(out_dir):
-    """
-    The rows of metrics.jsonl up to the last line that is whole, and whether that is all of it; ([], True) without one.
-    """
-    path, rows = os.path.join(out_dir, "metrics.jsonl"), []
-    if not os.path.exists(path):
-        return rows, True
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            if not line.endswith("\n"): # what a crash, or a full disk, left
-                return rows, False
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                return rows, False
-    return rows, True

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import figures
 import run
+import safe
 from configurator import fail
 from data import Blocks, check_hash, load_meta
 from distances import Tiles
@@ -100,6 +101,7 @@ country_iso_code = "USA" # whose grid's average g CO2eq per kWh
 carbon_intensity = 0.0 # g CO2eq per kWh of your own grid, instead; 0: the country's
 track_emissions = True
 # system
+time_limit = 0.0 # minutes after which the run saves itself and ends with exit code 124, to be resumed; 0: none
 seed = 1337 # of initial weights, data order and dropout
 device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = "auto" # 'float32', 'bfloat16', 'float16' (with loss scaling); auto: bfloat16 where a GPU has it, else float32
@@ -168,10 +170,10 @@ tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 num_val = val_data.num_fixed # blocks of an evaluation
 if eval_iters > 0:
     num_val = min(num_val, eval_iters * batch_size)
+halt = run.guard(config) # out_dir is this run's own; a signal or time_limit ends it after a whole step
 if ddp:
     device = run.start_ddp(device_type)
 autocast, scaler = run.precision(device_type, dtype)
-os.makedirs(out_dir, exist_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -202,12 +204,13 @@ raw_model.to(device)
 groups = run.parameter_groups(raw_model, weight_decay)
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
 
-step, best_val_loss, best_step, resumed_at = 0, float("inf"), 0, None
+step, best_val_loss, best_step, resumed_at, evaluated_at = 0, float("inf"), 0, None, None
 if init_from == "resume":
     ckpt = run.load_checkpoint(out_dir, raw_model, config, meta.get("hash"))
     run.load_optimizer(optimizer, ckpt["optimizer"], weight_decay, betas=(beta1, beta2))
     scaler.load_state_dict(ckpt["scaler"])
     step, best_val_loss, best_step = ckpt["step"], ckpt["best_val_loss"], ckpt["best_step"]
+    val_loss, evaluated_at = ckpt["val_loss"], ckpt.get("evaluated_at", step) # which older checkpoints do not have
     resumed_at = step
     del ckpt
     has_ended = os.path.exists(os.path.join(out_dir, "summary.json"))
@@ -308,11 +311,12 @@ def get_lr(step):
 
 
 def save(name):
-    run.save(os.path.join(out_dir, name), {
+    safe.save(os.path.join(out_dir, name), {
         "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
         "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "best_step": best_step,
-        "model_args": about["model_args"], "config": config, "data_hash": meta.get("hash"),
-    })
+        "evaluated_at": evaluated_at, "model_args": about["model_args"], "config": config,
+        "data_hash": meta.get("hash"),
+    }, keep=name == "ckpt.pt")
 
 
 def stop_non_finite(loss, norm, at=None):
@@ -354,18 +358,20 @@ first_step, width = step, len(str(max_iters))
 start = t0 = time.time()
 while True:
 
-    # once in a while: validate, log, save. A run that is resumed has done so at its first step
-    is_due = step % eval_interval == 0 and step != resumed_at
-    if is_due or step == max_iters:
+    # once in a while: validate, log, save. A run that is resumed may have done so at its first step
+    is_new = step != evaluated_at
+    if (step % eval_interval == 0 and is_new) or step == max_iters:
         val_loss, *probe = evaluate()
         if not math.isfinite(val_loss): # before it is saved over a good checkpoint
             stop_non_finite(f"of the validation split {val_loss}", "not taken", at=step)
         if val_loss < best_val_loss:
             best_val_loss, best_step = val_loss, step
+        evaluated_at = step
         energy = emissions.read(step, val_loss=val_loss)
         if master:
             print0(f"step {step:>{width}}/{max_iters} | val loss {val_loss:.4f} | "
                    f"best {best_val_loss:.4f} at step {best_step}{run.energy_text(energy)}")
+        if master and is_new:
             run.log(out_dir, dict(
                 kind="eval", step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss,
                 n=run.exponent(raw_model.head), **run.probe(raw_model.head, *probe), **energy), wandb_run)
@@ -398,7 +404,8 @@ while True:
     pending.append(torch.stack([loss_sum.float(), norm.float()]))
 
     # for a log line the numbers are read, one wait for the device, and have to be finite before the weights move
-    is_logged = (step + 1) % log_interval == 0 or (step + 1) % eval_interval == 0 or step + 1 == max_iters
+    is_last = halt.asked() # all ranks have the same answer
+    is_logged = is_last or (step + 1) % log_interval == 0 or (step + 1) % eval_interval == 0 or step + 1 == max_iters
     if is_logged:
         values = run.read_pending(pending, step + 1, scaler, stop_non_finite) # (steps, 2)
     scaler.step(optimizer)
@@ -421,6 +428,10 @@ while True:
             run.log(out_dir, dict(
                 kind="train", step=step, tokens=step * tokens_per_step, loss=last_loss, lr=lr, grad_norm=last_norm,
                 ms=seconds * 1000, tokens_per_s=tokens_per_s, mfu=mfu), wandb_run)
+    if is_last:
+        if master:
+            save("ckpt.pt")
+        halt.end(step, out_dir)
 
 
 # -----------------------------------------------------------------------------
@@ -434,13 +445,13 @@ if master:
         num_params=about["num_params"], peak_memory_bytes=run.peak_memory(device_type), **energy)
     if meta.get("val_bytes") and model != "bert": # whose loss is that of the masked tokens
         summary["bits_per_byte"] = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
-    run.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))
+    safe.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))
     print0(f"done: validation loss {val_loss:.4f} nats per token, perplexity {summary['perplexity']:.1f}")
     print0(f"energy: {emissions.describe()}")
     try:
         print0(f"loss curve: {figures.loss(out_dir)}")
-    except ImportError:
-        print0("no loss.png: pip install matplotlib")
+    except (ImportError, OSError, ValueError) as e: # matplotlib, the disk, a damaged file
+        print0(f"no loss.png: {e}")
 if ddp: # no rank leaves while another still works
     torch.distributed.barrier()
 run.closing.close()

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import figures
 import metrics
 import run
+import safe
 from configurator import fail
 from data_vision import AUGMENTATIONS, STATS, Batches, load, split
 from model_vision import BACKBONES, VisionConfig, VisionNet
@@ -95,6 +96,7 @@ country_iso_code = "USA" # whose grid's average g CO2eq per kWh
 carbon_intensity = 0.0 # g CO2eq per kWh of your own grid, instead; 0: the country's
 track_emissions = True
 # system
+time_limit = 0.0 # minutes after which the run saves itself and ends with exit code 124, to be resumed; 0: none
 seed = 1337 # of initial weights, the validation split, the order of images and their augmentation
 device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = "auto" # 'float32', 'bfloat16', 'float16' (with loss scaling); auto: bfloat16 where a GPU has it, else float32
@@ -138,11 +140,11 @@ if not problems: # else the data could not be read
         problems.append(str(e))
 fail(problems)
 
+halt = run.guard(config) # out_dir is this run's own; a signal or time_limit ends it after a whole step
 if ddp:
     device = run.start_ddp(device_type)
 autocast, scaler = run.precision(device_type, dtype)
 torch.backends.cudnn.benchmark = True # of convolutions: one shape, the fastest kernel
-os.makedirs(out_dir, exist_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def stops(epoch):
     return epoch >= epochs or 0 < patience <= epoch - best_epoch
 
 
-step, best_accuracy, best_epoch, resumed_at = 0, -1.0, 0, None
+step, best_accuracy, best_epoch, resumed_at, evaluated_at = 0, -1.0, 0, None, None
 if init_from == "resume":
     # others would validate on images that were trained on, or count other epochs
     fixed_settings = ("seed", "val_fraction", "batch_size", "optimizer")
@@ -186,7 +188,7 @@ if init_from == "resume":
     run.load_optimizer(opt, ckpt["optimizer"], weight_decay, **moments)
     scaler.load_state_dict(ckpt["scaler"])
     step, best_accuracy, best_epoch = ckpt["step"], ckpt["best_accuracy"], ckpt["best_epoch"]
-    resumed_at = step
+    resumed_at, evaluated_at = step, ckpt.get("evaluated_at", step) # which older checkpoints do not have
     del ckpt
     epoch = step // steps_per_epoch
     if stops(epoch) and os.path.exists(os.path.join(out_dir, "summary.json")):
@@ -245,7 +247,10 @@ def test():
     features h (N, D) of the test images, and the mean of h in each class (K, D); on the other ranks None.
     """
     if master: # from the disk: copies, not references to weights that moved on
-        best = torch.load(os.path.join(out_dir, "best.pt"), map_location="cpu", weights_only=True)
+        try:
+            best = safe.load(os.path.join(out_dir, "best.pt"))
+        except ValueError as e:
+            raise SystemExit(f"{e}. Those of ckpt.pt, copied over it, can be tested by resuming") from None
         raw_model.load_state_dict(best["model"])
     if ddp:
         for tensor in raw_model.state_dict().values():
@@ -270,11 +275,11 @@ def test():
 
 
 def save(name):
-    run.save(os.path.join(out_dir, name), {
+    safe.save(os.path.join(out_dir, name), {
         "model": raw_model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "step": step,
-        "best_accuracy": best_accuracy, "best_epoch": best_epoch, "model_args": about["model_args"], "config": config,
-        "data_hash": images.hash,
-    })
+        "best_accuracy": best_accuracy, "best_epoch": best_epoch, "evaluated_at": evaluated_at,
+        "model_args": about["model_args"], "config": config, "data_hash": images.hash,
+    }, keep=name == "ckpt.pt")
 
 
 def stop_non_finite(loss, norm, at=None):
@@ -314,10 +319,10 @@ first_step, width = step, len(str(epochs))
 start = t0 = time.time()
 while True:
 
-    # at the end of an epoch: validate, log, save. A run that is resumed has done so at its first step
+    # at the end of an epoch: validate, log, save. A run that is resumed may have done so at its first step
     epoch = step // steps_per_epoch
     is_evaluated = step % steps_per_epoch == 0 and (epoch % eval_interval == 0 or epoch == epochs)
-    if is_evaluated and step != resumed_at:
+    if is_evaluated and step != evaluated_at:
         h, z = outputs(val_data, keep=run.PROBE_SIZE)
         val_loss, val_accuracy = quality(z, val_data.y)
         if not math.isfinite(val_loss): # before it is saved over a good checkpoint
@@ -325,6 +330,7 @@ while True:
         improved = 100 * val_accuracy > 100 * best_accuracy + min_improvement
         if improved:
             best_accuracy, best_epoch = val_accuracy, epoch
+        evaluated_at = step
         energy = emissions.read(step, val_loss=val_loss)
         if master:
             print0(f"epoch {epoch:>{width}}/{epochs} | val loss {val_loss:.4f} | val accuracy {val_accuracy:7.2%} | "
@@ -354,7 +360,8 @@ while True:
     pending.append(torch.stack([loss.detach().float(), norm.float()]))
 
     # for a log line the numbers are read, one wait for the device, and have to be finite before the weights move
-    is_logged = (step + 1) % log_interval == 0 or (step + 1) % steps_per_epoch == 0
+    is_last = halt.asked() # all ranks have the same answer
+    is_logged = is_last or (step + 1) % log_interval == 0 or (step + 1) % steps_per_epoch == 0
     if is_logged:
         values = run.read_pending(pending, step + 1, scaler, stop_non_finite) # (steps, 2)
     scaler.step(opt)
@@ -375,6 +382,10 @@ while True:
             run.log(out_dir, dict(
                 kind="train", step=step, epoch=epoch, images=step * images_per_step, loss=mean_loss, lr=lr,
                 grad_norm=last_norm, ms=ms), wandb_run)
+    if is_last:
+        if master:
+            save("ckpt.pt")
+        halt.end(step, out_dir)
 
 
 # -----------------------------------------------------------------------------
@@ -397,12 +408,12 @@ if master:
         peak_memory_bytes=run.peak_memory(device_type),
         **{key: value for key, value in rows[-1].items() if key.endswith("_total")})
     run.save_probe(out_dir, h[:run.PROBE_SIZE], test_data.y[:run.PROBE_SIZE], class_means=class_means)
-    run.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))
+    safe.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))
     if plots:
         try:
             print0(f"curves and prototypes: {', '.join(figures.draw(out_dir))}")
-        except ImportError:
-            print0("no curves.png and learned.png: pip install matplotlib")
+        except (ImportError, OSError, ValueError) as e: # matplotlib, the disk, a damaged file
+            print0(f"no curves.png and learned.png: {e}")
     print0(f"test accuracy {numbers['test_accuracy']:.2%}, macro F1 {numbers['f1_macro']:.4f} with the weights of "
            f"epoch {best_epoch}; PC2 EV {numbers['pc2_ev']:.3f}, PCA@90% {numbers['pca90_uncapped']}, "
            f"prototypes at their own class {numbers['prototype_alignment']:.0%}")

@@ -2,9 +2,12 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 
@@ -15,6 +18,7 @@ import torch
 import configurator
 import data
 import run
+import study
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHARS = [chr(c) for c in range(32, 127)] + ["\n", "\t"] # 97, so that 31 of 128 rows are padding
@@ -99,6 +103,66 @@ def train_processes(cwd, *runs, launcher=(), codes=0):
     for code, out, err in results:
         assert code == codes, out + err
     return [out + err for _, out, err in results]
+
+
+# runs of which there are many are forks of a process that has only imported what they need
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["codecarbon", "data_vision", "families", "figures", "helpers", "model_vision",
+                              "sklearn.datasets", "sklearn.metrics", "torch._dynamo"])
+
+
+def forked(cwd, env, kill_at, script, args, log):
+    """What such a process does: python script *args in cwd, its output in the folder log."""
+    os.chdir(cwd)
+    os.environ.update(env)
+    if kill_at:
+        sys.addaudithook(killer(kill_at))
+    study.child(os.path.join(ROOT, script), args, log)
+
+
+def killer(at):
+    """An audit hook that kills the process at the at-th time that it touches a file of the folder out."""
+    def hook(event, args):
+        nonlocal at
+        if event in ("open", "os.remove", "os.rename", "os.link") and str(args[0]).startswith("out/"):
+            at -= 1
+            if at == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    return hook
+
+
+def fork(script="train.py", *args, env=(), kill_at=0, log="log", **settings):
+    """Begin a run in a process of its own in the current folder, and return that process."""
+    os.makedirs(log, exist_ok=True)
+    args = [*args, *flags(**settings)]
+    process = FORKS.Process(target=forked, args=(os.getcwd(), dict(env), kill_at, script, args, log))
+    process.start()
+    return process
+
+
+def fork_ranks(count, script="train.py", *args, **settings):
+    """What `torchrun --nproc_per_node=count script *args` begins: the processes, whose logs are in log0, log1, ..."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [fork(script, *args, env=dict(RANK=str(i), LOCAL_RANK=str(i), **common), log=f"log{i}", **settings)
+            for i in range(count)]
+
+
+def ended(ranks, *codes):
+    """What each of these processes has printed. They have to end, with these exit codes or without an error."""
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    texts = [log_of(f"log{i}") for i in range(len(ranks))]
+    assert [process.exitcode for process in ranks] == list(codes or [0] * len(ranks)), "\n\n".join(texts)
+    return texts
+
+
+def log_of(folder):
+    with open(os.path.join(folder, "log.txt")) as f:
+        return f.read()
 
 
 def metrics(out_dir, kind=None):

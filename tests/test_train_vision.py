@@ -39,7 +39,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, MultiStepLR,
 import configurator
 import data_vision
 import model_vision
-import run
+import safe
 from data_vision import Batches, split
 from distances import DISTANCES
 from model_vision import VisionConfig, VisionNet
@@ -131,7 +131,7 @@ def first(tmp_path_factory):
 def test_a_run_learns_and_leaves_every_file(first):
     out, printed = first
     files = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "probe.npz", "summary.json", "curves.png",
-             "learned.png"}
+             "learned.png", "ckpt_before.pt", "lock"}
     assert set(os.listdir(out)) - {"emissions.csv"} == files # the energy is tested below, where there is codecarbon
     info, end = json.loads((out / "config.json").read_text()), json.loads((out / "summary.json").read_text())
     energy = {key for key in end if key.endswith("_total")}
@@ -306,8 +306,8 @@ def test_a_run_that_ends_between_two_files_goes_on(after, monkeypatch):
     class Crash(Exception):
         pass
 
-    def crashing(write, path, content):
-        write(path, content)
+    def crashing(write, path, content, **options):
+        write(path, content, **options)
         if os.path.basename(path) == after and (after == "summary.json" or content["step"] == 40):
             raise Crash
     train(out_dir="whole", epochs=3)
@@ -315,7 +315,7 @@ def test_a_run_that_ends_between_two_files_goes_on(after, monkeypatch):
     assert summary("whole")["best_epoch"] == 3 and best_accuracy[2] > best_accuracy[1] # epoch 2 is an improvement
     with monkeypatch.context() as patch, pytest.raises(Crash):
         for name in "save", "write":
-            patch.setattr(run, name, partial(crashing, getattr(run, name)))
+            patch.setattr(safe, name, partial(crashing, getattr(safe, name)))
         train(out_dir="out", epochs=2) # so that best.pt is the one of the epoch at which it crashes
     resume("out")
     best, expected = load("out", "best.pt"), load("out")
