@@ -3,6 +3,7 @@ Energy and CO2eq of a run: one CodeCarbon tracker per node, read at intervals in
 
     emissions = Emissions(out_dir, country_iso_code="USA") # on LOCAL_RANK 0 of each node: each would count it again
     log.update(emissions.read(step, val_loss=val_loss))    # at each evaluation
+    emissions.note(step)                                   # at each log line, for what a kill -9 would take along
     print(emissions.describe())
     emissions.stop(step)                                   # however the run ends, so that a crash keeps its energy
 
@@ -17,9 +18,11 @@ zeros from the ranks without a tracker.
 
 Columns: step, timestamp (UTC), g_per_kwh, {cpu,gpu,ram}_source; for each of seconds, cpu_kwh, gpu_kwh, ram_kwh,
 energy_kwh (their sum) and emissions_g: <name>_interval, since the row before, and <name>_total, since step 0 of the
-run; then what read() was given. A reading that fails makes no row; the next row's interval covers its time.
+run; discarded, 1 where a kill undid the steps of the row, which were made again: their energy was spent and stays in
+the totals; then what read() was given. A reading that fails makes no row; the next row's interval covers its time.
 """
 import csv
+import io
 import os
 import tempfile
 import time
@@ -27,9 +30,12 @@ from datetime import datetime, timezone
 from difflib import get_close_matches
 from types import SimpleNamespace
 
+from safe import say, whole_file
+
 os.environ.setdefault("CODECARBON_LOG_LEVEL", "critical") # its first import already logs
 PARTS = ("cpu", "gpu", "ram")
 QUANTITIES = ("seconds", "cpu_kwh", "gpu_kwh", "ram_kwh", "energy_kwh", "emissions_g")
+NOTE_SECONDS = 60 # between two writings of the file, at most: what a kill -9 takes along
 COUNTERS = ("intel_rapl", "windows_emi", "intel_power_gadget") # CodeCarbon's CPU modes that read a counter
 
 
@@ -59,9 +65,8 @@ class Emissions:
 
     country_iso_code, carbon_intensity: see grid_factor, whose ValueError comes through. With enabled=False, or without
     codecarbon, every call does nothing and read() returns {}. resume_step: None begins a new file; a step continues the
-    totals of the existing one from its last row up to that step, and drops the later rows, whose steps will be made
-    again. node: torchrun's GROUP_RANK. After the constructor nothing raises: what CodeCarbon cannot do is printed once,
-    and training goes on.
+    totals of the existing one, whose rows beyond that step are marked as discarded. node: torchrun's GROUP_RANK. After
+    the constructor nothing raises: what CodeCarbon cannot do is printed once, and training goes on.
     """
 
     def __init__(self, out_dir, country_iso_code="USA", carbon_intensity=0.0, enabled=True, resume_step=None, node=0):
@@ -70,12 +75,13 @@ class Emissions:
         self.sources = dict.fromkeys(PARTS, "unknown")
         self.totals = dict.fromkeys(QUANTITIES, 0.0) # of the run, since step 0
         self.seen = dict.fromkeys(QUANTITIES[:4], 0.0) # of this process, at the last row
+        self.noted = time.monotonic() # when the file was written
         if not enabled:
             return
         try:
             from codecarbon import OfflineEmissionsTracker
         except ImportError:
-            print("emissions: codecarbon is not installed, energy is not recorded (pip install codecarbon)")
+            say("emissions: codecarbon is not installed, energy is not recorded (pip install codecarbon)")
             return
         self.factor = grid_factor(country_iso_code, carbon_intensity)
         self.origin = "given" if carbon_intensity > 0 else country_iso_code
@@ -112,25 +118,36 @@ class Emissions:
 
     def warn(self, message):
         if not self.warned:
-            print(f"emissions: {message}")
+            say(f"emissions: {message}")
         self.warned = True
 
     def resume(self, step):
-        """Take up the rows up to `step`, without the lines that a crash has left: cut short, or not to be parsed."""
-        lines = []
+        """Take up the rows, and discard those beyond `step`. Lines say what was discarded, and what cannot be read."""
+        lines, undone = [], 0.0
         if os.path.exists(self.path):
             with open(self.path, newline="", encoding="utf-8", errors="replace") as f:
-                lines = [line for line in f if line.endswith("\n")]
-        for row in csv.DictReader(lines):
+                lines = f.readlines()
+        whole = [line for line in lines if line.endswith("\n") and "\0" not in line]
+        for row in csv.DictReader(whole):
             try:
                 totals = {q: float(row[f"{q}_total"]) for q in QUANTITIES}
-                if None not in row and int(row["step"]) <= step:
-                    self.rows.append(row)
-                    self.step, self.totals = int(row["step"]), totals
+                is_undone = int(row["step"]) > step and row.get("discarded") != "1"
+                energy = float(row["energy_kwh_interval"])
             except (KeyError, TypeError, ValueError):
                 continue
+            if None in row: # more values than columns
+                continue
+            if is_undone:
+                row["discarded"], undone = 1, undone + energy
+            self.rows.append(row)
+            self.step, self.totals = step, totals
+        unreadable = len(lines) - 1 - len(self.rows) # the first line names the columns
+        if unreadable > 0:
+            say(f"emissions: {unreadable} lines of {self.path} cannot be read and are left out")
+        if undone:
+            say(f"emissions: {undone:.4g} kWh went into steps beyond {step}, which are made again; they stay counted")
         if not self.rows and step > 0:
-            print(f"emissions: {self.path} has no row up to step {step}, the totals begin at 0 here")
+            say(f"emissions: {self.path} has no row up to step {step}, the totals begin at 0 here")
 
     def read(self, step, **extra):
         """
@@ -138,6 +155,17 @@ class Emissions:
         run, {<name>_total: value}, or {} where there are none.
         """
         return self.record(step, extra, "flush")
+
+    def note(self, step):
+        """
+        Write the file with a row for the time since the last one, if that is a minute or more. The next row replaces
+        it: it is there for a kill -9, after which resume() finds the energy of what was lost.
+        """
+        if self.tracker is None or time.monotonic() - self.noted < NOTE_SECONDS:
+            return
+        kept = list(self.rows), dict(self.totals), self.seen, self.step
+        self.record(step, {}, "flush")
+        self.rows, self.totals, self.seen, self.step = kept
 
     def stop(self, step=None, **extra):
         """
@@ -174,7 +202,7 @@ class Emissions:
         for q in QUANTITIES:
             self.totals[q] += interval[q]
             row.update({f"{q}_interval": interval[q], f"{q}_total": self.totals[q]})
-        self.rows.append({**row, **extra})
+        self.rows.append({**row, "discarded": 0, **extra})
 
     def save(self):
         # the whole file at once, as a row per evaluation is little: a crash leaves it whole, and a new extra column
@@ -182,11 +210,13 @@ class Emissions:
         columns = {}
         for row in self.rows:
             columns.update(dict.fromkeys(row))
-        with open(self.path + ".tmp", "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, list(columns), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(self.path + ".tmp", self.path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        with whole_file(self.path) as f:
+            f.write(text.getvalue().encode())
+        self.noted = time.monotonic()
 
     def describe(self):
         """One line for people: energy, CO2eq, and how each was come by."""

@@ -428,6 +428,7 @@ while True:
             run.log(out_dir, dict(
                 kind="train", step=step, tokens=step * tokens_per_step, loss=last_loss, lr=lr, grad_norm=last_norm,
                 ms=seconds * 1000, tokens_per_s=tokens_per_s, mfu=mfu), wandb_run)
+        emissions.note(step)
     if is_last:
         if master:
             save("ckpt.pt")

@@ -382,6 +382,7 @@ while True:
             run.log(out_dir, dict(
                 kind="train", step=step, epoch=epoch, images=step * images_per_step, loss=mean_loss, lr=lr,
                 grad_norm=last_norm, ms=ms), wandb_run)
+        emissions.note(step)
     if is_last:
         if master:
             save("ckpt.pt")

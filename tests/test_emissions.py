@@ -139,22 +139,44 @@ def test_unknown_country_is_refused(tmp_path):
     assert 10 < grid_factor("FRA") < grid_factor("USA") < grid_factor("POL") < 1000
 
 
-def test_resume_continues_the_totals_and_drops_later_rows(tmp_path, fake):
+def test_resume_continues_the_totals_and_marks_later_rows(tmp_path, fake, capsys):
     first = Emissions(str(tmp_path), carbon_intensity=100.0)
     totals = [first.read(step, val_loss=5.0 - step / 100) for step in (0, 100, 200, 300)]
     # it dies here without stop; its checkpoint is of step 200
     second = Emissions(str(tmp_path), carbon_intensity=100.0, resume_step=200)
     after = second.read(250, val_loss=2.0, lr=1e-3)
-    assert [row["step"] for row in rows_of(tmp_path)] == ["0", "100", "200", "250"]
-    assert [row["lr"] for row in rows_of(tmp_path)] == ["", "", "", "0.001"]
-    assert [row["val_loss"] for row in rows_of(tmp_path)] == ["5.0", "4.0", "3.0", "2.0"]
-    for q in QUANTITIES[1:]:
-        start, then, later = (t[f"{q}_total"] for t in totals[:3])
-        assert after[f"{q}_total"] == pytest.approx(later + then - start)
-    assert after["seconds_total"] > totals[2]["seconds_total"]
+    assert [row["step"] for row in rows_of(tmp_path)] == ["0", "100", "200", "300", "250"]
+    assert [row["discarded"] for row in rows_of(tmp_path)] == ["0", "0", "0", "1", "0"]
+    assert [row["lr"] for row in rows_of(tmp_path)] == ["", "", "", "", "0.001"]
+    assert [row["val_loss"] for row in rows_of(tmp_path)] == ["5.0", "4.0", "3.0", "2.0", "2.0"]
+    assert "0.0031 kWh went into steps beyond 200, which are made again" in capsys.readouterr().out
+    for q in QUANTITIES[1:]: # what was lost was spent
+        start, then, last = (t[f"{q}_total"] for t in (*totals[:2], totals[3]))
+        assert after[f"{q}_total"] == pytest.approx(last + then - start)
+    assert after["seconds_total"] > totals[3]["seconds_total"]
     # a later run with another factor leaves what was emitted as it is
     third = Emissions(str(tmp_path), carbon_intensity=1.0, resume_step=250).read(300)
     assert third["emissions_g_total"] == pytest.approx(after["emissions_g_total"] + 3.1e-3 * 1.0)
+    assert [row["discarded"] for row in rows_of(tmp_path)] == ["0", "0", "0", "1", "0", "0"]
+    assert "made again" not in capsys.readouterr().out # that is known already
+
+
+def test_a_kill_loses_a_minute_of_energy_at_most(tmp_path, fake, monkeypatch):
+    run = Emissions(str(tmp_path))
+    run.read(0)
+    run.note(1) # less than a minute later
+    assert [row["step"] for row in rows_of(tmp_path)] == ["0"]
+    monkeypatch.setattr(emissions, "NOTE_SECONDS", 0)
+    for step in (2, 3): # the second in place of the first
+        run.note(step)
+    first, noted = rows_of(tmp_path)
+    assert noted["step"] == "3" and float(noted["energy_kwh_interval"]) == pytest.approx(2 * 3.1e-3)
+    # killed here, at a checkpoint of step 0; another one is read at step 4
+    second = Emissions(str(tmp_path), resume_step=0)
+    assert second.totals["energy_kwh"] == pytest.approx(3 * 3.1e-3) and second.rows[1]["discarded"] == 1
+    run.read(4)
+    assert [row["step"] for row in rows_of(tmp_path)] == ["0", "4"]
+    assert float(rows_of(tmp_path)[1]["energy_kwh_interval"]) == pytest.approx(3 * 3.1e-3)
 
 
 def test_a_new_run_begins_a_new_file(tmp_path, fake):
@@ -179,7 +201,9 @@ def test_resume_from_a_damaged_file(tmp_path, fake, cut, capsys):
     before = totals[0]["energy_kwh_total"] if whole else 0
     assert second.read(30)["energy_kwh_total"] == pytest.approx(3.1e-3 + before)
     assert [row["step"] for row in rows_of(tmp_path)] == (["10", "30"] if whole else ["30"])
-    assert ("totals begin at 0" in capsys.readouterr().out) == (not whole)
+    printed = capsys.readouterr().out
+    assert ("totals begin at 0" in printed) == (not whole)
+    assert ("cannot be read and are left out" in printed) == (cut in (1, 5, 150, "zeros", "garbage"))
 
 
 @pytest.mark.parametrize("how", ["raises", "is silent"]) # CodeCarbon itself swallows exceptions: then nothing arrives
