@@ -549,13 +549,22 @@ def start_emissions(config, resumed_at, current_step):
 
 
 def start_wandb(config):
-    """With wandb_log, on rank 0, a run on Weights & Biases for log(), which `closing` finishes; else None."""
+    """
+    With wandb_log, on rank 0, a run on Weights & Biases for log(), which `closing` finishes; else None. Where it does
+    not start, a line says why: metrics.jsonl has all that it would show.
+    """
     rank, _, _ = ranks()
     if not config["wandb_log"] or rank != 0:
         return None
-    import wandb
     name = config["wandb_run_name"] or os.path.basename(os.path.normpath(config["out_dir"]))
-    wandb_run = wandb.init(project=config["wandb_project"], name=name, config=config, mode=config["wandb_mode"])
+    try:
+        import wandb
+        wandb_run = wandb.init(project=config["wandb_project"], name=name, config=config, mode=config["wandb_mode"])
+    except Exception as e: # the package, the key, the network, ...
+        first_line, *_ = str(e).splitlines() or [""]
+        print0(f"going on without Weights & Biases ({type(e).__name__}: {first_line}); "
+               "wandb_mode=offline needs neither key nor network")
+        return None
     closing.callback(wandb_run.finish)
     return wandb_run
 

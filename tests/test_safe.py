@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -383,6 +384,18 @@ def test_a_run_needs_neither_a_reader_nor_a_compile_cache(here):
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 0
     assert load("out")["step"] == 20 and os.path.exists("out/summary.json")
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("No API key configured.\nlogin"), ImportError("no wandb")])
+def test_weights_and_biases_that_does_not_start_is_one_line(here, monkeypatch, problem):
+    def init(**arguments):
+        raise problem
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    printed, _ = train(out_dir="out", max_iters=2, wandb_log=True)
+    line, = [line for line in printed.splitlines() if "Weights & Biases" in line]
+    assert line == (f"going on without Weights & Biases ({type(problem).__name__}: {str(problem).splitlines()[0]}); "
+                    "wandb_mode=offline needs neither key nor network")
+    assert printed.index(line) < printed.index("step 0/2") and load("out")["step"] == 2
 
 # -----------------------------------------------------------------------------
 # ranks
