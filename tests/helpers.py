@@ -97,8 +97,8 @@ def processes(cwd, *commands):
     return [(p.returncode, *result) for p, result in zip(started, results)]
 
 
-def train_processes(cwd, *runs, launcher=(), codes=0):
-    command = [*launcher, os.path.join(ROOT, "train.py")]
+def train_processes(cwd, *runs, codes=0):
+    command = [os.path.join(ROOT, "train.py")]
     results = processes(cwd, *([*command, *flags(**{**SETTINGS, **settings})] for settings in runs))
     for code, out, err in results:
         assert code == codes, out + err

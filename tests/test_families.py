@@ -17,12 +17,13 @@ from helpers import (
     SETTINGS,
     assert_close_runs,
     assert_same_training,
+    ended,
+    fork_ranks,
     load,
     metrics,
     refused,
     run_script,
     train,
-    train_processes,
 )
 from small_models import SMALL, hf_model
 
@@ -52,11 +53,9 @@ def test_it_learns_and_resumes_to_the_last_bit(family):
 
 
 def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
-    settings = dict(max_iters=4, eval_interval=2, dropout=0.1, distance="euclidean")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    runs = [dict(out_dir=f"{name}2", **settings, **own) for name, own in FAMILY.items()]
-    train_processes(here, *runs, launcher=launcher)
+    settings = dict(max_iters=4, eval_interval=2, dropout=0.1, distance="euclidean", gradient_accumulation_steps=4)
     for name, own in FAMILY.items():
+        ended(fork_ranks(2, **{**SETTINGS, **settings, **own, "out_dir": f"{name}2"}))
         train(out_dir=f"{name}1", **settings, **own)
         assert_close_runs(f"{name}2", f"{name}1")
 

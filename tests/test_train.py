@@ -28,7 +28,9 @@ from helpers import (
     assert_same,
     assert_same_training,
     defaults_of,
+    ended,
     flags,
+    fork_ranks,
     load,
     make_dataset,
     metrics,
@@ -143,8 +145,6 @@ def batch(self, first, count):
     if first // count == 15: # of two micro-batches a step, one of which is fetched ahead
         if how == 'ctrl-c':
             os.kill(os.getpid(), signal.SIGINT)
-        elif how == 'exit':
-            raise SystemExit('enough')
         else:
             raise RuntimeError('a bug')
     return real_batch(self, first, count)
@@ -159,8 +159,7 @@ runpy.run_path(path, run_name='__main__')
 
 
 @pytest.mark.parametrize("who, how, expected", [
-    ("python", "ctrl-c", 130), ("python", "exit", 1), ("python", "a bug", 1),
-    ("study", "ctrl-c", 130), ("study", "a bug", 1)])
+    ("python", "ctrl-c", 130), ("python", "a bug", 1), ("study", "a bug", 1)])
 def test_a_run_that_is_stopped_keeps_its_energy(who, how, expected, here):
     pytest.importorskip("codecarbon")
     settings = {**SETTINGS, "out_dir": "out", "track_emissions": True, "carbon_intensity": 100, "eval_interval": 5}
@@ -172,7 +171,7 @@ def test_a_run_that_is_stopped_keeps_its_energy(who, how, expected, here):
     assert [int(row["step"]) for row in rows] == [0, 5, 8 if how == "ctrl-c" else 7] # whose step is made whole
     assert float(rows[2]["seconds_interval"]) > 0
     said = err if who == "python" else open("out/log.txt").read()
-    words = {"exit": "enough", "a bug": "RuntimeError: a bug", "ctrl-c": "stopped by Ctrl-C after step 8"}
+    words = {"a bug": "RuntimeError: a bug", "ctrl-c": "stopped by Ctrl-C after step 8"}
     assert words[how] in said + out and ("Traceback" in said) == (how == "a bug")
 
 
@@ -387,15 +386,30 @@ def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
     # the second one has two micro-steps per rank, whose gradients are exchanged once
     heads = dict(euclidean=dict(distance="euclidean", learn_n=True),
                  manhattan=dict(distance="manhattan", gradient_accumulation_steps=4))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    runs = [dict(out_dir=f"{name}2", **settings, **head) for name, head in heads.items()]
-    printed = train_processes(here, *runs, launcher=launcher)
-    for (name, head), text in zip(heads.items(), printed):
-        assert "2 rank(s)" in text and text.count("done:") == 1 # rank 0 alone speaks
+    for name, head in heads.items():
+        text, other = ended(fork_ranks(2, **{**SETTINGS, **settings, **head, "out_dir": f"{name}2"}))
+        assert "2 rank(s)" in text and "done:" in text and other == "" # rank 0 alone speaks
         train(out_dir=f"{name}1", **settings, **head)
         # the slope of |h - w| jumps, so that a rounding can move a coordinate's gradient by a whole step
         assert_close_runs(f"{name}2", f"{name}1", 1e-4 if name == "manhattan" else 1e-5)
         assert json.load(open(f"{name}2/config.json"))["world_size"] == 2
+
+
+@pytest.mark.torture # two processes that compile
+def test_two_compiled_ranks_equal_one(here):
+    settings = {**SETTINGS, "n_layer": 1, "max_iters": 4, "eval_interval": 2, "distance": "cosine", "compile": True}
+    ended(fork_ranks(2, **settings, out_dir="two"))
+    run_script("train.py", *flags(**settings, out_dir="one"))
+    assert_close_runs("two", "one")
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(here):
+    settings = {**SETTINGS, **HARD, "dropout": 0.1, "gradient_accumulation_steps": 4, "eval_interval": 3}
+    train(**{**settings, "out_dir": "whole", "max_iters": 6})
+    for name, first, second in (("fewer", 2, 1), ("more", 1, 4)):
+        ended(fork_ranks(first, **{**settings, "out_dir": name, "max_iters": 3}))
+        ended(fork_ranks(second, "train.py", "--init_from=resume", out_dir=name, max_iters=6))
+        assert_close_runs("whole", name)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,9 +1,8 @@
 """
-train_vision.py from the outside: what a run leaves behind, that it can be stopped, killed and split, what it never
-looks at, and what it refuses.
+train_vision.py from the outside: what a run leaves behind, that it can be stopped and split, what it never looks at,
+and what it refuses. Killed runs are in test_safe.py.
 
-Runs are made in this process by runpy, as in tests/test_train.py; ranks, a killed one and exit codes are real
-processes.
+Runs are made in this process by runpy, as in tests/test_train.py; ranks and exit codes are real processes.
 
 $ pytest tests/test_train_vision.py
 """
@@ -12,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 from functools import partial
 
 import numpy as np
@@ -24,7 +22,9 @@ from helpers import (
     ROOT,
     assert_same,
     defaults_of,
+    ended,
     flags,
+    fork_ranks,
     load,
     make_dataset,
     processes,
@@ -272,33 +272,6 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(settings, hard):
     info = json.load(open("half/config.json"))
     assert info["config"]["epochs"] == 6 and info["config"]["init_from"] == "scratch"
     assert info["config"]["augment"] == "crop"
-
-
-KILL = """
-import os, runpy, signal, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import data_vision
-batch = data_vision.Batches.train
-def train(self, step, *ranks):
-    if step == 50: # in the middle of the third epoch
-        os.kill(os.getpid(), signal.SIGKILL)
-    return batch(self, step, *ranks)
-data_vision.Batches.train = train
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
-
-def test_a_killed_run_goes_on(here):
-    settings = dict(epochs=4, log_interval=1, augment="crop", learn_n=True)
-    args = flags(**{**SETTINGS, **settings, "out_dir": "killed"})
-    (code, out, err), = processes(here, ["-c", KILL, os.path.join(ROOT, "train_vision.py"), *args])
-    assert code == -signal.SIGKILL, out + err
-    assert load("killed")["step"] == 40 and not os.path.exists("killed/summary.json")
-    assert metrics("killed")[-1]["step"] == 50 # lines that the checkpoint does not know of
-    resume("killed")
-    train(out_dir="whole", **settings)
-    assert_same_run("whole", "killed")
 
 
 @pytest.mark.parametrize("after", ["ckpt.pt", "best.pt", "summary.json"])
@@ -624,26 +597,44 @@ def test_configs_are_the_papers(name, monkeypatch):
 # ranks
 
 
-def test_two_ranks_equal_one(here):
-    # 144 images for validation: three batches, the last one short
-    # of a seed where no unit lies so close to 0 that the rounding of a sum of two parts switches it
-    settings = dict(epochs=3, augment="crop", learn_n=True, eval_interval=1, batch_size=62, seed=4)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    args = flags(**{**SETTINGS, **settings, "out_dir": "two"})
-    (code, out, err), = processes(here, [*launcher, os.path.join(ROOT, "train_vision.py"), *args])
-    assert code == 0 and "2 rank(s)" in out and out.count("test accuracy") == 1, out + err # rank 0 alone speaks
-    train(out_dir="one", **settings)
-    assert summary("one")["best_epoch"] == 3 # saved just before it is tested: the other rank must wait for the file
-    for a, b in zip([*metrics("two"), summary("two")], [*metrics("one"), summary("one")], strict=True):
-        for key, value in b.items():
+# Adam would make whole steps of the rounding errors of gradients that are 0. At this seed no unit lies so close to 0
+# that the rounding of a sum of two parts switches it
+SPLIT = dict(augment="crop", learn_n=True, batch_size=62, seed=4, optimizer="sgd", learning_rate=0.02)
+
+
+def assert_close_runs(a, b, tolerance=1e-5):
+    for x, y in zip([*metrics(a), summary(a)], [*metrics(b), summary(b)], strict=True):
+        for key, value in y.items():
             if isinstance(value, float):
-                b[key] = pytest.approx(value, rel=1e-4, abs=1e-6)
-        assert a == b
-    a, b = (load(name, "best.pt") for name in ("two", "one"))
-    assert a["best_epoch"] == b["best_epoch"]
-    for name, p in b["model"].items():
-        assert torch.allclose(a["model"][name], p, rtol=1e-3, atol=1e-4), name
+                y[key] = pytest.approx(value, rel=tolerance, abs=tolerance)
+        assert x == y
+    for name in ("ckpt.pt", "best.pt"):
+        x, y = load(a, name), load(b, name)
+        assert x["best_epoch"] == y["best_epoch"]
+        torch.testing.assert_close(x["model"], y["model"], rtol=tolerance, atol=tolerance)
+
+
+# the covariance is estimated from all ranks, but around each rank's own class means: it is another estimate, as good
+@pytest.mark.parametrize("head, tolerance", [
+    (dict(), 1e-5), (dict(distance="mahalanobis", variant="covariance"), 1e-2)], ids=["cosine", "covariance"])
+def test_two_ranks_equal_one(here, head, tolerance):
+    # 144 images for validation: three batches, the last one short
+    settings = {**SETTINGS, **SPLIT, **head, "epochs": 3}
+    text, other = ended(fork_ranks(2, "train_vision.py", **{**settings, "out_dir": "two"}))
+    assert "2 rank(s)" in text and "test accuracy" in text and other == "" # rank 0 alone speaks
+    train(**{**settings, "out_dir": "one"})
+    assert summary("one")["best_epoch"] == 3 # saved just before it is tested: the other rank must wait for the file
+    assert_close_runs("two", "one", tolerance)
     assert json.load(open("two/config.json"))["world_size"] == 2
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(here):
+    settings = {**SETTINGS, **SPLIT}
+    train(**{**settings, "epochs": 2, "out_dir": "whole"})
+    for name, first, second in (("fewer", 2, 1), ("more", 1, 2)):
+        ended(fork_ranks(first, "train_vision.py", **{**settings, "epochs": 1, "out_dir": name}))
+        ended(fork_ranks(second, "train_vision.py", "--init_from=resume", out_dir=name, epochs=2))
+        assert_close_runs("whole", name)
 
 
 def as_rank(monkeypatch, rank):
