@@ -30,7 +30,8 @@ from datetime import datetime, timezone
 from difflib import get_close_matches
 from types import SimpleNamespace
 
-from safe import say, whole_file
+from data import replacing
+from safe import say
 
 os.environ.setdefault("CODECARBON_LOG_LEVEL", "critical") # its first import already logs
 PARTS = ("cpu", "gpu", "ram")
@@ -214,7 +215,7 @@ class Emissions:
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        with whole_file(self.path) as f:
+        with replacing(self.path) as (f,):
             f.write(text.getvalue().encode())
         self.noted = time.monotonic()
 

@@ -32,6 +32,7 @@ import bench_rivals
 import figures
 import gpu_runs
 import run
+import safe
 from configurator import configure
 
 # -----------------------------------------------------------------------------
@@ -201,7 +202,7 @@ class Stage:
             os.remove(self.path(name))
 
     def write(self, name, value):
-        run.write(self.path(name), json.dumps(value, indent=1))
+        safe.write(self.path(name), json.dumps(value, indent=1))
 
     def read(self, name, default):
         if not os.path.exists(self.path(name)):
@@ -238,7 +239,7 @@ TINY_TESTS = ("tests/test_gpu.py", "-k", "tiny_close or tiny_state or int32")
 def write_results(results):
     """A test a line, {name: {outcome, seconds, message}}."""
     lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in results.items()]
-    run.write(os.environ["GPU_TESTS"], "{\n" + ",\n".join(lines) + "\n}\n")
+    safe.write(os.environ["GPU_TESTS"], "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read_results():

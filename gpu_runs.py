@@ -26,6 +26,7 @@ import bench_train
 import distances
 import figures
 import run
+import safe
 from study import all_heads, one_of_grid
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -226,14 +227,14 @@ def first_steps(path, settings, heads):
             found = json.load(f)
     for head in heads:
         found[head] = dict(error="the process died", losses=[], ms=None)
-        run.write(path, json.dumps(found, indent=1))
+        safe.write(path, json.dumps(found, indent=1))
         with tempfile.TemporaryDirectory() as folder:
             _, of_head = one_of_grid(bench_train.SEED, "", head, "harmonic", "default")
             error = run_here("train.py", [*flags({**settings, "out_dir": folder}), *of_head])
             rows = log_lines(folder)
         ms = statistics.median(row["ms"] for row in rows) if rows else None
         found[head] = dict(error=error, losses=[row["loss"] for row in rows], ms=ms)
-        run.write(path, json.dumps(found, indent=1))
+        safe.write(path, json.dumps(found, indent=1))
 
 
 def run_here(script, arguments):

@@ -35,6 +35,7 @@ import configurator
 import metrics
 import safe
 from configurator import fail
+from data import replacing
 from distances import DistanceHead, parse_head
 from emissions import Emissions, grid_factor
 from safe import print0, ranks, read_metrics
@@ -465,7 +466,7 @@ def probe(head, h, y):
 def save_probe(out_dir, h, y, **more):
     """Write probe.npz, whole or not at all: h (N, D), y (N,), and more arrays by name."""
     path = os.path.join(out_dir, "probe.npz")
-    with safe.explained(path), safe.whole_file(path) as f:
+    with safe.explained(path), replacing(path) as (f,):
         np.savez(f, h=h.float().cpu().numpy(), y=y.cpu().numpy(), **more)
 
 

@@ -23,6 +23,8 @@ from datetime import datetime
 
 import torch
 
+from data import replacing
+
 try:
     import fcntl
 except ImportError: # Windows, where nothing is locked
@@ -57,31 +59,6 @@ def print0(*args):
 # files
 
 @contextlib.contextmanager
-def whole_file(path, former=None):
-    """
-    A binary file to write, which takes the place of path when all of it is on the disk: nobody finds a half there.
-    With `former`, a name, what was at path stays under that name.
-    """
-    try:
-        with open(path + ".tmp", "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno()) # some disks say only here that they are full
-        if former and os.path.exists(path):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(former)
-            try:
-                os.link(path, former) # so that there is a file at path all the time
-            except OSError: # there are disks without links
-                shutil.copyfile(path, former)
-        os.replace(path + ".tmp", path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise
-
-
-@contextlib.contextmanager
 def explained(path):
     """Make an error of the disk a SystemExit that names the file, the reason, what is intact and how to go on."""
     try:
@@ -96,7 +73,7 @@ def explained(path):
 
 def write(path, text):
     """Write a text file, whole or not at all. Raises SystemExit where the disk does not take it."""
-    with explained(path), whole_file(path) as f:
+    with explained(path), replacing(path) as (f,):
         f.write(text.encode())
 
 
@@ -111,8 +88,15 @@ def save(path, state, keep=False):
     Write a checkpoint, whole or not at all; with keep the one that it replaces stays, as recover needs it.
     Raises SystemExit where the disk does not take it.
     """
-    with explained(path), whole_file(path, before(path) if keep else None) as f:
+    with explained(path), replacing(path) as (f,):
         torch.save(state, f)
+        if keep and os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(before(path))
+            try:
+                os.link(path, before(path)) # so that there is a file at path all the time
+            except OSError: # there are disks without links
+                shutil.copyfile(path, before(path))
 
 
 def load(path):

@@ -53,7 +53,7 @@ STATE = dict(model={"w": torch.arange(40.0)}, model_args=dict(n=2), config=dict(
 def test_a_file_is_there_whole_or_as_it_was(tmp_path):
     path = str(tmp_path / "a.txt")
     safe.write(path, "ä\n")
-    with pytest.raises(KeyboardInterrupt), safe.whole_file(path) as f:
+    with pytest.raises(KeyboardInterrupt), data.replacing(path) as (f,):
         f.write(b"half of it")
         raise KeyboardInterrupt
     assert open(path, "rb").read() == "ä\n".encode() and os.listdir(tmp_path) == ["a.txt"]
