@@ -36,7 +36,8 @@ from configurator import configure, fail
 from data import Blocks, load_meta
 from distances import DistanceHead, parse_head
 from model import GPT, GPTConfig, default_scales
-from run import device_name, write
+from run import device_name
+from safe import write
 
 # -----------------------------------------------------------------------------
 # defaults
