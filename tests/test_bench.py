@@ -273,7 +273,8 @@ for i in range(9):
     print("line", i)
 sys.exit(int(settings["code"]))
 """
-ROWS = [dict(kind="eval"), dict(kind="train", ms=100.0), dict(kind="train", ms=7.0), dict(kind="eval")]
+ROWS = [dict(kind="eval", step=0), dict(kind="train", step=1, ms=100.0), dict(kind="train", step=2, ms=7.0),
+        dict(kind="eval", step=2)]
 
 
 def test_a_process_is_timed_by_its_last_log_line(tmp_path, monkeypatch):
