@@ -246,11 +246,14 @@ def rivals_of(head, compile=False):
 
 
 def own_distance(head, rows):
-    """The function that computes a head's loss from its formula, so many rows at a time; None where there is none."""
+    """
+    The function that computes a head's loss from its formula, so many rows at a time where it broadcasts; None where
+    there is none.
+    """
     if head.distance == "baseline":
         return linear
     if kind(head) in BY_PRODUCTS:
-        return partial(with_autograd, distances=by_products, chunk=rows)
+        return partial(with_autograd, distances=by_products, chunk=None)
     if kind(head) in (*BY_CDIST, *BY_BROADCAST):
         return partial(with_autograd, distances=by_broadcast, chunk=rows)
     return None
