@@ -79,7 +79,7 @@ def prepare_images(stage, data_dir):
 
 
 def log_lines(folder):
-    return [row for row in run.read_metrics(folder)[0] if row["kind"] == "train"]
+    return [row for row in safe.read_metrics(folder)[0] if row["kind"] == "train"]
 
 
 class Watch:
