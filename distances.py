@@ -892,6 +892,7 @@ class Plan:
     at_once: bool             # the gradients are made in the forward pass
     compiled: bool
     chunk_loss: Callable = None
+    careful: bool = False     # on a GPU too, each chunk is asked whether it has close pairs
 
     def prepare(self, inputs):
         """What the core compares, and a dict of all else that varies: the row terms, and n if it is learned. inputs
@@ -965,7 +966,7 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights):
     One chunk of rows at a time: nothing is larger than chunk x V. The target's own term, value and gradient, is
     computed directly from operands that are not rounded to matmul_dtype: the target is what comes close to h, where a
     matrix product cancels. Where another prototype does, its block of rows is done again."""
-    core, differentiate, sums = plan.core, plan.at_once, []
+    core, differentiate, sums, margins = plan.core, plan.at_once, [], []
     if isinstance(core, Tiles):
         core.compile = plan.compiled
     nll = h.new_empty(len(h))
@@ -995,7 +996,9 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights):
             arguments = (s_target[j], written, h_matmul[j], precomputed, targets[rows], weights[rows],
                          of_rows(terms, rows), of_rows(constants, rows), differentiate)
             nll_block, ds_block, dterms_block, margin = plan.chunk_loss(s[j], *arguments)
-            if margin is not None and margin < 0:
+            if margin is not None and h.is_cuda and not plan.careful:
+                margins.append(margin)
+            elif margin is not None and margin < 0:
                 core.forward(h_matmul[j], w_matmul, precomputed, s[j])
                 gradients = (dh_c[j], dw) if differentiate else None
                 nll_block, ds_block, dterms_block = refined_chunk_loss(plan, h_c[j], w, gradients, s[j], *arguments)
@@ -1011,6 +1014,9 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights):
             gh, gw = core.gradient(h_c, w_target, s_target, ds_target)
             dh_c += gh
             dw.index_add_(0, targets_c, gw)
+    if margins and torch.stack(margins).amin() < 0: # the one wait for a GPU; nothing depends on it but this
+        del s_buffer, ds_buffer, s, ds, dh, dw
+        return chunked_loss(replace(plan, careful=True), h, w, terms, constants, targets, weights)
     if sums and sums[0] is not None:
         core.add_sums(w_matmul, sum(sums), dw)
     return nll, dh, dw, dterms
