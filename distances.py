@@ -1427,7 +1427,8 @@ class DistanceHead(nn.Module):
     def _plan(self, inputs, o, chunk, autocast_dtype, per_row):
         h, core = inputs["h"], self.core
         if chunk is None and h.is_cuda:
-            chunk = max(1024, 2 ** 26 // self.num_prototypes // 128 * 128)
+            rows = max(1, 2 ** 27 // self.num_prototypes) # 512 MB of scores, and half of that for their gradient
+            chunk = max(256, 2 ** (rows.bit_length() - 1)) # a power of two: no ragged last chunk, which compiles again
         elif chunk is None:
             chunk = max(core.min_chunk_rows, core.chunk_elements // self.num_prototypes)
         matmul_dtype = h.dtype
