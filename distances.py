@@ -339,6 +339,14 @@ def slices(n, step):
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
+def add_rows(out, rows, x):
+    """Add x (c, D) to these rows of out; rows may repeat. On a GPU index_add_ adds in any order, index_put_ in one."""
+    if out.is_cuda:
+        out.index_put_((rows,), x, accumulate=True)
+    else:
+        out.index_add_(0, rows, x)
+
+
 def rows_of(pairs):
     """Of pairs (count, 2) the first and the second entries, 65,536 at a time, as each will hold D elements."""
     return (part.unbind(1) for part in pairs.split(2 ** 16))
@@ -393,8 +401,8 @@ class SquaredL2(Core):
         """backward of these pairs alone, directly."""
         for i, j in rows_of(pairs):
             gh, gw = self.gradient(h[i], w[j], s[i, j], g[i, j])
-            dh.index_add_(0, i, gh)
-            dw.index_add_(0, j, gw)
+            add_rows(dh, i, gh)
+            add_rows(dw, j, gw)
 
     def backward(self, h, w, s, g, dh, dw):
         g = g.to(w.dtype) # before the sums, so that they are those of the g in the products
@@ -1013,7 +1021,7 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights):
             sums.append(core.backward(h_matmul, w_matmul, s, ds, dh_c, dw)) # all but the targets, whose ds is 0
             gh, gw = core.gradient(h_c, w_target, s_target, ds_target)
             dh_c += gh
-            dw.index_add_(0, targets_c, gw)
+            add_rows(dw, targets_c, gw)
     if margins and torch.stack(margins).amin() < 0: # the one wait for a GPU; nothing depends on it but this
         del s_buffer, ds_buffer, s, ds, dh, dw
         return chunked_loss(replace(plan, careful=True), h, w, terms, constants, targets, weights)
