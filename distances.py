@@ -837,8 +837,10 @@ class _Pairs(torch.autograd.Function):
 
 
 def all_distances(spec, o, h, w, core):
-    h, w, terms = prepared(spec, o, h, w)
-    if torch.compiler.is_compiling() or h.is_meta:
+    traced = torch.compiler.is_compiling() or h.is_meta
+    with nullcontext() if traced else full_fp32(h):
+        h, w, terms = prepared(spec, o, h, w)
+    if traced:
         s = core.traced(h, w)
     elif not h.is_cuda and (isinstance(core, Dot) or h.numel() * len(w) <= SMALL["N x V x D"]):
         s = core.dense(h, w)
@@ -1106,7 +1108,8 @@ class _Loss(torch.autograd.Function):
 
 def loss_of(plan, inputs, targets, weights):
     """sum(weights * -log p_y), or the vector of its terms with plan.per_row, of inputs by name."""
-    h, w, terms = plan.prepare(inputs)
+    with full_fp32(inputs["h"]):
+        h, w, terms = plan.prepare(inputs)
     return _Loss.apply(plan, targets, weights, tuple(inputs), tuple(terms), *inputs.values(), h, w, *terms.values())
 
 
