@@ -221,7 +221,7 @@ def logistic_noise(x):
 
 def hard_bits(x, threshold):
     """The sigmoid of x - threshold, but above 0.5 exactly where x > threshold: close to it the sigmoid is rounded."""
-    soft, half = torch.sigmoid(x - threshold), x.new_tensor(0.5)
+    soft, half = torch.sigmoid(x - threshold), x.new_full((), 0.5) # new_tensor would wait for a GPU
     above = torch.nextafter(half, 2 * half)
     exact = torch.where(x > threshold, soft.clamp_min(above), soft.clamp_max(half))
     return soft + (exact - soft).detach()
