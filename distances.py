@@ -529,13 +529,17 @@ class Tiles(Core):
 
     def tiles(self, h, w):
         """The rows of h and of w of every tile."""
-        n, v = self.tile
+        n, v = self.tile_on(h)
         if not self.compile:
             elements = CACHE_ELEMENTS * (128 if h.is_cuda else 1)
             n, v = 16, max(1, elements // (16 * h.shape[1]))
         for i in slices(len(h), n):
             for j in slices(len(w), v):
                 yield i, j
+
+    def tile_on(self, h):
+        """The rows of a compiled tile; 3,000 small ones a chunk would keep a GPU waiting for their launches."""
+        return (1024, 8192) if h.is_cuda else self.tile
 
     def eager_forward(self, h, w):
         return self.value(h[:, None], w[None])
@@ -557,11 +561,11 @@ class Tiles(Core):
             dw += gradient(g[i].T.contiguous(), w, h[i], self.norm, s[i].T.contiguous())
 
     def compiled_forward(self, h, w):
-        n, v = self.tile
+        n, v = self.tile_on(h)
         return self.functions.forward(padded_rows(h, n), padded_rows(w, v))[:len(h), :len(w)]
 
     def compiled_backward(self, h, w, s, g):
-        (rows, columns), (n, v) = s.shape, self.tile
+        (rows, columns), (n, v) = s.shape, self.tile_on(h)
         h, w = padded_rows(h, n), padded_rows(w, v)
         s = padded_rows(padded_rows(s, n).T, v).T.contiguous()
         g = nn.functional.pad(g, (0, v - columns, 0, n - rows))
