@@ -887,7 +887,7 @@ def prepared(spec, o, h, w):
 def link_scores(d, n, link, squared=False):
     """z (N, V) of distances d, or of their squares."""
     if link == "harmonic":
-        return -(n / 2 if squared else n) * d.log()
+        return -(d.log() * (n / 2 if squared else n)) # so written, torch.compile makes one pass less of a softmax
     return -n * (d.sqrt() if squared else d)
 
 
@@ -941,14 +941,25 @@ def local_vjp(scores, s, terms):
     return z.detach(), pull
 
 
+def of_targets(x, is_target, targets):
+    """The targets' entries (c,) of x (c, V). Compiled for a GPU, a gather would keep all of x, a sum does not."""
+    if x.is_cuda:
+        return x.where(is_target, 0).sum(1)
+    return x.gather(1, targets[:, None])[:, 0]
+
+
+# Compiled for a GPU, chunk_loss computes the scores anew in each pass over them, which costs less than to keep them.
+KEEP_NOTHING = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
+
+
 def chunk_loss_of(core, scores, vjp):
     """The function chunk_loss: all that a chunk of rows needs besides matrix products and tiles, in one piece, so that
     torch.compile makes a few passes over the chunk of it."""
 
     def chunk_loss(s, s_target, ds, h, precomputed, targets, weights, terms, constants, differentiate):
         """-log p_y (c,), and the gradients of sum(weights * -log p_y) by the targets' s (c,) and by every tensor of
-        terms; constants are terms that ask for none. At last, below 0 where a pair that is no target is close, so that
-        all this is not precise enough; None for a core that is always precise.
+        terms; constants are terms that ask for none. At last (c,), below 0 where a pair that is no target is close, so
+        that all this is not precise enough; None for a core that is always precise.
 
         s (c, V) comes from core.forward. s_target (c,) comes from core.value and takes the place of the targets'
         entries. The gradient by all other entries of s is written into ds (c, V), or into s where ds is None."""
@@ -956,20 +967,20 @@ def chunk_loss_of(core, scores, vjp):
         written = s if ds is None else ds
         s, margin = core.assemble(s, h, precomputed), None
         if isinstance(core, SquaredL2):
-            margin = core.margin(s, precomputed).masked_fill(is_target, math.inf).amin()
+            margin = core.margin(s, precomputed).masked_fill(is_target, math.inf).amin(1) # with the passes over rows
         s = torch.where(is_target, s_target[:, None], s)
         if differentiate:
             z, pull = vjp(lambda s, terms: scores(s, {**terms, **constants}), s, terms)
         else:
             z = scores(s, {**terms, **constants})
         log_p = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
-        nll = -log_p.gather(1, targets[:, None])[:, 0]
+        nll = -of_targets(log_p, is_target, targets)
         if not differentiate:
             return nll, None, {}, margin
         dz = (log_p.exp() - is_target.to(z.dtype)) * weights[:, None] # softmax less one-hot
         ds_all, dterms = pull(dz)
         written.copy_(ds_all.masked_fill(is_target, 0))
-        return nll, ds_all.gather(1, targets[:, None])[:, 0], dterms, margin
+        return nll, of_targets(ds_all, is_target, targets), dterms, margin
     return chunk_loss
 
 
@@ -1017,7 +1028,7 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights):
             nll_block, ds_block, dterms_block, margin = plan.chunk_loss(s[j], *arguments)
             if margin is not None and h.is_cuda and not plan.careful:
                 margins.append(margin)
-            elif margin is not None and margin < 0:
+            elif margin is not None and margin.amin() < 0:
                 core.forward(h_matmul[j], w_matmul, precomputed, s[j])
                 gradients = (dh_c[j], dw) if differentiate else None
                 nll_block, ds_block, dterms_block = refined_chunk_loss(plan, h_c[j], w, gradients, s[j], *arguments)
@@ -1033,7 +1044,7 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights):
             gh, gw = core.gradient(h_c, w_target, s_target, ds_target)
             dh_c += gh
             add_rows(dw, targets_c, gw)
-    if margins and torch.stack(margins).amin() < 0: # the one wait for a GPU; nothing depends on it but this
+    if margins and torch.cat(margins).amin() < 0: # the one wait for a GPU; nothing depends on it but this
         del s_buffer, ds_buffer, s, ds, dh, dw
         return chunked_loss(replace(plan, careful=True), h, w, terms, constants, targets, weights)
     if sums and sums[0] is not None:
@@ -1466,7 +1477,8 @@ class DistanceHead(nn.Module):
             vjp = torch.func.vjp if compiled else local_vjp # the compiler takes the one, hooks allow the other
             scores = replace(plan, o=self.options).scores # what is kept must not hold this call's noise
             chunk_loss = chunk_loss_of(core, scores, vjp)
-            self._chunk_losses[key] = with_own_cache(chunk_loss) if compiled else chunk_loss
+            options = KEEP_NOTHING if h.is_cuda else None
+            self._chunk_losses[key] = with_own_cache(chunk_loss, options=options) if compiled else chunk_loss
         plan.chunk_loss = self._chunk_losses[key]
         return plan
 
