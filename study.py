@@ -10,10 +10,12 @@ $ python study.py --script=train.py --base=config/cpu.py --settings=--max_iters=
 
 A run that has ended (summary.json) is skipped, one that was stopped half-way goes on from its checkpoint, and one that
 broke (error.txt) is reported and left until --retry. A folder that was made with other arguments (arguments.json) is
-refused. Ctrl-C stops the run and the study, and the same command goes on. What a run prints is in its log.txt.
+refused, and one where they cannot be read is reported and left. Ctrl-C stops the run and the study, and the same
+command goes on. What a run prints is in its log.txt.
 Runs of the same seed start from the same backbone weights and see the same batches: the training scripts see to that.
 There is one run at a time, as the energy of a run is the machine's: for more at once, use --shard on several machines.
 """
+import errno
 import glob
 import json
 import multiprocessing
@@ -134,7 +136,14 @@ def one_of_grid(seed, model, head, link, n):
 # one run
 
 def state(folder):
-    """Return "ended", "broken", "stopped" (half-way, with a checkpoint) or "new"."""
+    """
+    Return "damaged" (nobody can tell which run it is), "ended", "broken", "stopped" (half-way, with a checkpoint) or
+    "new".
+    """
+    try:
+        saved_recipe(folder)
+    except ValueError:
+        return "damaged"
     for name, word in (("summary.json", "ended"), ("error.txt", "broken"), ("ckpt.pt", "stopped")):
         if os.path.exists(os.path.join(folder, name)):
             return word
@@ -147,12 +156,18 @@ def recipe(flags):
 
 
 def saved_recipe(folder):
-    """Return the recipe that a folder's run was begun with, or None for a new one."""
+    """Return the recipe that a folder's run was begun with, or None for a new one. Raises ValueError for no recipe."""
     path = os.path.join(folder, "arguments.json")
-    if not os.path.exists(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            saved = json.load(f)
+    except FileNotFoundError:
         return None
-    with open(path) as f:
-        return json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read ({e})") from None
+    if not isinstance(saved, list) or not all(isinstance(word, str) for word in saved):
+        raise ValueError(f"{path} holds no list of arguments")
+    return saved
 
 
 def arguments(folder, flags):
@@ -193,7 +208,8 @@ def child(path, args, folder):
 
 def run_one(folder, flags):
     """
-    Run one run to its end, or leave error.txt. KeyboardInterrupt passes through, after the run has stopped.
+    Run one run to its end, or leave error.txt. KeyboardInterrupt passes through, after the run has stopped. Raises
+    OSError where the folder cannot be written.
     """
     os.makedirs(folder, exist_ok=True)
     error, log = os.path.join(folder, "error.txt"), os.path.join(folder, "log.txt")
@@ -202,8 +218,10 @@ def run_one(folder, flags):
     if os.path.exists(log) and state(folder) != "stopped": # one that goes on adds to its log
         os.remove(log)
     sys.stdout.flush() # what is still in the buffer would be the child's too
-    with open(os.path.join(folder, "arguments.json"), "w") as f:
+    path = os.path.join(folder, "arguments.json")
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(recipe(flags), f)
+    os.replace(path + ".tmp", path)
     process = CONTEXT.Process(target=child, args=(os.path.join(_ROOT, script), arguments(folder, flags), folder))
     process.start()
     try:
@@ -223,10 +241,14 @@ def run_one(folder, flags):
 
 
 def why(folder):
-    """Return in a line why a run broke: its exit status and the last line that it printed."""
-    with open(os.path.join(folder, "error.txt"), encoding="utf-8", errors="replace") as f:
-        lines = [line for line in f.read().splitlines() if line.strip()]
-    return ": ".join([lines[0], *lines[1:][-1:]])[:200]
+    """Return in a line what is wrong with a run, or why it broke: its exit status and the last line that it printed."""
+    try:
+        saved_recipe(folder)
+        with open(os.path.join(folder, "error.txt"), encoding="utf-8", errors="replace") as f:
+            lines = [line for line in f.read().splitlines() if line.strip()]
+    except (OSError, ValueError) as e:
+        return str(e)
+    return ": ".join([*lines[:1], *lines[1:][-1:]])[:200] or "error.txt is empty"
 
 
 # -----------------------------------------------------------------------------
@@ -244,7 +266,7 @@ def refuse_other_recipes(runs):
     """Raise SystemExit that names the first folders whose runs were made with other arguments."""
     problems = []
     for folder, flags in runs:
-        saved = saved_recipe(folder)
+        saved = None if state(folder) == "damaged" else saved_recipe(folder)
         if saved not in (None, recipe(flags)):
             problems.append(f"{folder} was made with other arguments ({shlex.join(saved)}): "
                             "use another --out_dir, or delete it")
@@ -263,22 +285,34 @@ def import_ahead():
 
 
 def run_all(todo):
-    """Run them one after the other, and return how many have not broken. Raises SystemExit on Ctrl-C or SIGTERM."""
+    """
+    Run them one after the other, and return ({folder: reason} of those that broke, how many did not). Raises SystemExit
+    on Ctrl-C or SIGTERM, and on a full disk.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler) # the run must not outlive the study
-    done = 0
+    broken, done = {}, 0
     bar = tqdm(todo, unit="run", dynamic_ncols=True)
     try:
         for folder, flags in bar:
             bar.set_description(os.path.basename(folder))
-            run_one(folder, flags)
-            if state(folder) == "broken":
-                bar.write(f"broken: {folder}: {why(folder)}")
+            try:
+                run_one(folder, flags)
+                if state(folder) == "broken":
+                    broken[folder] = why(folder)
+            except OSError as e:
+                broken[folder] = f"it cannot be written ({e})"
+                if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise SystemExit(f"stopped after {done} of {len(todo)} runs: {folder}: {broken[folder]}. what has "
+                                     "ended is whole: make room, and the same command goes on") from None
+            if folder in broken:
+                bar.write(f"broken: {folder}: {broken[folder]}")
             else:
                 done += 1
     except KeyboardInterrupt:
-        bar.close()
         raise SystemExit(f"stopped after {done} of {len(todo)} runs: the same command goes on") from None
-    return done
+    finally:
+        bar.close()
+    return broken, done
 
 
 def main():
@@ -292,7 +326,16 @@ def main():
         problems.append(str(e))
     if script not in ("train.py", "train_vision.py"):
         problems.append(f"script is {script!r}: use train.py or train_vision.py")
-    problems += [f"base: there is no {path}" for path in shlex.split(base) if not os.path.exists(path)]
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        problems.append(f"out_dir is {out_dir!r}, which is no folder")
+    for key, text in (("base", base), ("settings", settings)):
+        try:
+            split = shlex.split(text)
+        except ValueError as e:
+            problems.append(f"{key} is {text!r}, which does not split into words ({e})")
+            continue
+        if key == "base":
+            problems += [f"base: there is no {path}" for path in split if not os.path.exists(path)]
     try:
         named = grid()
         if not named:
@@ -305,10 +348,10 @@ def main():
 
     # what there is to do
     states = {folder: state(folder) for folder, _ in runs}
-    skipped = ("ended",) if retry else ("ended", "broken")
+    skipped = ("damaged", "ended") if retry else ("damaged", "ended", "broken")
     todo = [(folder, flags) for folder, flags in runs if states[folder] not in skipped]
-    count = Counter(states.values())
-    counts = ", ".join(f"{count[word]} {word}" for word in ("ended", "stopped", "broken", "new") if count[word])
+    count, every = Counter(states.values()), ("ended", "stopped", "broken", "damaged", "new")
+    counts = ", ".join(f"{count[word]} {word}" for word in every if count[word])
     part = f", shard {shard}" if k > 1 else ""
     print(f"{len(runs)} runs in {out_dir}{part}: {counts}; {len(todo)} to run")
     if dry_run:
@@ -319,13 +362,21 @@ def main():
     # do it
     import_ahead()
     start = time.time()
-    done = run_all(todo)
+    broken, done = run_all(todo)
     states = {folder: state(folder) for folder, _ in runs}
     ended = list(states.values()).count("ended")
     print(f"{done} runs in {time.time() - start:.0f} s; {ended} of {len(runs)} have ended")
-    broken = [f"  {folder}: {why(folder)}" for folder in states if states[folder] == "broken"]
-    if broken:
-        raise SystemExit("\n".join([f"{len(broken)} broken, --retry runs them again:", *broken]))
+    found = {"broken": broken, "damaged": {}}
+    for folder, word in states.items():
+        if word in found:
+            found[word][folder] = why(folder)
+    lines = []
+    for word, advice in (("broken", "--retry runs them again"), ("damaged", "delete a folder to make its run again")):
+        if found[word]:
+            lines += [f"{len(found[word])} {word}, {advice}:"]
+            lines += [f"  {folder}: {reason}" for folder, reason in found[word].items()]
+    if lines:
+        raise SystemExit("\n".join(lines))
     print(f"python report.py {out_dir}")
 
 

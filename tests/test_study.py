@@ -1,6 +1,7 @@
 """study.py, mostly with a script that trains nothing and only leaves the files of a run."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,52 @@ def test_a_broken_run_is_reported_and_retried_by_a_flag(here):
     assert "4 of 4 have ended" in here("--heads=baseline,cosine", "--seeds=1,3", "--retry") and len(ran()) == 6
 
 
+def test_a_damaged_folder_is_named_and_the_others_run(here):
+    flags = ("--heads=baseline", "--seeds=1,2,5,6")
+    here(*flags)
+    for name in ("summary.json", "log.txt"):
+        os.remove(f"out/baseline_s6/{name}")
+    damages = {"baseline_s1": '["train_vision.py", "--se', "baseline_s2": '{"script": 3}'}
+    for name, text in damages.items():
+        with open(f"out/{name}/arguments.json", "w") as f:
+            f.write(text)
+    shutil.rmtree("out/baseline_s5")
+    open("out/baseline_s5", "w").close() # a file in place of a folder
+    before = {name: os.listdir(f"out/{name}") for name in damages}
+    for retry in ("--retry=false", "--retry"):
+        out = here(*flags, retry, refused=True)
+        for part in ("3 damaged", "3 damaged, delete a folder to make its run again:\n", "s1/arguments.json cannot be",
+                     "s2/arguments.json holds no list of arguments", "s5/arguments.json cannot be read ("):
+            assert part in out
+        assert "broken" not in out and before == {name: os.listdir(f"out/{name}") for name in damages}
+    assert [line[0] for line in ran()[4:]] == ["baseline_s6"] # the one that is whole
+    os.remove("out/baseline_s5")
+    shutil.rmtree("out/baseline_s1")
+    shutil.rmtree("out/baseline_s2")
+    assert "1 ended, 3 new; 3 to run" in here(*flags)
+
+
+def test_an_empty_error_is_a_line_too(here):
+    here("--heads=baseline", "--seeds=3", refused=True)
+    open("out/baseline_s3/error.txt", "w").close()
+    assert "out/baseline_s3: error.txt is empty" in here("--heads=baseline", "--seeds=3", refused=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_a_full_disk_stops_the_study(here):
+    flags = ("--heads=baseline", "--seeds=1,2,5")
+    os.makedirs("out/baseline_s1/log.txt") # a folder in place of a file
+    out = here(*flags, refused=True)
+    assert "broken: out/baseline_s1: it cannot be written (" in out and "2 of 3 have ended" in out
+    shutil.rmtree("out")
+    os.makedirs("out/baseline_s2")
+    os.symlink("/dev/full", "out/baseline_s2/arguments.json.tmp")
+    out = here(*flags, refused=True)
+    assert "stopped after 1 of 3 runs: out/baseline_s2: it cannot be written ([Errno 28] No space left" in out
+    assert "make room, and the same command goes on" in out and not os.path.exists("out/baseline_s5")
+    os.remove("out/baseline_s2/arguments.json.tmp")
+    assert "1 ended, 2 new; 2 to run" in here(*flags)
+
+
 def test_dry_run_and_shards(here):
     def commands(*args):
         out = here("--heads=baseline,cosine,euclidean", "--seeds=1,2", "--dry-run", *args)
@@ -160,6 +207,10 @@ def test_a_stopped_study_takes_its_run_along_and_goes_on(here, tmp_path, stop):
     (["--shard=x"], "write i/k"),
     (["--script=bench.py"], "use train.py or train_vision.py"),
     (["--base=config/none.py"], "there is no config/none.py"),
+    (["--base='config/mlp.py"], "which does not split into words (No closing quotation)"),
+    (["--settings='"], "which does not split into words (No closing quotation)"),
+    (["--out_dir=train_vision.py"], "out_dir is 'train_vision.py', which is no folder"),
+    (["--heads=cosine:eps=1"], "eps is no parameter of a distance"),
     (["--heads=cosin"], "cosin"),
     (["--seeds="], "the grid is empty"),
     (["--head=all"], "did you mean 'heads'?"),
