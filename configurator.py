@@ -18,12 +18,16 @@ from types import ModuleType
 
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 SCALARS = (int, float, bool, str)
+LARGEST = 2 ** 63 # what torch and numpy count with lies below it, and every int up to it is a float too
 
 
 def fail(violations):
-    """Raise SystemExit with one message that lists all violations, a list of strings, or return if there are none."""
+    """
+    Raise SystemExit with one message that lists all violations, strings that get a line each, or return if there are
+    none.
+    """
     if violations:
-        lines = [f"  - {violation}" for violation in violations]
+        lines = ["  - " + " ".join(violation.splitlines()) for violation in violations]
         raise SystemExit("\n".join([f"this configuration cannot run, {len(violations)} to fix:", *lines]))
 
 
@@ -91,7 +95,7 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
         try:
             with open(path, encoding="utf-8") as f:
                 exec(compile(f.read(), path, "exec"), scope)
-        except Exception as e: # whatever a file may raise belongs to the same report
+        except (Exception, SystemExit) as e: # whatever a file may raise belongs to the same report
             lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
             where = f" (line {lines[-1]})" if lines else ""
             violations.append(f"{path}: {type(e).__name__}: {e}{where}")
@@ -122,16 +126,18 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
 def convert(value, kind):
     """
     Return value as an int, float, bool or str where that loses nothing: 0 -> 0.0, 1e5 -> 100000, yes -> True.
-    Raises TypeError where it does.
+    Raises TypeError where it does, and for integers from 2^63 on.
     """
     if kind is bool and str(value).lower() in BOOLS:
         return BOOLS[str(value).lower()]
     if kind is str and type(value) in SCALARS:
         return str(value)
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)
+    if kind in (int, float) and type(value) is int and abs(value) >= LARGEST:
+        raise TypeError("a number below 2^63")
     if kind is float and type(value) is int:
         return float(value)
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
     if type(value) is not kind:
         raise TypeError({int: "an int", float: "a float", bool: "true or false", str: "a string"}[kind])
     return value

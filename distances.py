@@ -24,6 +24,7 @@ This file needs torch and nothing else; copy it into any project.
 It has four parts: the distances, a table and the small functions that it names; the cores, which compute all pairs; the
 loss, which goes through them chunk by chunk; and the modules. """
 import functools
+import inspect
 import math
 import os
 import signal
@@ -1168,12 +1169,16 @@ def checked_options(spec, distance, in_features, eps, params):
         value = getattr(o, name)
         if name == "eps" and not value >= 0:
             raise ValueError(f"eps must be >= 0, got {value}")
+        if name == "eps" and value >= 1e19:
+            raise ValueError(f"eps must be below 1e19, as its square is taken in fp32, got {value}")
         if name in ("alpha", "T", "min_denom", "reg_lambda") and not value > 0:
             raise ValueError(f"{name} must be > 0, got {value}")
         if name in ("momentum", "shrinkage") and not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
         if name == "p" and not 1 <= value < math.inf:
             raise ValueError(f"p must be at least 1 and finite (for infinity use chebyshev), got {value}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
     return o
 
 
@@ -1528,12 +1533,16 @@ def parse_head(text, variant="", params=""):
         raise ValueError(f"a head is written distance[:variant][:name=value], got {text!r}")
     arguments = {"distance": distance, "variant": variants[0] if variants else None}
     params = ",".join([*(part for part in parts if "=" in part), params])
+    not_of_a_distance = inspect.signature(DistanceHead.__init__).parameters # such as eps
     for item in params.split(","):
         name, _, number = item.partition("=")
+        name = name.strip()
         if not item.strip():
             continue
+        if name in not_of_a_distance:
+            raise ValueError(f"{name} is no parameter of a distance but of every head, got {params!r}: set it apart")
         try:
-            arguments[name.strip()] = float(number)
+            arguments[name] = float(number)
         except ValueError:
             message = f"distance_params must read name=number, comma separated, such as p=3, got {params!r}"
             raise ValueError(message) from None

@@ -92,21 +92,26 @@ def configure(namespace):
     return config, sources, saved, problems
 
 
-# the settings that have a range: their names, the range in words, and as a test
+# the settings that have a range: their names, the range in words, and as a test, in which nan lies nowhere. Counts have
+# an upper end, beyond which no time is told in days and no memory holds a shape
 RANGES = (
-    ("eval_interval log_interval batch_size block_size gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
-    ("n_layer n_head n_embd intermediate_size lr_step", "at least 1", lambda x: x >= 1),
-    ("learning_rate min_lr weight_decay grad_clip min_improvement", ">= 0", lambda x: x >= 0),
-    ("max_iters warmup_iters epochs patience vocab_size image_size", ">= 0", lambda x: x >= 0),
+    ("eval_interval log_interval batch_size block_size gradient_accumulation_steps", "in [1, 10^9]",
+     lambda x: 1 <= x <= 1e9),
+    ("n_embd intermediate_size lr_step", "in [1, 10^9]", lambda x: 1 <= x <= 1e9),
+    ("n_layer n_head", "in [1, 10,000]", lambda x: 1 <= x <= 1e4),
+    ("max_iters warmup_iters lr_decay_iters epochs patience vocab_size", "in [0, 10^9]", lambda x: 0 <= x <= 1e9),
+    ("image_size", "in [0, 10,000]", lambda x: 0 <= x <= 1e4),
+    ("learning_rate min_lr weight_decay grad_clip feature_scale", ">= 0 and finite", lambda x: 0 <= x < math.inf),
+    ("min_improvement", "in [0, 100)", lambda x: 0 <= x < 100),
     ("dropout beta1 beta2 momentum", "in [0, 1)", lambda x: 0 <= x < 1),
     ("val_fraction mlm_probability", "in (0, 1)", lambda x: 0 < x < 1),
-    ("n", "> 0, or for a language model 0, the distance's default", lambda x: x >= 0),
-    ("lr_gamma", "> 0", lambda x: x > 0),
+    ("n", "> 0 and finite, or for a language model 0, the distance's default", lambda x: 0 <= x < math.inf),
+    ("lr_gamma", "in (0, 10,000]", lambda x: 0 < x <= 1e4),
     ("mask_id", ">= -1", lambda x: x >= -1),
     ("channels", "0 or 3", lambda x: x in (0, 3)),
     ("eval_iters", "the number of batches, or -1 for the whole validation split", lambda x: x >= 1 or x == -1),
     ("seed", "in [0, 2^32)", lambda x: 0 <= x < 2 ** 32),
-    ("out_dir", "the name of a folder", lambda x: x != ""),
+    ("out_dir", "the name of a folder", lambda x: x != "" and "\0" not in x),
 )
 
 
@@ -158,6 +163,11 @@ def choose_device(device, dtype, problems):
         problems.append(f"device is {device!r}: use auto, cuda, mps or cpu")
     elif not usable[device_type]:
         problems.append(f"device is {device!r}, which torch does not see here: use auto or cpu")
+    else:
+        count = torch.cuda.device_count() if device_type == "cuda" else 1
+        legal = [device_type, *(f"{device_type}:{i}" for i in range(count))]
+        if device not in legal:
+            problems.append(f"device is {device!r}: use auto, {', '.join(legal)}")
     if dtype == "auto":
         dtype = "float32"
         on_gpu = device_type == "cuda" and has_cuda
