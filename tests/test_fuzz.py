@@ -1,0 +1,233 @@
+"""
+What nobody thought of: settings, config files, heads and damaged files by hypothesis. A few hundred cases each time,
+the same ones; twenty times as many, and others each time, under `make torture`.
+
+$ pytest tests/test_fuzz.py
+$ pytest tests/test_fuzz.py -m torture
+"""
+import contextlib
+import functools
+import io
+import os
+import sys
+
+import pytest
+from helpers import ROOT, defaults_of, make_dataset, run_script
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import configurator
+import data_vision
+import report
+import study
+from distances import DISTANCES
+
+# -----------------------------------------------------------------------------
+# how cases are made
+
+
+@pytest.fixture(params=[pytest.param(1, id="some"), pytest.param(20, id="many", marks=pytest.mark.torture)])
+def fuzz(request, record_property):
+    """A function that tries check(case) for cases of a strategy; in a torture 20 times as many, new ones each time."""
+    def try_all(check, strategy, cases):
+        cases *= request.param
+        record_property("cases", cases)
+        how = settings(max_examples=cases, derandomize=request.param == 1, deadline=None, database=None,
+                       suppress_health_check=list(HealthCheck))
+        how(given(strategy)(check))()
+    return try_all
+
+
+HEADS = ["baseline", *DISTANCES, *(f"{name}:{variant}" for name, variants in DISTANCES.items() for variant in variants)]
+# every name that a distance's parameter, an argument of DistanceHead, or nothing has
+PARAMETERS = ["p", "alpha", "T", "threshold", "min_denom", "weight_power", "reg_lambda", "momentum", "shrinkage", "A",
+              "theta", "L", "covariance", "eps", "n", "learn_n", "link", "bias", "in_features", "num_prototypes",
+              "num_classes", "device", "dtype", "distance", "variant", "self", "params", "noise", "", " p", "x"]
+NUMBERS = ["-1", "0", "1", "2", "3", "64", "0.5", "1e-300", "5e-324", "-0.0", "1e3", "1e38", "1e39", "1e308", "1e400",
+           "2147483648", "9223372036854775807", "100000000000000000000", "9" * 400, "9" * 5000, "nan", "inf", "-inf",
+           "", "x", "true", "1_000", "９"]
+WORDS = ["", "x", "none", "scratch", "resume", "gpt", "bert", "qwen2", "mlp", "cnn", "pixels", "vit_tiny", "tiny",
+         "0.5B", "digits", "half", "mnist", "cifar10", "adam", "sgd", "step", "multistep", "cosine", "crop", "offline",
+         "auto", "cpu", "cpu:x", "cpu:", "cpu:-1", "cpu:7", "cuda", "cuda:99999", "mps:1", "xla", "float16", "softmin",
+         "USA", "usa", "..", "/dev/null", "/dev/null/x", "~", "\udce9", "é" * 300, "60,x", "1,2", ",", "[", "*",
+         "gpt2", "'", "9" * 5000, "a=b", "--x", "%s", "{n}"]
+numbers = st.sampled_from(NUMBERS) | st.integers().map(str) | st.floats().map(repr)
+parameters = st.lists(st.tuples(st.sampled_from(PARAMETERS), numbers).map("=".join), max_size=2).map(",".join)
+words = st.sampled_from(WORDS) | st.text(max_size=8)
+heads = st.sampled_from(HEADS) | st.tuples(st.sampled_from(HEADS), parameters).map(":".join)
+
+
+def values(key, default):
+    """What a flag may be set to."""
+    if key == "distance_params":
+        return parameters | words
+    if key in ("distance", "heads"):
+        return heads | words
+    if type(default) is bool:
+        return st.sampled_from(["true", "false", "1", "", "2", "x"])
+    return numbers if type(default) in (int, float) else words
+
+
+def arguments(defaults, *without):
+    """Lists of up to three flags of a script, of all but the settings `without`."""
+    def flag(key):
+        return values(key, defaults[key]).map(lambda value: f"--{key}={value}")
+    keys = st.sampled_from([key for key in defaults if key not in without])
+    return st.lists(keys.flatmap(flag), max_size=3)
+
+
+# -----------------------------------------------------------------------------
+# settings
+
+SCRIPTS = ["train.py", "train_vision.py"]
+TINY = {"train.py": ["--dataset=tiny", "--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=16"],
+        "train_vision.py": []}
+
+
+@functools.cache
+def check_phase(script):
+    """A training script down to fail(problems), compiled."""
+    with open(os.path.join(ROOT, script), encoding="utf-8") as f:
+        top, end, _ = f.read().partition("\nfail(problems)\n")
+    return compile(top + end, os.path.join(ROOT, script), "exec")
+
+
+def refusal(script, *argv):
+    """The message of the script's report of problems, which is one line for each; None where it has none."""
+    message = None
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", [os.path.join(ROOT, script), *argv])
+        try:
+            exec(check_phase(script), {"__name__": "__main__", "__file__": sys.argv[0]})
+        except SystemExit as e:
+            message = e.code
+    if message is not None:
+        assert isinstance(message, str)
+        first, *lines = message.splitlines()
+        assert first == f"this configuration cannot run, {len(lines)} to fix:"
+        assert lines and all(line.startswith("  - ") for line in lines)
+    return message
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder but for a dataset; images are read once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_vision, "load", functools.cache(data_vision.load))
+    make_dataset(tmp_path / "data" / "tiny")
+    return tmp_path
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_check_phase_refuses_or_accepts_any_flags(fuzz, folder, script):
+    def check(flags):
+        refusal(script, *TINY[script], *flags)
+        assert os.listdir() == ["data"] # nothing was written
+    fuzz(check, arguments(defaults_of(script)), cases=100)
+
+
+# each of these raised, in the check phase or in the training that it let through
+@pytest.mark.parametrize("script, flag, message", [
+    ("train.py", "--block_size=0", "block_size is 0, it must be in [1, 10^9]"),
+    ("train.py", "--max_iters=" + "1" + "0" * 20, "max_iters wants a number below 2^63, got 100000000000000000000"),
+    ("train.py", "--max_iters=1e12", "max_iters is 1000000000000, it must be in [0, 10^9]"),
+    ("train.py", "--learning_rate=" + "9" * 400, "learning_rate wants a number below 2^63"),
+    ("train.py", "--feature_scale=nan", "feature_scale is nan, it must be >= 0 and finite"),
+    ("train.py", "--distance=cosine:eps=1", "eps is no parameter of a distance but of every head"),
+    ("train_vision.py", "--distance_params=in_features=2", "in_features is no parameter of a distance"),
+    ("train_vision.py", "--eps=1e308", "eps must be below 1e19"),
+    ("train_vision.py", "--distance=chebyshev:smooth:alpha=inf", "alpha must be finite, got inf"),
+    ("train_vision.py", "--image_size=1e308", "image_size wants a number below 2^63, got 1e+308"),
+    ("train_vision.py", "--image_size=2147483648", "image_size is 2147483648, it must be in [0, 10,000]"),
+    ("train_vision.py", "--device=cpu:x", "device is 'cpu:x': use auto, cpu, cpu:0"),
+    ("train_vision.py", "--min_improvement=inf", "min_improvement is inf, it must be in [0, 100)"),
+    ("train_vision.py", "--min_improvement=100", "min_improvement is 100.0"),
+])
+def test_settings_that_raised_are_a_line_of_the_report(folder, script, flag, message):
+    found = refusal(script, *TINY[script], flag)
+    assert message in found and "1 to fix" in found
+
+
+def test_digits_without_scikit_learn_are_a_line_of_the_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "pip install scikit-learn" in refusal("train_vision.py")
+
+
+LINES = ["batch_size = {}", "learning_rate = {}", "out_dir = {}", "compile = {}", "distance = {}", "n = {}",
+         "seed = {}", "nonsense = {}", "_helper = {}", "include({})", "__file__ = {}", "__builtins__ = {}",
+         "include = {}", "raise {}", "del batch_size", "import os, math", "from math import inf", "def f(): return 1",
+         "class A: pass", "for batch_size in range(3): pass", "exit()", "import sys; sys.exit('bye')",
+         "assert False, 'a\\nb'", "1 / 0", "global batch_size", "while", "\tn = 1", "print(batch_size)", "x = y",
+         "del __file__", "max_iters *= 10 ** 9"]
+LITERALS = ["3", "0", "-1", "10 ** 20", "10 ** 5000", "1e308", "float('nan')", "'x'", "''", "b'x'", "None", "True",
+            "[]", "{}", "1j", "lambda: 0", "type", "Exception", "'other.py'", "'config.py'", "'a\\0b'",
+            "KeyError('a')", "SystemExit('x')", "type('A', (), {'__str__': None})()", "type('I', (int,), {})(3)",
+            "..."]
+
+
+def test_the_check_phase_refuses_or_accepts_any_config_file(fuzz, folder):
+    pairs = st.tuples(st.sampled_from(LINES), st.sampled_from(LITERALS))
+    lines = pairs.map(lambda pair: pair[0].replace("{}", pair[1]))
+    texts = st.lists(lines, min_size=1, max_size=4).map("\n".join).map(str.encode)
+
+    def check(text):
+        (folder / "config.py").write_bytes(text)
+        refusal("train.py", *TINY["train.py"], "config.py")
+    (folder / "other.py").write_text("seed = 1e400")
+    fuzz(check, texts | st.binary(max_size=20), cases=100)
+
+
+def test_a_config_file_that_would_end_the_script_is_a_line_of_the_report(folder):
+    (folder / "config.py").write_text("import sys\nsys.exit()")
+    assert "config.py: SystemExit:  (line 2)" in refusal("train.py", *TINY["train.py"], "config.py")
+
+
+# settings that would only take long, or much memory
+LARGEST = dict(n_embd=64, intermediate_size=200, n_layer=3, n_head=8, n_kv_head=8, batch_size=1000, image_size=40,
+               vocab_size=5000, max_iters=3, epochs=2, gradient_accumulation_steps=4, block_size=128)
+SHORT = {"train.py": ["--max_iters=2", "--eval_interval=1", "--batch_size=2", "--gradient_accumulation_steps=1",
+                      "--eval_iters=1", "--log_interval=1"],
+         "train_vision.py": ["--epochs=1", "--batch_size=512", "--plots=false"]}
+ELSEWHERE = ("out_dir", "data_dir", "dataset", "init_from", "overwrite", "device", "dtype", "compile", "wandb_log",
+             "plots", "track_emissions", "model")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_the_check_phase_accepts_trains_or_stops_in_a_line(fuzz, folder, script):
+    fixed = ["--out_dir=out", "--overwrite=true", "--device=cpu", "--dtype=float32", "--compile=false",
+             "--track_emissions=false", *TINY[script], *SHORT[script]]
+
+    def check(flags):
+        too_large = []
+        for flag in flags:
+            key, _, value = flag[2:].partition("=")
+            value = configurator.number(value)
+            too_large.append(type(value) in (int, float) and value > LARGEST.get(key, value))
+        if any(too_large) or refusal(script, *fixed, *flags):
+            return
+        try:
+            run_script(script, *fixed, *flags)
+        except SystemExit as e:
+            assert isinstance(e.code, str) and "not finite" in e.code and len(e.code.splitlines()) == 1
+    fuzz(check, arguments(defaults_of(script), *ELSEWHERE), cases=15)
+
+
+def test_a_study_refuses_or_lists_any_grid(fuzz, folder, monkeypatch):
+    def check(flags):
+        monkeypatch.setattr(sys, "argv", ["study.py", *flags, "--dry-run"])
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                study.main()
+            except SystemExit as e:
+                assert isinstance(e.code, str) and "to fix:\n" in e.code
+        assert os.listdir() == ["data"]
+    fuzz(check, arguments(defaults_of("study.py"), "dry_run"), cases=50)
+
+
+def test_a_report_refuses_any_settings(fuzz, folder):
+    def check(flags):
+        with pytest.raises(SystemExit) as e:
+            report.main(["data", *flags])
+        assert isinstance(e.value.code, str) and os.listdir() == ["data"]
+    fuzz(check, arguments(defaults_of("report.py")), cases=30)
