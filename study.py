@@ -34,6 +34,11 @@ from tqdm import tqdm
 
 from configurator import configure, fail
 
+try:
+    import fcntl
+except ImportError: # Windows, where nothing is locked
+    fcntl = None
+
 # -----------------------------------------------------------------------------
 # defaults
 script = "train_vision.py" # or 'train.py'
@@ -50,6 +55,7 @@ retry = False # run again what broke
 dry_run = False # only print the list
 # -----------------------------------------------------------------------------
 _ROOT = os.path.dirname(os.path.abspath(__file__))
+STOPPED = (124, 129, 130, 143) # exit codes of a run that ends early and goes on when resumed: time_limit, and signals
 # a forked run has the imports of this process already; but with a GPU a forked process could not use it
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" and not glob.glob("/dev/nvidia*") else "spawn")
 
@@ -150,6 +156,18 @@ def state(folder):
     return "new"
 
 
+def is_in_use(folder):
+    """Whether some process makes this run now: training scripts hold a lock on the file `lock` in their folder."""
+    try:
+        with open(os.path.join(folder, "lock"), encoding="utf-8") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (OSError, AttributeError): # no such file, no locks on this disk, Windows
+        pass
+    return False
+
+
 def recipe(flags):
     """Return what a run is made with, the script and its arguments; the run's folder keeps it in arguments.json."""
     return [script, *shlex.split(base), *shlex.split(settings), *flags]
@@ -208,9 +226,11 @@ def child(path, args, folder):
 
 def run_one(folder, flags):
     """
-    Run one run to its end, or leave error.txt. KeyboardInterrupt passes through, after the run has stopped. Raises
-    OSError where the folder cannot be written.
+    Run one run to its end, or leave error.txt; one that another process makes is left alone. KeyboardInterrupt passes
+    through, after the run has stopped. Raises OSError where the folder cannot be written.
     """
+    if is_in_use(folder):
+        return
     os.makedirs(folder, exist_ok=True)
     error, log = os.path.join(folder, "error.txt"), os.path.join(folder, "log.txt")
     if os.path.exists(error):
@@ -229,11 +249,11 @@ def run_one(folder, flags):
     except KeyboardInterrupt: # from a terminal the run has it too
         process.join(1)
         process.terminate()
-        process.join(10)
+        process.join(60) # it ends its step, and saves it
         process.kill()
         process.join()
         raise
-    if state(folder) != "ended":
+    if state(folder) != "ended" and process.exitcode not in STOPPED and not is_in_use(folder):
         with open(log, encoding="utf-8", errors="replace") as f:
             lines = f.read().splitlines()
         with open(error, "w", encoding="utf-8") as f:
@@ -286,8 +306,8 @@ def import_ahead():
 
 def run_all(todo):
     """
-    Run them one after the other, and return ({folder: reason} of those that broke, how many did not). Raises SystemExit
-    on Ctrl-C or SIGTERM, and on a full disk.
+    Run them one after the other, and return ({folder: reason} of those that broke, how many have ended). Raises
+    SystemExit on Ctrl-C or SIGTERM, and on a full disk.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler) # the run must not outlive the study
     broken, done = {}, 0
@@ -306,8 +326,12 @@ def run_all(todo):
                                      "ended is whole: make room, and the same command goes on") from None
             if folder in broken:
                 bar.write(f"broken: {folder}: {broken[folder]}")
-            else:
+            elif state(folder) == "ended":
                 done += 1
+            elif is_in_use(folder):
+                bar.write(f"left alone: {folder}: another process makes it")
+            else:
+                bar.write(f"stopped: {folder}: the same command goes on")
     except KeyboardInterrupt:
         raise SystemExit(f"stopped after {done} of {len(todo)} runs: the same command goes on") from None
     finally:

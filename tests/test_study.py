@@ -25,6 +25,9 @@ if flags.get('seed') == '3' and not os.path.exists('mended'):
 if flags.get('seed') == '4':
     open(os.path.join(out, 'ckpt.pt'), 'w').close()
     time.sleep(60)
+if flags.get('seed') == '7' and not os.path.exists('more time'):
+    open(os.path.join(out, 'ckpt.pt'), 'w').close()
+    raise SystemExit(124)
 with open(os.path.join(out, 'summary.json'), 'w') as f:
     json.dump({}, f)
 """
@@ -142,6 +145,28 @@ def test_a_damaged_folder_is_named_and_the_others_run(here):
     shutil.rmtree("out/baseline_s1")
     shutil.rmtree("out/baseline_s2")
     assert "1 ended, 3 new; 3 to run" in here(*flags)
+
+
+def test_a_run_that_its_time_limit_ends_is_not_broken(here):
+    out = here("--heads=baseline", "--seeds=7,8")
+    assert "stopped: out/baseline_s7: the same command goes on" in out and "1 of 2 have ended" in out
+    open("more time", "w").close()
+    assert "1 ended, 1 stopped; 1 to run" in here("--heads=baseline", "--seeds=7,8")
+    assert ran()[2][2:] == ["--init_from=resume", "--out_dir=out/baseline_s7"]
+
+
+def test_a_run_that_another_process_makes_is_left_alone(here):
+    fcntl = pytest.importorskip("fcntl")
+    os.makedirs("out/baseline_s1")
+    with open("out/baseline_s1/log.txt", "w") as f:
+        f.write("of the other")
+    with open("out/baseline_s1/lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        out = here("--heads=baseline", "--seeds=1,2")
+        assert "left alone: out/baseline_s1: another process makes it" in out and "1 of 2 have ended" in out
+        assert sorted(os.listdir("out/baseline_s1")) == ["lock", "log.txt"]
+    assert "1 ended, 1 new; 1 to run" in here("--heads=baseline", "--seeds=1,2")
+    assert [line[0] for line in ran()] == ["baseline_s2", "baseline_s1"]
 
 
 def test_an_empty_error_is_a_line_too(here):
