@@ -9,23 +9,18 @@ The training scripts call the same functions at their end; bench.py and report.p
 matplotlib is imported when the first picture is made, so that a script that draws none does not need it.
 """
 import io
-import json
 import math
 import os
-import pickle
 import sys
 import textwrap
-import zipfile
-from contextlib import contextmanager
 from operator import itemgetter
 
 import numpy as np
-import torch
 
 import metrics
 from distances import DISTANCES, find, parse_head
 from metrics import METRICS
-from run import read_metrics
+from run_folder import Damaged, read_config, read_probe, read_prototypes, read_rows, readable
 
 # -----------------------------------------------------------------------------
 # what the pictures share
@@ -90,60 +85,17 @@ def principal_plane(h):
 # a run's folder
 
 
-@contextmanager
-def readable(path):
-    """Whatever may go wrong while this file is read becomes a ValueError with its path."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} cannot be read ({type(e).__name__})") from None
-
-
-def read_config(out_dir):
-    """The contents of config.json. Raises ValueError where the folder is not that of a run."""
-    path = os.path.join(out_dir, "config.json")
-    if not os.path.exists(path):
-        raise ValueError(f"{out_dir} is not a run's folder: it has no config.json")
-    with readable(path), open(path, encoding="utf-8") as f:
-        info = json.load(f)
-        script = info["script"]
-    if script not in PICTURES:
-        raise ValueError(f"{path}: a run of {script!r} has no pictures, only those of {', '.join(PICTURES)} have")
-    return info
-
-
 def read_log(out_dir):
-    """(log lines, evaluations) of metrics.jsonl, as dicts. Raises ValueError before the first evaluation."""
-    rows, _ = read_metrics(out_dir)
-    logs = [row for row in rows if row["kind"] == "train"]
-    evals = [row for row in rows if row["kind"] == "eval"]
+    """(log lines, evaluations) of metrics.jsonl, as dicts. Raises Damaged before the first evaluation."""
+    logs, evals, _ = read_rows(out_dir, read_config(out_dir)["script"])
     if not evals:
-        raise ValueError(f"{out_dir}: metrics.jsonl has no evaluation yet, there is nothing to draw")
+        raise Damaged(f"{out_dir}: metrics.jsonl has no evaluation yet, there is nothing to draw")
     return logs, evals
-
-
-def read_probe(out_dir):
-    """The arrays of probe.npz by name: h (N, D), y (N,), and in some runs class_means (K, D). Raises ValueError."""
-    path = os.path.join(out_dir, "probe.npz")
-    with readable(path), np.load(path) as f:
-        arrays = dict(f)
-        return {**arrays, "h": arrays["h"].astype(np.float64), "y": arrays["y"]}
-
-
-def read_prototypes(out_dir):
-    """head.weight (V, D) of best.pt, as a float32 array. Raises ValueError."""
-    path = os.path.join(out_dir, "best.pt")
-    with readable(path):
-        model = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        return model["head.weight"].float().numpy()
 
 
 def head_in_words(info):
     """The description of the head in config.json; older runs have none there, and their settings stand in for it."""
-    if "head" in info:
+    if info.get("head"):
         return info["head"]
     c = info["config"]
     arguments = parse_head(c["distance"], c["variant"], c["distance_params"])
@@ -155,7 +107,7 @@ def head_in_words(info):
 
 def title(info, *words):
     """What was trained on what, and the head, in lines that fit over a picture."""
-    return textwrap.fill(", ".join([info["config"]["dataset"], *words, f"head {head_in_words(info)}"]), 80)
+    return plain(textwrap.fill(", ".join([info["config"]["dataset"], *words, f"head {head_in_words(info)}"]), 80))
 
 
 def save(fig, path):
@@ -280,12 +232,20 @@ def plane(prototypes, h, y, class_means=None, directions=False):
 PICTURES = {"train.py": (loss,), "train_vision.py": (curves, learned)}
 
 
+def pictures(out_dir):
+    """
+    Draw every picture of the run in this folder, and yield the path of each. Raises Damaged where the folder is not
+    that of a run, lacks what a picture shows, or cannot be written, and ImportError where matplotlib is missing.
+    """
+    for picture in PICTURES[read_config(out_dir)["script"]]:
+        with readable(out_dir, "cannot be drawn"):
+            path = picture(out_dir)
+        yield path
+
+
 def draw(out_dir):
-    """
-    Draw every picture of the run in this folder and return their paths. Raises ValueError where the folder is not that
-    of a run, or lacks what a picture shows, and ImportError where matplotlib is missing.
-    """
-    return [picture(out_dir) for picture in PICTURES[read_config(out_dir)["script"]]]
+    """Draw every picture of the run in this folder, see pictures, and return their paths."""
+    return list(pictures(out_dir))
 
 # -----------------------------------------------------------------------------
 # tables
@@ -587,9 +547,9 @@ def main(argv):
     problems = []
     for out_dir in argv:
         try:
-            for picture in PICTURES[read_config(out_dir)["script"]]:
-                print(picture(out_dir))
-        except (ValueError, ImportError) as e:
+            for path in pictures(out_dir):
+                print(path)
+        except (Damaged, ImportError) as e:
             problems.append(str(e))
     if problems:
         raise SystemExit("\n".join(problems))

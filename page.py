@@ -115,7 +115,7 @@ def write_csv(path, records):
     columns = {}
     for record in records:
         columns.update(record)
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    with open(path, "w", newline="", encoding="utf-8", errors="replace") as f:
         writer = csv.DictWriter(f, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
@@ -137,8 +137,11 @@ def write_page(folder, title, blocks):
         if isinstance(block, Picture):
             with open(os.path.join(folder, "figures", f"{block.name}.png"), "wb") as f:
                 f.write(block.png)
-    write(os.path.join(folder, "index.md"), "\n\n".join(map(markdown, blocks)) + "\n")
     title, body = html.escape(title), "\n".join(map(html_of, blocks))
-    write(os.path.join(folder, "index.html"),
-          f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-          f"<style>{_CSS}</style></head>\n<body>\n{body}\n</body></html>\n")
+    pages = {
+        "index.md": "\n\n".join(map(markdown, blocks)) + "\n",
+        "index.html": f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+                      f"<style>{_CSS}</style></head>\n<body>\n{body}\n</body></html>\n",
+    }
+    for name, text in pages.items(): # a folder's name may be no utf-8
+        write(os.path.join(folder, name), text.encode(errors="replace").decode())

@@ -30,6 +30,7 @@ from data import load_encoding, load_meta
 from families import load_run
 from metrics import METRICS, RADAR, TABLES
 from page import Cell, Heading, Paragraph, Picture, Pre, Table, number, shown, write_csv, write_page
+from run_folder import Damaged, read_error, read_probe, readable
 from sample import nearest_prototypes
 
 # -----------------------------------------------------------------------------
@@ -262,12 +263,12 @@ def read_probes(section):
     probes, notes = {}, []
     for head in section.few(top):
         try:
-            probe = figures.read_probe(section.heads[head][0].path)
-        except ValueError as e:
+            probe = read_probe(section.heads[head][0].path)
+        except Damaged as e:
             notes.append(f"no figure of hidden states: {e}")
             continue
         h = probe["h"]
-        if len(h) > 2 and np.isfinite(h).all() and np.ptp(h, 0).any():
+        if min(len(h) - 1, h.shape[1]) > 1 and np.isfinite(h).all() and np.ptp(h, 0).any():
             probes[head] = h, probe["y"]
     return probes, notes
 
@@ -294,7 +295,7 @@ def class_names(section, y):
     try:
         encoding = run_encoding(section.runs[0])
         return {k: repr(encoding.decode([k])) for k in often}
-    except (ImportError, OSError, ValueError, KeyError):
+    except (ImportError, OSError, ValueError, LookupError, OverflowError):
         return {k: f"token {k}" for k in often}
 
 
@@ -315,9 +316,10 @@ def nearest(section):
         try:
             encoding = run_encoding(r)
             name = "best.pt" if os.path.exists(os.path.join(r.path, "best.pt")) else "ckpt.pt"
-            model, _, _ = load_run(r.path, name, "cpu")
-            found = nearest_prototypes(model, encoding, tokens.split(","), num_nearest)
-        except (ImportError, OSError, ValueError, KeyError, RuntimeError, SystemExit) as e:
+            with readable(os.path.join(r.path, name)):
+                model, _, _ = load_run(r.path, name, "cpu")
+                found = nearest_prototypes(model, encoding, tokens.split(","), num_nearest)
+        except (ImportError, OSError, ValueError, KeyError, SystemExit) as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             skipped.append(f"{section.labels[head]}: {reason}")
             continue
@@ -490,14 +492,12 @@ def what_was_read(runs, ended, broken, error_folders):
     if unfinished:
         texts.append("Not ended, and in no average: " + ", ".join(unfinished))
     for path in error_folders:
-        with open(os.path.join(path, "error.txt"), encoding="utf-8", errors="replace") as f:
-            lines = f.read().strip().splitlines() or ["no reason"]
-        texts.append(f"Broken, and in no average: {path}: {lines[-1]}")
+        texts.append(f"Broken, and in no average: {path}: {read_error(path)}")
     if broken:
         texts.append("Skipped: " + "; ".join(broken))
     torn = [r.path for r in runs if not r.whole]
     if torn:
-        texts.append("metrics.jsonl is truncated, and used up to its last whole line: " + ", ".join(torn))
+        texts.append("metrics.jsonl is damaged, and used without what cannot be read: " + ", ".join(torn))
     commits = [r.info.get("git") for r in ended]
     if any(not commit or "with changes" in commit for commit in commits):
         texts.append("Some runs are of files that no commit holds (config.json says 'with changes', or none): nothing "
@@ -530,7 +530,7 @@ def note_blocks(runs):
     blocks = []
     for note, found in paths.items():
         where = ", ".join(found) if len(found) < 4 else f"{len(found)} runs"
-        blocks.append(Paragraph(f"{note}: {where}"))
+        blocks.append(Paragraph(note if found[0] in note else f"{note}: {where}"))
     return blocks
 
 
@@ -538,6 +538,7 @@ def check_settings(folders):
     problems = [] if folders else ["no folder given: python report.py out/study_digits"]
     problems += [f"there is no folder {folder}" for folder in folders if not os.path.isdir(folder)]
     checks = ((out_dir != "", "out_dir is '', it must be the name of a folder"),
+              (os.path.isdir(out_dir) or not os.path.exists(out_dir), f"out_dir is {out_dir!r}, which is no folder"),
               (top >= 0, f"top is {top}, it must be >= 0"),
               (num_nearest >= 1, f"num_nearest is {num_nearest}, it must be at least 1"),
               (0 < significance < 1, f"significance is {significance}, it must lie in (0, 1)"),
@@ -556,15 +557,10 @@ def main(argv):
     if not runs:
         message = f"no runs {below}: a run is a folder with a config.json of train.py or train_vision.py"
         raise SystemExit("\n  - skipped ".join([message, *broken]))
-    ended = []
-    for r in runs:
-        if r.summary is not None:
-            try:
-                ended.append(results.measure(r))
-            except (ValueError, KeyError, TypeError) as e:
-                broken.append(f"{r.path}: its numbers do not make sense ({type(e).__name__}: {e})")
+    ended = results.measure_all(runs, broken)
     if not ended:
-        raise SystemExit(f"{len(runs)} runs {below}, but none has ended (summary.json): go on with --init_from=resume")
+        message = f"{len(runs)} runs {below}, but none has ended (summary.json): go on with --init_from=resume"
+        raise SystemExit("\n  - skipped ".join([message, *broken]))
 
     # group them
     groups = results.group(ended)
@@ -589,8 +585,11 @@ def main(argv):
         body += over_sections(sections)
     body += provenance(sections) + definitions(sections)
 
-    write_page(out_dir, "Distance heads: a report", top_of_page + body)
-    write_csv(os.path.join(out_dir, "tables", "runs.csv"), results.records(sections))
+    try:
+        write_page(out_dir, "Distance heads: a report", top_of_page + body)
+        write_csv(os.path.join(out_dir, "tables", "runs.csv"), results.records(sections))
+    except OSError as e:
+        raise SystemExit(f"{out_dir} cannot be written ({e}): make room, or name another --out_dir") from None
     index = os.path.join(out_dir, "index.html")
     print(f"{len(ended)} runs in {len(sections)} sections: {index}, index.md, tables, figures")
 

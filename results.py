@@ -9,7 +9,6 @@ Runs, read from their folders, measured, and grouped into sections that may be a
 
 Nothing here writes: neither into a folder, nor into a Run that was read. Each pass makes new Runs or a new Section.
 """
-import csv
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import metrics
 from distances import find, parse_head
 from metrics import METRICS
-from run import read_metrics
+from run_folder import Damaged, finite, read_config, read_emissions, read_rows, read_summary, readable
 
 QUALITY = {"vision": "test_accuracy", "language": "val_loss"}
 VALIDATION = {"vision": "val_accuracy", "language": "val_loss"}
@@ -61,10 +60,6 @@ class Run:
     values: dict = field(default_factory=dict) # numbers by their names in METRICS
 
 
-def finite(x):
-    return isinstance(x, (int, float)) and math.isfinite(x)
-
-
 def find_runs(folders, name="config.json"):
     """The paths of the folders with a file of that name at or below the given ones, each once."""
     found = {}
@@ -73,11 +68,6 @@ def find_runs(folders, name="config.json"):
             if name in files:
                 found[os.path.realpath(path)] = path
     return sorted(found.values())
-
-
-def read_json(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
 
 
 def head_of(info):
@@ -113,45 +103,34 @@ def read_runs(folders):
     for path in tqdm(find_runs(folders), desc="reading", leave=False):
         try:
             runs.append(read_run(path))
-        except ValueError as e:
-            broken.append(f"{path}: {e}")
+        except Damaged as e:
+            broken.append(str(e))
     return runs, broken
 
 
 def read_run(path):
-    """The Run in a folder. Raises ValueError where config.json is not that of a run."""
-    try:
-        info = read_json(os.path.join(path, "config.json"))
+    """The Run in a folder; what else is damaged there is in its notes. Raises Damaged where config.json is."""
+    info = read_config(path)
+    with readable(os.path.join(path, "config.json")):
         c = info["config"]
         family = "vision" if info["script"] == "train_vision.py" else "language"
         about = dict(info=info, head=head_of(info), seed=c["seed"], dataset=c["dataset"], model=c.get("model", "gpt"),
                      family=family, fingerprint=fingerprint_of(info))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"config.json is not that of a run ({type(e).__name__}: {e})") from None
-    rows, whole = read_metrics(path)
-    evals = [row for row in rows if row.get("kind") == "eval"]
-    logs = [row for row in rows if row.get("kind") == "train"]
-    summary, notes = None, []
-    try:
-        summary = dict(read_json(os.path.join(path, "summary.json")))
-    except FileNotFoundError:
-        pass
-    except (ValueError, TypeError) as e:
-        notes.append(f"summary.json cannot be read ({e})")
+    notes = []
+
+    def if_readable(read, otherwise):
+        try:
+            return read()
+        except Damaged as e:
+            notes.append(str(e))
+            return otherwise
+    logs, evals, whole = if_readable(lambda: read_rows(path, info["script"]), ([], [], False))
+    summary = if_readable(lambda: read_summary(path), None)
+    emissions = if_readable(lambda: read_emissions(path), None)
     if any(name.startswith("emissions_node") for name in os.listdir(path)):
         notes.append("several nodes: the energy is that of node 0")
-    return Run(path=path, **about, evals=evals, logs=logs, whole=whole, summary=summary,
-               emissions=read_emissions(path), notes=tuple(notes))
-
-
-def read_emissions(path):
-    """The last whole row of emissions.csv, or None."""
-    path = os.path.join(path, "emissions.csv")
-    if not os.path.exists(path):
-        return None
-    with open(path, newline="", encoding="utf-8", errors="replace") as f:
-        rows = [row for row in csv.DictReader(f) if None not in row.values()]
-    return rows[-1] if rows else None
+    return Run(path=path, **about, evals=evals, logs=logs, whole=whole, summary=summary, emissions=emissions,
+               notes=tuple(notes))
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -183,7 +162,15 @@ def settled_norms(run):
 
 
 def measure(run):
-    """The Run with its values: of METRICS those that it has, but for what its section's baseline defines."""
+    """
+    The Run with its values: of METRICS those that it has, but for what its section's baseline defines. Raises Damaged
+    where its numbers do not make sense together.
+    """
+    with readable(run.path, "has numbers that make no sense"):
+        return measured(run)
+
+
+def measured(run):
     vision = run.family == "vision"
     classes = run.info["data"]["num_classes"] if vision else run.info["model_args"]["vocab_size"]
     last = run.evals[-1] if run.evals else {}
@@ -210,6 +197,18 @@ def measure(run):
         values["quality_per_wh"] = quality / (1000 * values["energy_kwh"])
     values = {key: value for key, value in values.items() if finite(value)}
     return replace(run, values=values, notes=(*run.notes, *notes))
+
+
+def measure_all(runs, broken):
+    """The runs that have ended, measured. Those whose numbers make no sense are left out, with a line in broken."""
+    ended = []
+    for run in runs:
+        if run.summary is not None:
+            try:
+                ended.append(measure(run))
+            except Damaged as e:
+                broken.append(str(e))
+    return ended
 
 # -----------------------------------------------------------------------------
 # grouping
@@ -480,7 +479,7 @@ def make_sections(groups):
     """A Section per Group, each with a slug for its files: names may differ in what a file's name cannot hold."""
     sections, slugs = [], []
     for i, (_, name, runs, _, _) in enumerate(groups):
-        slug = re.sub(r"\W+", "_", name).strip("_")
+        slug = re.sub(r"\W+", "_", name).strip("_")[:80] # it is part of file names
         if slug in slugs:
             slug += f"_{i}"
         slugs.append(slug)

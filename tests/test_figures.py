@@ -162,7 +162,7 @@ def break_run(folder, how):
 
 @pytest.mark.parametrize("how, message", [
     ("config.json", "is not a run's folder: it has no config.json"), ("config", "config.json cannot be read"),
-    ("not a run", "config.json cannot be read"), ("another script", "a run of 'other.py' has no pictures"),
+    ("not a run", "config.json cannot be read"), ("another script", "a run of 'other.py', not of train.py"),
     ("metrics", "no evaluation yet"), ("metrics.jsonl", "no evaluation yet"), ("probe", "probe.npz cannot be read"),
     ("probe.npz", "there is no .*probe.npz"), ("best.pt", "there is no .*best.pt")])
 def test_what_cannot_be_drawn_is_said_in_a_line(tmp_path, capsys, how, message):
@@ -174,6 +174,19 @@ def test_what_cannot_be_drawn_is_said_in_a_line(tmp_path, capsys, how, message):
         figures.main([str(tmp_path / "broken"), str(run)])
     assert isinstance(e.value.code, str) and "\n" not in e.value.code
     assert str(run / "learned.png") in capsys.readouterr().out # the others are drawn all the same
+
+
+def test_a_full_disk_is_said_in_a_line(tmp_path):
+    run = write_run(tmp_path / "run", script="train.py")
+    (run / "loss.png").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="run cannot be drawn .OSError: .*No space left on device"):
+        figures.main([str(run)])
+
+
+def test_a_name_is_no_mathematics(tmp_path):
+    run = write_run(tmp_path / "run", script="train.py", dataset=r"$\frac$")
+    figures.main([str(run)])
+    assert_shows_something(run / "loss.png")
 
 
 def test_as_a_script(tmp_path, capsys):

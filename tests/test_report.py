@@ -301,11 +301,69 @@ def test_truncated_metrics_unfinished_and_broken_runs(tmp_path, quick):
         (tmp_path / "runs" / name / "config.json").write_text(text)
     md, html, table = make(tmp_path / "runs")
     rows = table("digits_mlp_interpretability")
-    assert re.search(r"truncated.*last whole line: \S*cosine_1\n", md)
+    assert re.search(r"damaged.*cannot be read: \S*cosine_1\n", md)
     assert close(rows["cosine"]["variance_ratio_mean"], 0.1 + 0.015)
     assert re.search(r"Not ended.*cosine_3 \(last evaluation at step 20\)", md) and rows["cosine"]["seeds"] == "1 2"
     for name in ("broken", "other", "list"):
-        assert re.search(rf"Skipped: .*{name}: config.json is not that of a run", md)
+        assert re.search(rf"Skipped: .*{name}.config.json cannot be read", md)
+
+
+def in_a_row(**values):
+    """The first evaluation with other values."""
+    def change(text):
+        first, *others = [line for line in text.splitlines(keepends=True) if '"eval"' in line]
+        return json.dumps({**json.loads(first), **values}) + "\n" + "".join(others)
+    return change
+
+
+def in_the_file(**values):
+    return lambda text: json.dumps({**json.loads(text), **values})
+
+
+@pytest.mark.parametrize("name, change, said", [
+    ("config.json", lambda text: text[:100], "Skipped: .*config.json cannot be read .JSONDecodeError"),
+    ("config.json", in_the_file(n="three"), "Skipped: .*config.json cannot be read .ValueError: n is 'three'"),
+    ("config.json", in_the_file(command=[]), r"Skipped: .*command is \[\], expected a text"),
+    ("config.json", in_the_file(versions={}), "Skipped: .*config.json cannot be read .KeyError: 'torch'"),
+    ("metrics.jsonl", lambda text: text.replace("{", "[", 1), "metrics.jsonl is damaged, and used without .*: .*bad"),
+    ("metrics.jsonl", lambda text: "3\n" + text, "metrics.jsonl is damaged, and used without .*: .*bad"),
+    ("metrics.jsonl", in_a_row(val_accuracy=None), "metrics.jsonl is damaged, and used without .*: .*bad"),
+    ("metrics.jsonl", in_a_row(seconds_total=99.0), "Skipped: .*bad has numbers that make no sense .*ascending order"),
+    ("summary.json", lambda text: text[:50], "bad/summary.json cannot be read .JSONDecodeError"),
+    ("summary.json", in_the_file(energy_kwh_total=10 ** 400), "Skipped: .*bad has numbers that make no sense"),
+    ("summary.json", lambda text: '{"energy_kwh_total": 1}', "Skipped: .*bad has numbers .*KeyError: 'test_accuracy'"),
+    ("emissions.csv", lambda text: text.replace("400.0", "4oo.0"), "bad/emissions.csv cannot be read .*'4oo.0'"),
+    ("emissions.csv", lambda text: text.replace("g_per_kwh", "g"), "bad/emissions.csv cannot be read .KeyError"),
+    ("probe.npz", lambda text: text[:99], "no figure of hidden states: .*bad/probe.npz cannot be read"),
+])
+def test_a_damaged_file_is_named_and_the_other_runs_are_reported(tmp_path, quick, name, change, said):
+    study(tmp_path / "runs", {"baseline": BASE[:2], "cosine": GOOD[:2]})
+    expected = make(tmp_path / "runs")[2]("digits_mlp_quality")["cosine"]["test_accuracy_mean"]
+    bad = write_run(tmp_path / "runs" / "bad", 1, "euclidean", 0.5) / name
+    bad.write_text(change(bad.read_text(errors="replace")))
+    md, html, table = make(tmp_path / "runs")
+    assert re.search(said, md) and table("digits_mlp_quality")["cosine"]["test_accuracy_mean"] == expected
+
+
+def test_where_no_run_can_be_used_each_is_named(tmp_path):
+    write_run(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "a" / "summary.json").write_text('{"energy_kwh_total": 1}')
+    with pytest.raises(SystemExit, match="none has ended.*\n  - skipped .*a has numbers that make no sense"):
+        report.main([str(tmp_path / "runs")])
+
+
+@pytest.mark.parametrize("name, reason", [("", "which is no folder"), ("tables/runs.csv", "No space left on device"),
+                                          ("index.html.tmp", "No space left on device")])
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, quick, name, reason):
+    write_run(tmp_path / "runs" / "a")
+    if name:
+        (tmp_path / "report" / name).parent.mkdir(parents=True)
+        (tmp_path / "report" / name).symlink_to("/dev/full")
+    else:
+        (tmp_path / "report").write_text("no folder")
+    with pytest.raises(SystemExit, match=reason) as e:
+        make(tmp_path / "runs")
+    assert isinstance(e.value.code, str) and e.value.code.splitlines()[-1].count(str(tmp_path / "report"))
 
 
 @pytest.mark.parametrize("key, change", [
