@@ -6,18 +6,24 @@ $ pytest tests/test_fuzz.py
 $ pytest tests/test_fuzz.py -m torture
 """
 import contextlib
+import csv
 import functools
 import io
+import json
 import os
+import shutil
 import sys
+import warnings
 
 import pytest
 from helpers import ROOT, defaults_of, make_dataset, run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_report import write_run
 
 import configurator
 import data_vision
+import figures
 import report
 import study
 from distances import DISTANCES
@@ -231,3 +237,150 @@ def test_a_report_refuses_any_settings(fuzz, folder):
             report.main(["data", *flags])
         assert isinstance(e.value.code, str) and os.listdir() == ["data"]
     fuzz(check, arguments(defaults_of("report.py")), cases=30)
+
+
+# -----------------------------------------------------------------------------
+# files
+
+# what may stand in place of any value
+ODD = [None, True, False, -1, 0, 3, 10 ** 15, 10 ** 400, 0.5, 1e308, -1e308, 1e-320, float("nan"), float("inf"), "",
+       "x", "a\nb", "\0", "\ud800", "$\\frac$", "x" * 300, "train.py", "eval", "nan", [], {}, [1], [[]], {"a": 1}]
+
+
+def places(value):
+    """All (container, key) within a value of dicts and lists."""
+    found = []
+    if isinstance(value, (dict, list)):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            found += [(value, key), *places(value[key])]
+    return found
+
+
+def damaged(name, raw, kind, where, value, junk):
+    """The bytes of a file, damaged in one place: `where` along it."""
+    i = int(where * len(raw))
+    if kind == "cut":
+        return raw[:i]
+    if kind == "flip":
+        return raw[:i] + bytes(b ^ 1 << junk[0] % 8 for b in raw[i:i + 1]) + raw[i + 1:]
+    if kind == "overwrite":
+        return raw[:i] + junk + raw[i + len(junk):]
+    if name.endswith(".csv"):
+        cells = raw.decode().split(",")
+        cells[int(where * (len(cells) - 1))] = str(value)
+        return ",".join(cells).encode(errors="replace")
+    if not name.endswith((".json", ".jsonl")):
+        return raw[:i] + junk + raw[i:]
+    whole = [json.loads(line) for line in (raw.splitlines() if name.endswith(".jsonl") else [raw])]
+    found = places(whole)
+    container, key = found[int(where * (len(found) - 1))]
+    if kind == "drop":
+        del container[key]
+    else:
+        container[key] = value
+    return "\n".join(map(json.dumps, whole)).encode() + b"\n"
+
+
+def damages(*names):
+    """(the name of a file, the arguments of damaged but for the file's)"""
+    kinds = st.sampled_from(["cut", "flip", "overwrite", "set", "set", "set", "drop"])
+    return st.tuples(st.sampled_from(names), st.tuples(
+        kinds, st.floats(0, 1), st.sampled_from(ODD), st.binary(min_size=1, max_size=16)))
+
+
+def damage(folder, source, name, how):
+    """Make folder anew as a copy of the folder source, where the file of that name is damaged."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder)
+    path = folder / name
+    path.write_bytes(damaged(name, path.read_bytes(), *how))
+
+
+def quietly(main, *args):
+    """main(*args) without what it prints: (what it printed to stdout, its message or None)."""
+    out, message = io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore") # of matplotlib, about letters that its font lacks
+        try:
+            main(*args)
+        except SystemExit as e:
+            assert isinstance(e.code, str)
+            message = e.code
+    return out.getvalue(), message
+
+
+@pytest.fixture
+def families(tmp_path):
+    """Three whole runs of each training script in the folder runs, and one of each in the folder source."""
+    for script, dataset in (("train.py", "text"), ("train_vision.py", "digits")):
+        for seed, distance in ((1, "baseline"), (2, "baseline"), (1, "cosine")):
+            write_run(tmp_path / "runs" / f"{script}_{distance}_{seed}", seed, distance, 0.9 + seed / 100,
+                      script=script, dataset=dataset)
+        write_run(tmp_path / "source" / script, 1, "euclidean", 0.8, script=script, dataset=dataset)
+    return tmp_path
+
+
+def numbers_of_runs(folder):
+    """{path: its numbers} of the runs in a report, without what other runs have a part in."""
+    with open(folder / "report" / "tables" / "runs.csv", newline="", encoding="utf-8") as f:
+        rows = {row["path"]: row for row in csv.DictReader(f)}
+    for row in rows.values():
+        del row["section"], row["head"]
+    return rows
+
+
+RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "emissions.csv", "probe.npz")
+
+
+def check_report(families, script, name, how):
+    """The report of runs of which one is damaged: the others are in it as ever, and that one is named, if it is not."""
+    bad = families / "runs" / "bad"
+    damage(bad, families / "source" / script, name, how)
+    _, message = quietly(report.main, [str(families / "runs"), f"--out_dir={families / 'report'}", "--dpi=30"])
+    assert message is None
+    found = numbers_of_runs(families)
+    if str(bad) not in found:
+        assert str(bad) in (families / "report" / "index.md").read_text()
+    return {path: row for path, row in found.items() if path != str(bad)}
+
+
+def test_a_damaged_run_changes_nothing_else_in_a_report(fuzz, families, monkeypatch):
+    monkeypatch.setattr(report, "figure_blocks", lambda section, probes: []) # they take most of the time
+    quietly(report.main, [str(families / "runs"), f"--out_dir={families / 'report'}"])
+    expected = numbers_of_runs(families)
+
+    def check(case):
+        assert check_report(families, *case[:1], *case[1]) == expected
+    fuzz(check, st.tuples(st.sampled_from(SCRIPTS), damages(*RUN_FILES)), cases=20)
+
+
+def test_the_figures_of_a_report_with_a_damaged_run(fuzz, families):
+    def check(case):
+        check_report(families, *case[:1], *case[1])
+    fuzz(check, st.tuples(st.sampled_from(SCRIPTS), damages(*RUN_FILES)), cases=1)
+
+
+def test_pictures_of_a_damaged_run_are_drawn_or_refused_in_a_line(fuzz, families):
+    def check(case):
+        script, (name, how) = case
+        damage(families / "bad", families / "source" / script, name, how)
+        _, message = quietly(figures.main, [str(families / "bad")])
+        assert message is None or (str(families / "bad") in message and len(message.splitlines()) == 1)
+    fuzz(check, st.tuples(st.sampled_from(SCRIPTS), damages("config.json", "metrics.jsonl", "probe.npz", "best.pt")),
+         cases=10)
+
+
+def test_a_study_over_a_damaged_folder(fuzz, folder, monkeypatch):
+    for name, text in (("arguments.json", '["train_vision.py", "--distance=baseline", "--link=harmonic", "--seed=1"]'),
+                       ("error.txt", "exit status 1\nout of luck\n"), ("summary.json", "{}")):
+        (folder / "source" / name).parent.mkdir(exist_ok=True)
+        (folder / "source" / name).write_text(text)
+    flags = ["study.py", "--out_dir=out", "--heads=baseline,cosine", "--seeds=1", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", flags)
+
+    def check(case):
+        damage(folder / "out" / "baseline_s1", folder / "source", *case)
+        out, message = quietly(study.main)
+        assert "2 runs in out" in out or "made with other arguments" in message
+        study.why("out/baseline_s1")
+    fuzz(check, damages("arguments.json", "error.txt", "summary.json"), cases=20)
