@@ -14,6 +14,7 @@ how a config becomes a head, the initial weights, and the way from and to transf
 """
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -107,10 +108,12 @@ class LanguageModel(nn.Module):
     def from_pretrained(cls, name, **overrides):
         """
         Load published weights, by their name on the huggingface hub or from a folder; overrides are those of from_hf.
-        Raises ImportError without transformers.
+        Raises ImportError without transformers, OSError where there are none, and ValueError for what does not load.
         """
         transformers = import_transformers(f"init_from={name!r} reads the weights with transformers")
-        return cls.from_hf(getattr(transformers, cls.hf_class).from_pretrained(name), **overrides)
+        with readable_weights(name):
+            hf_model = getattr(transformers, cls.hf_class).from_pretrained(name)
+        return cls.from_hf(hf_model, **overrides)
 
     def hf_weights(self, name, theirs):
         """Return the tensors of theirs, transformers' state dict, that are stacked in our weight of that name."""
@@ -155,6 +158,18 @@ class LanguageModel(nn.Module):
         if self.config.distance != "baseline":
             raise ValueError(f"transformers has no layer for the {self.config.distance} head: "
                              "only a baseline head can be exported")
+
+
+@contextmanager
+def readable_weights(name):
+    """Whatever goes wrong while weights are read becomes a ValueError of one line, but for OSError and ImportError."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as e: # torch's own message advises to load a pickle that could run code
+        raise ValueError(f"{name} does not load ({type(e).__name__}): it is damaged, holds no weights, or asks for "
+                         "code that weights do not need") from None
 
 
 def import_transformers(purpose):
@@ -319,7 +334,9 @@ class GPT(LanguageModel):
     def from_pretrained(cls, name, **overrides):
         """Load published weights as every language model does; name may also be the ckpt.pt of a run of nanoGPT."""
         if os.path.isfile(name):
-            return cls.from_nanogpt(torch.load(name, map_location="cpu", weights_only=True), **overrides)
+            with readable_weights(name):
+                checkpoint = dict(torch.load(name, map_location="cpu", weights_only=True))
+            return cls.from_nanogpt(checkpoint, **overrides)
         return super().from_pretrained(name, **overrides)
 
     @classmethod
