@@ -1,9 +1,10 @@
 # make demo    prepares a corpus that needs no network, trains a small GPT with a cosine head, and shows what it learned
 # make test    runs the linter and the tests
+# make torture runs what takes longer: ten thousand fuzzed cases and kills at random moments, half an hour on 2 cores
 # make study   trains every head on the digits and six in a small GPT, three seeds each; report/index.html shows it
 # make gpu     measures what only an NVIDIA GPU can show, in 25 minutes, without a network: gpu-tests, gpu-bench, gpu-runs
 # make clean   removes what these have made, except the corpus
-# The first three make .venv beforehand; gpu takes it if it is there, else PYTHON as it is, and installs nothing.
+# The first four make .venv beforehand; gpu takes it if it is there, else PYTHON as it is, and installs nothing.
 # PYTHON=python3.12 chooses another Python, VENV=somewhere another place.
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,6 +28,9 @@ test: $(VENV)/test.installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/python -m pytest -q -n auto
 
+torture: $(VENV)/test.installed
+	$(VENV)/bin/python -m pytest -q -n auto -m torture
+
 $(VENV)/demo.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
@@ -47,4 +51,4 @@ gpu-tests gpu-bench gpu-runs:
 clean:
 	rm -rf .venv out/demo out/study_digits out/study_gpt report
 
-.PHONY: demo test study gpu gpu-tests gpu-bench gpu-runs clean
+.PHONY: demo test torture study gpu gpu-tests gpu-bench gpu-runs clean

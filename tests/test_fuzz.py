@@ -1,16 +1,14 @@
 """
-What nobody thought of: settings, config files, heads and damaged files by hypothesis. A few hundred cases each time,
-the same ones; twenty times as many, and others each time, under `make torture`.
+What nobody thought of: settings, config files and damaged files by hypothesis, and the files of strangers. A few
+hundred cases each time, the same ones; twenty times as many, and others each time, under `make torture`.
 
 $ pytest tests/test_fuzz.py
 $ pytest tests/test_fuzz.py -m torture
 """
 import contextlib
-import copy
 import csv
 import functools
 import io
-import itertools
 import json
 import os
 import pickle
@@ -21,12 +19,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import ROOT, defaults_of, make_dataset, run_script
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_models import EVERY_HEAD
-from test_distances import make as make_head
 from test_report import write_run
 
 import configurator
@@ -40,19 +34,6 @@ from families import load_run
 
 # -----------------------------------------------------------------------------
 # how cases are made
-
-
-@pytest.fixture(params=[pytest.param(1, id="some"), pytest.param(20, id="many", marks=pytest.mark.torture)])
-def fuzz(request, record_property):
-    """A function that tries check(case) for cases of a strategy; in a torture 20 times as many, new ones each time."""
-    def try_all(check, strategy, cases):
-        cases *= request.param
-        record_property("cases", cases)
-        how = settings(max_examples=cases, derandomize=request.param == 1, deadline=None, database=None,
-                       suppress_health_check=list(HealthCheck))
-        how(given(strategy)(check))()
-    return try_all
-
 
 HEADS = ["baseline", *DISTANCES, *(f"{name}:{variant}" for name, variants in DISTANCES.items() for variant in variants)]
 # every name that a distance's parameter, an argument of DistanceHead, or nothing has
@@ -247,190 +228,6 @@ def test_a_report_refuses_any_settings(fuzz, folder):
             report.main(["data", *flags])
         assert isinstance(e.value.code, str) and os.listdir() == ["data"]
     fuzz(check, arguments(defaults_of("report.py")), cases=30)
-
-
-# -----------------------------------------------------------------------------
-# heads
-
-ROUNDING = 2.0 ** -24 # of fp32, relative
-DISTANCE_ERROR = 1e-4 # of d in fp32, relative, as DistanceHead.distances says
-
-head_cases = st.fixed_dictionaries(dict(
-    name=st.sampled_from(EVERY_HEAD),
-    link=st.sampled_from(["harmonic", "softmin"]),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    n=st.sampled_from([0.1, 1.0, 3.0, 28.0]),
-    eps=st.sampled_from([1e-4, 1e-2]),
-    learn_n=st.booleans(), # not in bfloat16, which rounds n
-    bias=st.booleans(),
-    N=st.integers(1, 4),
-    V=st.integers(1, 6),
-    D=st.integers(1, 9),
-    padding=st.integers(0, 2), # rows of the weight that are no class
-    dtypes=st.sampled_from([("float32", "float32")] * 5 + [("bfloat16", "float32"), ("float32", "bfloat16"),
-                                                           ("bfloat16", "bfloat16"), ("float64", "float32")]),
-    scale=st.sampled_from([1.0, 1.0, 1.0, 1e-6, 1e-3, 1e3, 1e6]),
-    rows=st.lists(st.tuples(st.sampled_from(["random", "grid", "zero", "equal", "near", "near"]),
-                            st.sampled_from([1e-1, 1e-2, 1e-3, 1e-4, 1e-5])), min_size=4, max_size=4),
-    grid=st.booleans(), # prototypes of small integers: coordinates and whole prototypes that are equal
-    ignored=st.booleans(), # the first row's target does not count
-    chunk=st.sampled_from([None, 1, 3]),
-    seed=st.integers(0, 10 ** 6),
-))
-
-
-def head_and_batch(case):
-    """The head of a case, its features h (N, D) and targets y (N,)."""
-    g = torch.Generator().manual_seed(case["seed"])
-    N, V, D, scale = (case[key] for key in ("N", "V", "D", "scale"))
-    h_dtype, w_dtype = (getattr(torch, name) for name in case["dtypes"])
-    options = {key: case[key] for key in ("link", "n", "eps", "bias")}
-    head = make_head(*case["name"], D=D, V=V + case["padding"], num_classes=V, seed=case["seed"], **options,
-                     learn_n=case["learn_n"] and w_dtype == torch.float32)
-    with torch.no_grad():
-        if case["grid"]:
-            head.weight.copy_(torch.randint(-2, 3, head.weight.shape, generator=g))
-        head.weight.mul_(scale)
-        if case["bias"]:
-            head.bias.copy_(torch.randn(len(head.bias), generator=g))
-        head = head.to(w_dtype)
-        w = head.weight[:V].double()
-        h = torch.randn(N, D, generator=g, dtype=torch.float64) * scale
-        for i, (kind, gap) in enumerate(case["rows"][:N]):
-            k = torch.randint(V, (), generator=g)
-            if kind == "grid":
-                h[i] = torch.randint(-2, 3, (D,), generator=g) * scale
-            elif kind == "zero":
-                h[i] = 0
-            elif kind == "equal":
-                h[i] = w[k]
-            elif kind == "near": # a target or not
-                h[i] = w[k] + gap * w[k].norm() / D ** 0.5 * h[i] / scale
-    y = torch.randint(V, (N,), generator=g)
-    if case["ignored"]:
-        y[0] = -100
-    return head, h.to(h_dtype), y
-
-
-def loss_and_gradients(head, h, y, case, by_loss=True):
-    """The loss by head.loss, or by cross-entropy of the scores, and its gradients {name: tensor}, of h too."""
-    h, named = h.detach().requires_grad_(), dict(head.named_parameters())
-    if by_loss:
-        loss = head.loss(h, y, reduction=case["reduction"], chunk=case["chunk"])
-    else:
-        loss = F.cross_entropy(head(h), y, reduction=case["reduction"])
-    upstream = torch.linspace(-1, 2, len(h), dtype=loss.dtype) if case["reduction"] == "none" else torch.ones_like(loss)
-    gradients = torch.autograd.grad(loss, [h, *named.values()], upstream, allow_unused=True)
-    found = {}
-    for name, x, gradient in zip(("h", *named), (h, *named.values()), gradients):
-        found[name] = torch.zeros_like(x, dtype=torch.float64) if gradient is None else gradient.double()
-    return loss.detach().double(), found
-
-
-def jacobians(head, h):
-    """{name: the norms of the rows of dz_ik / d name (N, V, rows)} in float64, and z (N, V)."""
-    h, named = h.detach().requires_grad_(), dict(head.named_parameters())
-    z = head(h)
-    norms = {name: torch.zeros(*z.shape, *x.shape[:1] or (1,), dtype=z.dtype) for name, x in {"h": h, **named}.items()}
-    for i, k in itertools.product(*map(range, z.shape)):
-        gradients = torch.autograd.grad(z[i, k], [h, *named.values()], retain_graph=True, allow_unused=True)
-        for name, gradient in zip(norms, gradients):
-            if gradient is not None:
-                norms[name][i, k] = row_norms(gradient)
-    return norms, z.detach()
-
-
-def row_norms(x):
-    """x (rows, ...) -> (rows,), and a scalar -> (1,)"""
-    return x.reshape(len(x) if x.ndim else 1, -1).norm(dim=1)
-
-
-def slopes(case, head, h):
-    """
-    |dz/dd| (N, V) times the size of the terms of which the distance's own gradients are differences: where these
-    cancel, rounding is left.
-    """
-    (distance, variant), D = case["name"], case["D"]
-    w = head.weight[:case["V"]].detach()
-    size = 0.0
-    if distance == "hamming" or variant == "cosh": # the slope of a sigmoid, and a share of all exponentials
-        size = 2.0
-    elif distance == "canberra":
-        size = (1 / (h.abs()[:, None] + w.abs() + case["eps"])).norm(dim=-1)
-    elif distance in ("cosine", "bray_curtis"):
-        size = D ** 0.5 * (1 / h.norm(dim=1, keepdim=True).clamp_min(1e-12) + 1 / w.norm(dim=1).clamp_min(1e-12))
-    is_linear = case["link"] == "softmin" or distance == "baseline"
-    return size * head.n / (1.0 if is_linear else head.distances(h).detach())
-
-
-def check_head(case):
-    """
-    head.loss, cross-entropy of the scores and the same in float64 agree, in value and in every gradient, as far as the
-    docstrings say: the distances err by 1e-4, relative, and by what rounding h and the weight in fp32 changes.
-    """
-    head, h, y = head_and_batch(case)
-    exact, h64 = copy.deepcopy(head).double(), h.double()
-    try:
-        found = [loss_and_gradients(head, h, y, case, by_loss) for by_loss in (True, False)]
-    except ValueError as e:
-        assert "its exponentials hold up to" in str(e) and case["name"][1] == "cosh"
-        return
-    loss64, gradients64 = loss_and_gradients(exact, h64, y, case, by_loss=False)
-    counts = (y != -100).double()
-    if not counts.any():
-        for loss, gradients in found:
-            torch.testing.assert_close(loss, loss64, equal_nan=True)
-            assert all((gradient == 0).all() for gradient in gradients.values()) # as cross-entropy has it
-        return
-
-    # what rounding the inputs does; those of hamming are rounded as sigmoids, around 1/2
-    absolute = 8 * ROUNDING * {"hamming": 1.0, "bray_curtis": case["eps"]}.get(case["name"][0], 0.0)
-    moved_loss = torch.zeros_like(loss64)
-    moved = {name: torch.zeros_like(row_norms(gradient)) for name, gradient in gradients64.items()}
-    g = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        other = copy.deepcopy(exact)
-        h_moved = h64.clone()
-        for x in (h_moved, *other.parameters()):
-            x.data += (4 * ROUNDING * x.data.abs() + absolute) * torch.randn(x.shape, generator=g, dtype=x.dtype)
-        loss, gradients = loss_and_gradients(other, h_moved, y, case, by_loss=False)
-        moved_loss = torch.maximum(moved_loss, (loss - loss64).abs())
-        for name, gradient in gradients.items():
-            moved[name] = torch.maximum(moved[name], row_norms(gradient - gradients64[name]))
-
-    # the error of each row's scores, of its probabilities, and what follows for the loss and the gradients
-    norms, z = jacobians(exact, h64)
-    size = torch.ones_like(z) if case["link"] == "harmonic" else z.abs() / exact.n
-    if case["name"][0] == "baseline":
-        size = torch.zeros_like(z)
-    z_error = exact.n * DISTANCE_ERROR * size.amax(1) + 8 * ROUNDING * z.abs().amax(1) # (N,)
-    if case["name"] == ("cosine", "unstable"): # 1 - cos, whose 1 is rounded
-        z_error = z_error + 16 * ROUNDING * exact.n * (1 / exact.distances(h64)).amax(1).clamp_min(1)
-    weights = counts
-    if case["reduction"] == "mean":
-        weights = counts / counts.sum()
-    if case["reduction"] == "none":
-        weights = counts * torch.linspace(-1, 2, len(y), dtype=torch.float64).abs()
-    row_error = 2 * z_error * counts if case["reduction"] == "none" else (2 * z_error * weights).sum()
-    is_target = F.one_hot(y.clamp_min(0), z.shape[1]).bool()
-    p = z.softmax(1)
-    gap = torch.where(is_target, 1 - p, p) # |dL / dz|
-    p_error = gap * (torch.expm1((2 * z_error).clamp_max(30)) + 4 * DISTANCE_ERROR)[:, None] + 8 * ROUNDING # (N, V)
-    cancelled = (weights[:, None] * 16 * ROUNDING * gap * slopes(case, exact, h64)).sum()
-    for loss, gradients in found:
-        assert torch.isfinite(loss).all()
-        error = (loss - loss64).abs()
-        assert (error <= row_error + 8 * moved_loss + 1e-6).all(), f"loss {loss}, in float64 {loss64}"
-        for name, gradient in gradients.items():
-            error = row_norms(gradient - gradients64[name])
-            bound = torch.einsum("i,ik,ikr->r", weights, p_error, norms[name].detach()) + 8 * moved[name]
-            dtype = h.dtype if name == "h" else head.weight.dtype
-            bound += 2 * torch.finfo(dtype).eps * row_norms(gradients64[name]) + cancelled + 1e-30
-            assert (error <= bound).all(), f"gradient of {name}: {gradient}, in float64 {gradients64[name]}, {bound=}"
-
-
-def test_heads_agree_with_cross_entropy_and_float64(fuzz):
-    fuzz(check_head, head_cases, cases=100)
 
 
 # -----------------------------------------------------------------------------
