@@ -10,8 +10,8 @@ $ python study.py --script=train.py --base=config/cpu.py --settings=--max_iters=
 
 A run that has ended (summary.json) is skipped, one that was stopped half-way goes on from its checkpoint, and one that
 broke (error.txt) is reported and left until --retry. A folder that was made with other arguments (arguments.json) is
-refused, and one where they cannot be read is reported and left. Ctrl-C stops the run and the study, and the same
-command goes on. What a run prints is in its log.txt.
+refused, one where they cannot be read is reported and left, and one in which another process makes its run is left
+alone. Ctrl-C stops the run and the study, and the same command goes on. What a run prints is in its log.txt.
 Runs of the same seed start from the same backbone weights and see the same batches: the training scripts see to that.
 There is one run at a time, as the energy of a run is the machine's: for more at once, use --shard on several machines.
 """
@@ -195,6 +195,17 @@ def arguments(folder, flags):
     return [*recipe(flags)[1:], f"--out_dir={folder}", "--overwrite=true"]
 
 
+def write(path, text):
+    """Write a text file, whole or not at all. Raises OSError where the disk does not take it."""
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(path + ".tmp", path)
+    finally:
+        if os.path.lexists(path + ".tmp"):
+            os.remove(path + ".tmp")
+
+
 def child(path, args, folder):
     """One run, in a process of its own: everything it prints goes to log.txt."""
     log = open(os.path.join(folder, "log.txt"), "a", buffering=1)
@@ -238,10 +249,7 @@ def run_one(folder, flags):
     if os.path.exists(log) and state(folder) != "stopped": # one that goes on adds to its log
         os.remove(log)
     sys.stdout.flush() # what is still in the buffer would be the child's too
-    path = os.path.join(folder, "arguments.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(recipe(flags), f)
-    os.replace(path + ".tmp", path)
+    write(os.path.join(folder, "arguments.json"), json.dumps(recipe(flags)))
     process = CONTEXT.Process(target=child, args=(os.path.join(_ROOT, script), arguments(folder, flags), folder))
     process.start()
     try:
@@ -256,8 +264,7 @@ def run_one(folder, flags):
     if state(folder) != "ended" and process.exitcode not in STOPPED and not is_in_use(folder):
         with open(log, encoding="utf-8", errors="replace") as f:
             lines = f.read().splitlines()
-        with open(error, "w", encoding="utf-8") as f:
-            f.write("\n".join([f"exit status {process.exitcode}", *lines[-15:]]) + "\n")
+        write(error, "\n".join([f"exit status {process.exitcode}", *lines[-15:]]) + "\n")
 
 
 def why(folder):

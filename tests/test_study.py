@@ -186,8 +186,14 @@ def test_a_folder_that_cannot_be_written_is_named_and_a_full_disk_stops_the_stud
     out = here(*flags, refused=True)
     assert "stopped after 1 of 3 runs: out/baseline_s2: it cannot be written ([Errno 28] No space left" in out
     assert "make room, and the same command goes on" in out and not os.path.exists("out/baseline_s5")
-    os.remove("out/baseline_s2/arguments.json.tmp")
+    assert os.listdir("out/baseline_s2") == [] # no .tmp either
     assert "1 ended, 2 new; 2 to run" in here(*flags)
+    os.makedirs("out/baseline_s3")
+    os.symlink("/dev/full", "out/baseline_s3/error.txt.tmp") # full while the run was made
+    out = here("--heads=baseline", "--seeds=3", refused=True)
+    assert "stopped after 0 of 1 runs" in out and not os.path.exists("out/baseline_s3/error.txt")
+    open("mended", "w").close()
+    assert "1 new; 1 to run" in here("--heads=baseline", "--seeds=3")
 
 
 def test_dry_run_and_shards(here):
