@@ -6,10 +6,11 @@ A page as a list of blocks, written from this one source as Markdown and as one 
 import base64
 import csv
 import html
+import io
 import os
 from collections import namedtuple
 
-from safe import write
+from safe import explained, whole_file, write
 
 Heading = namedtuple("Heading", "text level", defaults=(2,))
 Paragraph = namedtuple("Paragraph", "text")
@@ -111,23 +112,30 @@ def shown(metric, mean, std):
 
 
 def write_csv(path, records):
-    """records: dicts, whose keys together are the columns."""
-    columns = {}
+    """records: dicts, whose keys together are the columns. Raises SystemExit where the disk does not take the file."""
+    columns, text = {}, io.StringIO()
     for record in records:
         columns.update(record)
-    with open(path, "w", newline="", encoding="utf-8", errors="replace") as f:
-        writer = csv.DictWriter(f, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write(path, as_utf8(text.getvalue()))
+
+
+def as_utf8(text):
+    """The text with ? for what utf-8 does not have: the name of a folder may hold any bytes."""
+    return text.encode(errors="replace").decode()
 
 
 def write_page(folder, title, blocks):
     """
     Write index.md and index.html, tables/<name>.csv of each Table (its records, or its texts where it has none), and
-    figures/<name>.png of each Picture.
+    figures/<name>.png of each Picture. Raises SystemExit where the disk does not take them.
     """
     for name in ("tables", "figures"):
-        os.makedirs(os.path.join(folder, name), exist_ok=True)
+        path = os.path.join(folder, name)
+        with explained(path):
+            os.makedirs(path, exist_ok=True)
     for block in blocks:
         if isinstance(block, Table):
             records = block.records
@@ -135,13 +143,11 @@ def write_page(folder, title, blocks):
                 records = [dict(zip(block.columns, map(text_of, row))) for row in block.rows]
             write_csv(os.path.join(folder, "tables", f"{block.name}.csv"), records)
         if isinstance(block, Picture):
-            with open(os.path.join(folder, "figures", f"{block.name}.png"), "wb") as f:
+            path = os.path.join(folder, "figures", f"{block.name}.png")
+            with explained(path), whole_file(path) as f:
                 f.write(block.png)
-    title, body = html.escape(title), "\n".join(map(html_of, blocks))
-    pages = {
-        "index.md": "\n\n".join(map(markdown, blocks)) + "\n",
-        "index.html": f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-                      f"<style>{_CSS}</style></head>\n<body>\n{body}\n</body></html>\n",
-    }
-    for name, text in pages.items(): # a folder's name may be no utf-8
-        write(os.path.join(folder, name), text.encode(errors="replace").decode())
+    write(os.path.join(folder, "index.md"), as_utf8("\n\n".join(map(markdown, blocks)) + "\n"))
+    title, body = html.escape(title), as_utf8("\n".join(map(html_of, blocks)))
+    write(os.path.join(folder, "index.html"),
+          f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+          f"<style>{_CSS}</style></head>\n<body>\n{body}\n</body></html>\n")

@@ -101,7 +101,8 @@ RANGES = (
     ("n_layer n_head", "in [1, 10,000]", lambda x: 1 <= x <= 1e4),
     ("max_iters warmup_iters lr_decay_iters epochs patience vocab_size", "in [0, 10^9]", lambda x: 0 <= x <= 1e9),
     ("image_size", "in [0, 10,000]", lambda x: 0 <= x <= 1e4),
-    ("learning_rate min_lr weight_decay grad_clip feature_scale", ">= 0 and finite", lambda x: 0 <= x < math.inf),
+    ("learning_rate min_lr weight_decay grad_clip", ">= 0 and finite", lambda x: 0 <= x < math.inf),
+    ("feature_scale time_limit", ">= 0 and finite", lambda x: 0 <= x < math.inf),
     ("min_improvement", "in [0, 100)", lambda x: 0 <= x < 100),
     ("dropout beta1 beta2 momentum", "in [0, 1)", lambda x: 0 <= x < 1),
     ("val_fraction mlm_probability", "in (0, 1)", lambda x: 0 < x < 1),
@@ -535,7 +536,7 @@ def begin(out_dir, info, resume_step=None):
         with open(path) as f:
             first = json.load(f)
         info.update({key: first[key] for key in ("command", "n") if key in first})
-        info["config"] = {**info["config"], "init_from": first["config"]["init_from"]}
+        info["config"] = {**info["config"], "init_from": first["config"].get("init_from", "scratch")}
         rows = [row for row in read_metrics(out_dir)[0] if row["step"] <= resume_step]
     for name in os.listdir(out_dir): # before anything is written: no half of one run with half of another
         of_a_former_run = is_new and (name in LEFT_OVERS or name.startswith("emissions"))

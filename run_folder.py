@@ -9,9 +9,8 @@ import sys
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 
-from run import read_metrics
+import safe
 
 SCRIPTS = ("train.py", "train_vision.py")
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", dict: "a dict",
@@ -88,7 +87,7 @@ def read_rows(folder, script):
     lines that are damaged. Raises Damaged where the file cannot be read at all.
     """
     with readable(os.path.join(folder, "metrics.jsonl")):
-        rows, whole = read_metrics(folder)
+        rows, whole = safe.read_metrics(folder)
     logs, evals = [], []
     for row in rows:
         try:
@@ -161,6 +160,9 @@ def read_probe(folder):
 def read_prototypes(folder):
     """Return head.weight (V, D) of best.pt, as a float32 array. Raises Damaged."""
     path = os.path.join(folder, "best.pt")
+    try:
+        weights = safe.load(path)["model"]
+    except ValueError as e:
+        raise Damaged(str(e)) from None
     with readable(path):
-        model = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        return model["head.weight"].float().numpy()
+        return weights["head.weight"].float().numpy()

@@ -13,6 +13,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -115,6 +116,8 @@ def load(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not {"model", "model_args", "config", "step"} <= state.keys():
             raise ValueError("it holds no run")
+    except pickle.UnpicklingError: # torch's own message tells how to load it all the same
+        raise ValueError(f"{path} cannot be read as a checkpoint: it asks for code that none needs") from None
     except Exception as e: # a damaged file can raise anything
         first_line, *_ = str(e).splitlines() or [""]
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {first_line})") from None

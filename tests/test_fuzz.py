@@ -19,7 +19,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, defaults_of, make_dataset, run_script
+from helpers import ROOT, SETTINGS, assert_same, defaults_of, flags, load, make_dataset, run_script
 from hypothesis import strategies as st
 from test_report import write_run
 
@@ -117,8 +117,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_check_phase_refuses_or_accepts_any_flags(fuzz, folder, script):
-    def check(flags):
-        refusal(script, *TINY[script], *flags)
+    def check(args):
+        refusal(script, *TINY[script], *args)
         assert os.listdir() == ["data"] # nothing was written
     fuzz(check, arguments(defaults_of(script)), cases=100)
 
@@ -375,6 +375,45 @@ def test_a_study_over_a_damaged_folder(fuzz, folder, monkeypatch):
         assert "2 runs in out" in out or "made with other arguments" in message
         study.why("out/baseline_s1")
     fuzz(check, damages("arguments.json", "error.txt", "summary.json"), cases=20)
+
+
+RESUMED = ["--init_from=resume", "--out_dir=bad", "--max_iters=4", "--eval_interval=2"]
+
+
+@pytest.fixture
+def a_run(folder):
+    """The folder `run` of a language model after two steps, and its weights."""
+    run_script("train.py", *flags(**{**SETTINGS, "out_dir": "run", "max_iters": 2, "eval_interval": 1}))
+    return folder / "run", load("run")["model"]
+
+
+def test_a_damaged_checkpoint_is_one_line_or_the_same_weights(fuzz, a_run):
+    run, weights = a_run
+
+    def check(case):
+        damage(run.parent / "bad", run, *case)
+        try:
+            model, _, _ = load_run("bad", "ckpt.pt")
+        except SystemExit as e:
+            assert isinstance(e.code, str) and "ckpt.pt" in e.code and len(e.code.splitlines()) == 1
+        else:
+            assert_same(dict(model.state_dict()), dict(weights))
+    fuzz(check, damages("ckpt.pt"), cases=20)
+
+
+def test_a_damaged_run_goes_on_or_is_refused_in_a_line(fuzz, a_run):
+    run, _ = a_run
+
+    def check(case):
+        damage(run.parent / "bad", run, *case)
+        before = {name: (run.parent / "bad" / name).read_bytes() for name in ("ckpt.pt", "best.pt")}
+        if refusal("train.py", *RESUMED) is None:
+            try:
+                run_script("train.py", *RESUMED)
+            except SystemExit as e:
+                assert isinstance(e.code, str) and len(e.code.splitlines()) == 1, e.code
+                assert before == {name: (run.parent / "bad" / name).read_bytes() for name in before}
+    fuzz(check, damages("config.json", "config.json", "metrics.jsonl", "ckpt.pt"), cases=15)
 
 
 # -----------------------------------------------------------------------------
