@@ -18,10 +18,10 @@ from operator import itemgetter
 import numpy as np
 
 import metrics
+from data import replacing
 from distances import DISTANCES, find, parse_head
 from metrics import METRICS
 from run_folder import Damaged, read_config, read_probe, read_prototypes, read_rows, readable
-from safe import whole_file
 
 # -----------------------------------------------------------------------------
 # what the pictures share
@@ -113,7 +113,7 @@ def title(info, *words):
 
 def save(fig, path):
     """Save a Figure, whole or not at all, and return the path. Raises OSError where the disk does not take it."""
-    with whole_file(path) as f:
+    with replacing(path) as (f,):
         fig.savefig(f, format="png", dpi=150)
     return path
 

@@ -10,7 +10,8 @@ import io
 import os
 from collections import namedtuple
 
-from safe import explained, whole_file, write
+from data import replacing
+from safe import explained, write
 
 Heading = namedtuple("Heading", "text level", defaults=(2,))
 Paragraph = namedtuple("Paragraph", "text")
@@ -144,7 +145,7 @@ def write_page(folder, title, blocks):
             write_csv(os.path.join(folder, "tables", f"{block.name}.csv"), records)
         if isinstance(block, Picture):
             path = os.path.join(folder, "figures", f"{block.name}.png")
-            with explained(path), whole_file(path) as f:
+            with explained(path), replacing(path) as (f,):
                 f.write(block.png)
     write(os.path.join(folder, "index.md"), as_utf8("\n\n".join(map(markdown, blocks)) + "\n"))
     title, body = html.escape(title), as_utf8("\n".join(map(html_of, blocks)))
