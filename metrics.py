@@ -224,8 +224,31 @@ def time_to(steps, values, share=0.9):
     target = max(v[0] - share * (v[0] - v.min()), v.min()) # rounding must not put it below the best
     return np.asarray(steps)[np.argmax(v <= target)].item() # an int step stays an int
 
+
+def first_above(epochs, values, level, window):
+    """
+    The first of the ascending epochs (T,), as an int, for which the values (T,) from it up to `window` epochs later are
+    above the level on average; None where there is none. A window that the last epoch cuts short does not count.
+    """
+    epochs, values = array(epochs, "epochs"), array(values, "values")
+    for e in epochs[epochs + window <= epochs[-1]]:
+        if values[(epochs >= e) & (epochs <= e + window)].mean() > level:
+            return int(e)
+    return None
+
 # -----------------------------------------------------------------------------
 # classes and their prototypes
+
+
+def circularity(h):
+    """
+    How far points h (N, D) are from a circle around their mean in the plane of their top two principal components: the
+    standard deviation of the radius over its mean. 0 is a circle.
+    """
+    h = rows(h)
+    _, _, axes = np.linalg.svd(h - h.mean(0), full_matrices=False)
+    radius = np.linalg.norm((h - h.mean(0)) @ axes[:2].T, axis=1)
+    return float(radius.std() / radius.mean())
 
 
 def sums_by_class(h, y):
@@ -371,6 +394,29 @@ def paired(values, baseline):
     mean = result["mean"]
     return result | dict(std=std, t=float(test.statistic), p=float(test.pvalue), effect_size=mean / std,
                          low=mean - half, high=mean + half)
+
+
+def unpaired(a, b):
+    """
+    Student's t test, two-sided, of two independent samples a and b with equal variances, scipy.stats.ttest_ind: dict of
+      mean        mean(a) - mean(b)
+      t, p, df    with len(a) + len(b) - 2 degrees of freedom
+      d           Cohen's d, the mean over the pooled standard deviation
+      low, high   95% interval of the mean
+    With fewer than three values in all, or none that differ, all but mean and df are None. Needs scipy.
+    """
+    a, b = array(a, "a"), array(b, "b")
+    mean, df = float(a.mean() - b.mean()), len(a) + len(b) - 2
+    result = dict(mean=mean, df=df, t=None, p=None, d=None, low=None, high=None)
+    squares = ((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()
+    if df < 1 or squares == 0:
+        return result
+    from scipy import stats
+    pooled = float(np.sqrt(squares / df))
+    test = stats.ttest_ind(a, b)
+    half = float(stats.t.ppf(0.975, df)) * pooled * (1 / len(a) + 1 / len(b)) ** 0.5
+    return result | dict(t=float(test.statistic), p=float(test.pvalue), d=mean / pooled, low=mean - half,
+                         high=mean + half)
 
 
 def corrected(p_values):

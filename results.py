@@ -113,7 +113,7 @@ def read_run(path):
     info = read_config(path)
     with readable(os.path.join(path, "config.json")):
         c = info["config"]
-        family = "vision" if info["script"] == "train_vision.py" else "language"
+        family = "language" if info["script"] == "train.py" else "vision"
         about = dict(info=info, head=head_of(info), seed=c["seed"], dataset=c["dataset"], model=c.get("model", "gpt"),
                      family=family, fingerprint=fingerprint_of(info))
     notes = []

@@ -1,0 +1,13 @@
+# What the theorems of "Non-Euclidean Harmonic Losses" (appendix A) say, on three classes of points in the plane.
+#   python train_toy.py config/toy_points.py
+#   python train_toy.py config/toy_points.py --point_set=skewed --out_dir=out/toy_points_skewed
+study = "points"
+out_dir = "out/toy_points"
+heads = "baseline,euclidean,manhattan,chebyshev"
+ns = "2"
+optimizer = "adamw"
+learning_rate = 1e-2
+weight_decay = 0.0
+batch_size = 0
+epochs = 10000
+eval_interval = 50

@@ -1,0 +1,466 @@
+"""
+The small studies: what a distance head does where one can see all of it. Twenty seeds train at once, as one batch of
+nets (model_toy.py), and each leaves a run's folder of its own, so that report.py pairs and averages them as any others.
+
+Modular addition, Figure 9 of "Non-Euclidean Harmonic Losses" and its comparison of seeds (Baek et al.):
+$ python train_toy.py config/toy_modular.py
+$ python train_toy.py config/toy_case.py
+What that paper's theorems say, on points in the plane:
+$ python train_toy.py config/toy_points.py
+Oursland's two-layer nets on MNIST, or on the digits without a download; a night on a CPU, minutes on a GPU:
+$ python train_toy.py config/toy_two_layer.py --dataset=mnist
+Their figure and their table again, from the folders:
+$ python figures_toy.py out/toy_modular
+
+A study is a grid of groups, the heads or nets of one; a group is a batch of seeds. A seed that has ended is skipped,
+one that was stopped half-way starts anew. The held-out part is watched over time, since when it is learned is what is
+studied: val_accuracy in metrics.jsonl is its course, test_accuracy in summary.json its value after the last epoch.
+Nothing is chosen by it.
+"""
+import functools
+import json
+import math
+import operator
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import figures_toy
+import metrics
+import model_toy
+import run
+from configurator import configure, fail
+from data_vision import load
+from distances import LINKS, DistanceHead, parse_head
+from model_toy import Net, Seeds, losses
+from study import all_heads, words
+
+# -----------------------------------------------------------------------------
+# defaults: modular addition with the linear head, its two controls and Euclid; a minute and a half each
+# I/O
+out_dir = "out/toy_modular" # the study's folder: a folder per group, in it one per seed
+overwrite = False # True: train again what has ended
+eval_interval = 5 # epochs between evaluations
+plots = True # the figure and the table at the end
+# the grid
+study = "modular" # 'modular', 'points' (in the plane), 'two_layer'
+# of modular: 'mlp', 'transformer'; of two_layer: 'relu', 'abs2_neg', 'relu2_bias', 'abs_l2' and so on, or 'all'
+models = "mlp"
+# comma separated distance[:variant][:name=value], or 'all'. Two linear heads are controls: 'stablemax', and 'matched',
+# whose scores are scaled to those of Euclid at the first n before the first step
+heads = "baseline,matched,stablemax,euclidean"
+ns = "2" # comma separated exponents of the distance (n = 2: the d^-2 of Baek et al.)
+link = "harmonic" # or 'softmin'
+eps = 1e-4
+seeds = 20 # how many, from seed on
+seed = 0 # the first: of initial weights, splits or points, and the order of batches
+# data
+prime = 31 # of modular
+train_fraction = 0.8 # of all pairs, drawn without replacement
+point_set = "separable" # of points: or 'skewed'
+dataset = "digits" # of two_layer: or 'mnist'
+data_dir = "data"
+inputs = "raw" # of two_layer: 0 to 255, or 'standard': zero mean and unit variance
+# model
+tied = True # of modular: the embedding is the matrix of prototypes
+# optimizer
+optimizer = "adamw" # or 'sgd', without momentum
+learning_rate = 2e-3
+weight_decay = 0.01 # of matrices
+batch_size = 32 # 0: all
+epochs = 1000
+embedding_penalty = 0.01 # of modular: times the mean over dimensions of the embedding's RMS, as published
+# system
+device = "auto"
+# -----------------------------------------------------------------------------
+CONTROLS = {"baseline": "linear", "matched": "linear, Euclid's scale", "stablemax": "linear, StableMax"}
+GRID = ("models", "heads", "ns", "seeds") # they say which runs there are, and not what one is
+UNLIKE = ("out_dir", "overwrite", "plots", "device", "data_dir", "eval_interval") # what runs of one study may differ in
+LEVEL, WINDOW = 0.9, 20 # an accuracy is reached when it is above 0.9 on average over 20 epochs
+
+
+@dataclass
+class Group:
+    """Seeds that train at once. config: what tells this group from the others; make() returns a net."""
+    name: str # of its folder
+    label: str # in tables
+    config: dict
+    make: Callable
+
+
+# -----------------------------------------------------------------------------
+# the grid
+
+def exponents():
+    """The numbers of ns. Raises ValueError for what is no exponent."""
+    try:
+        numbers = [float(word) for word in words(ns)]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < n < math.inf for n in numbers):
+        raise ValueError(f"ns is {ns!r}: write numbers > 0, comma separated, such as 1,2,4,16")
+    return numbers
+
+
+def head_groups(model, net, task):
+    """
+    The Groups of a model with every head of the grid. net(output=None, **arguments of DistanceHead) makes one; task is
+    that of seed 0, for the scale of a control.
+    """
+    groups, listed = [], exponents()
+    scales = {"link": link, "eps": eps}
+    for word in all_heads() if heads == "all" else words(heads):
+        if word in CONTROLS:
+            groups.append(linear_group(model, word, net, task, listed[0]))
+            continue
+        arguments = parse_head(word)
+        variant = DistanceHead(2, 2, **arguments, **scales).variant # raises ValueError for what is no head
+        distance, params = arguments["distance"], words_of_numbers(arguments)
+        for n in listed:
+            parts = model, distance, variant, params.replace("=", ""), "" if link == "harmonic" else link, f"n{n:g}"
+            config = dict(model=model, distance=distance, variant=variant, distance_params=params, n=n, control="")
+            make = functools.partial(net, n=n, **arguments, **scales)
+            label = f"{word} n={n:g}" if link == "harmonic" else f"{word} {link} n={n:g}"
+            groups.append(Group("_".join(filter(None, parts)), label, config, make))
+    return groups
+
+
+def words_of_numbers(arguments):
+    numbers = {name: x for name, x in arguments.items() if name not in ("distance", "variant")}
+    return ",".join(f"{name}={x:g}" for name, x in numbers.items())
+
+
+def linear_group(model, word, net, task, n):
+    """The Group of the linear head, or of one of its controls."""
+    output, label = None, CONTROLS[word]
+    if word == "stablemax":
+        output = model_toy.stablemax
+    if word == "matched":
+        euclid = initial_scale(functools.partial(net, distance="euclidean", link=link, n=n, eps=eps), task)
+        factor = float(f"{euclid / initial_scale(functools.partial(net, distance='baseline'), task):.3g}")
+        output, label = functools.partial(operator.mul, factor), f"{label} (x {factor:g})"
+    config = dict(model=model, distance="baseline", variant="", distance_params="", n=n,
+                  control="" if word == "baseline" else label)
+    return Group(f"{model}_{word}", label, config, functools.partial(net, output=output, distance="baseline"))
+
+
+def initial_scale(make, task):
+    """The spread of the scores of seed 0 before the first step; task: its own."""
+    batch = Seeds(make, [0])
+    batch.net.eval()
+    with torch.no_grad():
+        _, z = batch(task.train_x, task.shared)
+    return spread(z).mean().item()
+
+
+def make_study():
+    """(Task, Groups) of the study. Raises ValueError, OSError or ImportError for what cannot run."""
+    if study == "two_layer":
+        task = model_toy.pictures(load(dataset, data_dir), inputs)
+        return task, two_layer_groups(task)
+    data = functools.partial(model_toy.points, point_set)
+    if study == "modular":
+        data = functools.partial(model_toy.modular_addition, prime, train_fraction)
+    task, first = data(all_seeds()), data([0])
+    if study == "points":
+        return task, head_groups("points", point_net, first)
+    groups = []
+    for model in words(models):
+        check_word(model, model_toy.MODULAR)
+        net = functools.partial(model_toy.modular_net, model, prime, tied)
+        groups += head_groups(model, net, first)
+    return task, groups
+
+
+def two_layer_groups(task):
+    nets, groups = model_toy.two_layer_nets(), []
+    for model in nets if models == "all" else words(models):
+        check_word(model, nets)
+        distance, variant = ("offset_l2", "standard") if nets[model].l2 else ("baseline", "")
+        config = dict(model=model, distance=distance, variant=variant, distance_params="", n=1.0, control="")
+        make = functools.partial(nets[model].net, task.train_x.shape[-1], classes=task.num_classes)
+        groups.append(Group(model, model, config, make))
+    return groups
+
+
+def point_net(output=None, **arguments):
+    """Points are their own features."""
+    return Net(torch.nn.Identity(), DistanceHead(2, 3, **arguments), output)
+
+
+def check_word(model, legal):
+    if model not in legal:
+        raise ValueError(f"models: there is no {model!r}, only {', '.join(legal)}")
+
+
+def all_seeds():
+    return range(seed, seed + seeds)
+
+
+# -----------------------------------------------------------------------------
+# what is measured, a number for each seed
+
+def spread(z):
+    """The effective scale of scores z (S, N, K): their standard deviation over classes, the mean over samples (S,)."""
+    return z.std(2).mean(1)
+
+
+@torch.no_grad()
+def evaluate(batch, task):
+    """Numbers by name, each a list over seeds."""
+    batch.net.eval()
+    h, z = batch(task.train_x, task.shared)
+    found = dict(train_loss=losses(z, task.train_y), train_accuracy=(z.argmax(2) == task.train_y).double().mean(1),
+                 score_scale=spread(z))
+    if study == "points":
+        found |= on_points(batch, z, task)
+    if study == "two_layer":
+        found |= activity(batch.net, h, z)
+    _, z = batch(task.test_x, task.shared)
+    found |= dict(val_loss=losses(z, task.test_y), val_accuracy=(z.argmax(2) == task.test_y).double().mean(1),
+                  prototype_norm=batch.prototypes.norm(dim=2).mean(1))
+    batch.net.train()
+    numbers = {name: x.double().tolist() for name, x in found.items()}
+    if study == "modular":
+        embeddings = batch.params["backbone.embedding.weight"].detach().cpu().double().numpy() # (S, p, D)
+        numbers["embedding_pc2_ev"] = [metrics.explained_variance(metrics.spectrum(e), 2) for e in embeddings]
+        numbers["circularity"] = [metrics.circularity(e) for e in embeddings]
+    return numbers
+
+
+def on_points(batch, z, task):
+    """
+    Of the theorems: the margin, min over the points of (d to the nearest other prototype) - (d to the own), positive
+    where all are separated (Definition 2 has it with the sign reversed, and then divides by it); the bound of Theorem
+    2 without its constant and its second term, R |W| / (margin sqrt N), with R the largest |x| and |W| the Frobenius
+    norm, nan unless the margin is positive; and how far prototypes are from their class's centres, as shares of its
+    spread.
+    """
+    x, y, prototypes = task.train_x, task.train_y, batch.prototypes
+    d = -z # of the linear head, and of softmin up to n
+    if batch.net.head.link == "harmonic":
+        d = (-z / batch.net.head.fixed_n).exp()
+    own = d.gather(2, y[..., None])[..., 0] # (S, N)
+    other = d.scatter(2, y[..., None], math.inf).amin(2)
+    margin = (other - own).amin(1) # (S,)
+    capacity = x.norm(dim=2).amax(1) * prototypes.flatten(1).norm(dim=1)
+    bound = capacity / (margin * x.shape[1] ** 0.5)
+    found = dict(margin=margin, bound=bound.where(margin > 0, math.nan))
+    for name, centres in task.centres.items():
+        found[f"to_{name}"] = ((prototypes - centres).norm(dim=2) / task.spreads).mean(1)
+    return found
+
+
+def activity(net, h, z):
+    """Shares of hidden and of output nodes that are active for no image, for under 1%, and for under 5% of them."""
+    found = {}
+    for name, x in (("hidden", h), ("output", z)):
+        active = (x.abs() > 1e-6).double().mean(1) # (S, nodes), the published threshold
+        for word, share in (("dead", 0.0), ("rare1", 0.01), ("rare5", 0.05)):
+            few = active == 0 if share == 0 else active < share
+            found[f"{name}_{word}"] = few.double().mean(1)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# a group
+
+def start(group, task, batch, todo, config, sources):
+    """Write config.json of each seed that is to be trained. Returns their folders."""
+    folders = []
+    for seed_i in todo:
+        folder = os.path.join(out_dir, group.name, f"s{seed_i}")
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(os.path.join(folder, "error.txt")):
+            os.remove(os.path.join(folder, "error.txt"))
+        data = dict(source=task.source, hash=task.hash, num_classes=task.num_classes)
+        num_params = sum(p.numel() for p in batch.net.parameters())
+        run.begin(folder, dict(
+            script="train_toy.py", config=run_config(group, seed_i, config), data=data,
+            sources={**sources, "n": "command line" if len(words(ns)) > 1 else "default"}, # for results.head_of
+            label=group.label, head=batch.net.head.extra_repr(), n=run.exponent(batch.net.head),
+            seeds_at_once=len(todo), num_params=num_params, model_args={},
+            device=device_type, device_name=run.device_name(device_type),
+            dtype="float32", world_size=1))
+        folders.append(folder)
+    return folders
+
+
+def run_config(group, seed_i, config):
+    """The settings of one seed's run, with those that results.py knows a head by."""
+    settings = {key: value for key, value in config.items() if key not in GRID}
+    data_name = {"modular": f"modular_{prime}", "points": point_set, "two_layer": dataset}[study]
+    fixed = dict(learn_n=False, feature_scale=1.0, grad_clip=0.0)
+    return {**settings, **fixed, "dataset": data_name, **group.config, "seed": seed_i}
+
+
+def unfinished(group, config):
+    """
+    The seeds that are still to be trained: those without summary.json and without error.txt. Raises ValueError where
+    a folder's run has other settings.
+    """
+    todo = []
+    for seed_i in all_seeds():
+        folder = os.path.join(out_dir, group.name, f"s{seed_i}")
+        has_ended = any(os.path.exists(os.path.join(folder, name)) for name in ("summary.json", "error.txt"))
+        if overwrite or not has_ended:
+            todo.append(seed_i)
+            continue
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            saved = json.load(f)["config"]
+        for key, value in run_config(group, seed_i, config).items():
+            if key not in UNLIKE and saved.get(key) != value:
+                raise ValueError(f"{folder} has a run with {key} {saved.get(key)!r}, here it is {value!r}: write "
+                                 "elsewhere (--out_dir=...), or discard it (--overwrite=true)")
+    return todo
+
+
+def make_optimizer(batch):
+    decay, _ = run.parameter_groups(batch.net, weight_decay) # of the net alone: a matrix of many seeds has three
+    decaying = {id(p) for p in decay["params"]}
+    names = {name for name, p in batch.net.named_parameters() if id(p) in decaying}
+    groups = [dict(params=[p for name, p in batch.params.items() if name in names], weight_decay=weight_decay),
+              dict(params=[p for name, p in batch.params.items() if name not in names], weight_decay=0.0)]
+    if optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=device_type != "mps")
+
+
+def batches(task, seed_numbers, epoch):
+    """
+    The batches x (S, B, ...), y (S, B) of an epoch, and whether the seeds share them. The order is a function of the
+    seed and the epoch alone; what is left over is dropped.
+    """
+    N = task.train_y.shape[-1]
+    if batch_size == 0 or batch_size >= N:
+        yield task.train_x, task.train_y, task.shared
+        return
+    orders = np.stack([np.random.RandomState([s, epoch]).permutation(N) for s in seed_numbers])
+    orders = torch.from_numpy(orders).to(task.train_y.device)
+    for i in range(0, N - batch_size + 1, batch_size):
+        rows = orders[:, i:i + batch_size] # (S, B)
+        if task.shared:
+            yield task.train_x[rows], task.train_y[rows], False
+        else:
+            s = torch.arange(len(rows), device=rows.device)[:, None]
+            yield task.train_x[s, rows], task.train_y[s, rows], False
+
+
+def train(group, task, todo, config, sources):
+    """Train the seeds of a group from their first to their last epoch, and write their folders."""
+    batch = Seeds(group.make, todo, device)
+    folders, opt = start(group, task, batch, todo, config, sources), make_optimizer(batch)
+    courses, broken = [[] for _ in todo], set()
+    step, width, t0 = 0, len(str(epochs)), time.time()
+    for epoch in range(epochs + 1):
+
+        # at the end of an epoch, and before the first: evaluate
+        if epoch % eval_interval == 0 or epoch == epochs:
+            numbers = evaluate(batch, task)
+            for i, folder in enumerate(folders):
+                row = dict(kind="eval", step=step, epoch=epoch, n=run.exponent(batch.net.head),
+                           **{name: finite(values[i]) for name, values in numbers.items()})
+                if i in broken:
+                    continue
+                if row["train_loss"] is None:
+                    broken.add(i)
+                    run.write(os.path.join(folder, "error.txt"), f"the loss is not finite at epoch {epoch}\n")
+                    continue
+                courses[i].append(row)
+                run.log(folder, row)
+        shown = [rows[-1] for i, rows in enumerate(courses) if i not in broken]
+        if shown and (epoch == epochs or epoch % max(eval_interval, epochs // 10) == 0):
+            means = [np.mean([row[key] for row in shown]) for key in ("train_accuracy", "val_accuracy", "train_loss")]
+            print(f"{group.label} | epoch {epoch:>{width}}/{epochs} | train {means[0]:7.2%} | test {means[1]:7.2%} | "
+                  f"loss {means[2]:.4g} | {time.time() - t0:6.1f} s", flush=True)
+        if epoch == epochs or len(broken) == len(todo):
+            break
+
+        # an epoch
+        for x, y, shared in batches(task, todo, epoch):
+            torch.manual_seed(hash((seed, step))) # dropout and noise, which belong to the step
+            batch.update_covariance(x, y, shared)
+            _, z = batch(x, shared)
+            loss = losses(z, y).sum() # over seeds: each has the gradient of its own
+            if study == "modular" and embedding_penalty:
+                rms = batch.params["backbone.embedding.weight"].square().mean(1).sqrt() # (S, D)
+                loss = loss + embedding_penalty * rms.mean(1).sum()
+            loss.backward()
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            step += 1
+
+    for i, folder in enumerate(folders):
+        if i not in broken:
+            finish(folder, batch, task, i, courses[i], step, (time.time() - t0) / len(todo))
+
+
+def finite(x):
+    return x if math.isfinite(x) else None # JSON has no nan
+
+
+def finish(folder, batch, task, i, rows, step, seconds):
+    """Write what a seed has at the end: weights, probe.npz, and summary.json, which says that it has ended."""
+    x, y = (task.test_x, task.test_y) if task.shared else (task.test_x[i:i + 1], task.test_y[i])
+    batch.net.eval()
+    with torch.no_grad():
+        (h,), (z,) = batch.one(i)(x, task.shared)
+    result = metrics.classification(y.cpu().numpy(), z.argmax(1).cpu().numpy(), task.num_classes)
+    epochs_seen = [row["epoch"] for row in rows]
+    reached = {}
+    for name, key in (("train", "train_accuracy"), ("test", "val_accuracy")):
+        reached[name] = metrics.first_above(epochs_seen, [row[key] for row in rows], LEVEL, WINDOW)
+    delay = None if None in reached.values() else reached["test"] - reached["train"]
+    last = {key: value for key, value in rows[-1].items() if key not in ("kind", "val_loss")}
+    run.save(os.path.join(folder, "best.pt"), {"model": batch.state(i)})
+    more = dict(class_means=metrics.class_means(h.cpu().numpy(), y.cpu().numpy(), task.num_classes))
+    if study == "two_layer":
+        own = batch.state(i)
+        more["pre"] = x[:run.PROBE_SIZE].cpu() @ own["backbone.linear.weight"].T + own["backbone.linear.bias"]
+    run.save_probe(folder, h[:run.PROBE_SIZE], y[:run.PROBE_SIZE], **more)
+    run.write(os.path.join(folder, "summary.json"), json.dumps(dict(
+        last, test_accuracy=result["accuracy"], f1_macro=result["f1_macro"], test_loss=rows[-1]["val_loss"],
+        epochs_to_train=reached["train"], epochs_to_test=reached["test"], delay=delay, seconds=seconds), indent=1))
+
+
+def main():
+    global device, device_type
+
+    # what cannot run is said before anything does
+    problems = []
+    config, sources = configure(globals(), problems=problems)
+    ranges = ("eval_interval", "seeds", "prime"), ("epochs", "batch_size", "learning_rate", "weight_decay", "seed")
+    problems += [f"{key} is {config[key]!r}, it must be at least 1" for key in ranges[0] if config[key] < 1]
+    problems += [f"{key} is {config[key]!r}, it must be >= 0" for key in ranges[1] if config[key] < 0]
+    for key, legal in dict(study=("modular", "points", "two_layer"), optimizer=("adamw", "sgd"), link=LINKS,
+                           inputs=("raw", "standard"), point_set=("separable", "skewed")).items():
+        if config[key] not in legal:
+            problems.append(f"{key} is {config[key]!r}: use {', '.join(legal)}")
+    device, device_type, _ = run.choose_device(device, "float32", problems)
+    fail(problems)
+    try:
+        task, groups = make_study()
+        todo = {group.name: unfinished(group, config) for group in groups}
+    except (ValueError, OSError, ImportError) as e:
+        fail([str(e)])
+
+    # do it
+    seed_numbers = list(all_seeds())
+    for group in groups:
+        mine = todo[group.name]
+        if not mine:
+            print(f"{group.label}: all {seeds} seeds have ended")
+            continue
+        rows = [seed_numbers.index(number) for number in mine]
+        train(group, task.of_seeds(rows).to(device), mine, config, sources)
+    if plots:
+        for path in figures_toy.draw(out_dir):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
