@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distances import DistanceHead, within_class_scatter
 
@@ -55,11 +56,13 @@ class ModularTransformer(nn.Module):
         self.embedding, D = embedding, embedding.embedding_dim
         blocks = [nn.TransformerEncoderLayer(D, heads, feed_forward, dropout, batch_first=True) for _ in range(layers)]
         self.blocks = nn.ModuleList(blocks)
+        torch.backends.mha.set_fastpath_enabled(False) # of evaluation: vmap has no rule for it either
 
     def forward(self, x):
         x = self.embedding(x) # (N, 2, D)
-        for block in self.blocks:
-            x = x + block(x)
+        with sdpa_kernel(SDPBackend.MATH): # vmap has no rule for the faster ones
+            for block in self.blocks:
+                x = x + block(x)
         return x[:, -1]
 
 
@@ -167,10 +170,8 @@ class Seeds:
     @property
     def prototypes(self):
         """(S, K, D)"""
-        for name in ("head.weight", "backbone.embedding.weight"): # a tied matrix has the first of its names
-            if name in self.params:
-                prototypes = self.params[name]
-        return prototypes.detach()
+        name = "head.weight" if "head.weight" in self.params else "backbone.embedding.weight" # of a tied matrix
+        return self.params[name].detach()
 
     @torch.no_grad()
     def update_covariance(self, x, y, shared=False):

@@ -241,9 +241,9 @@ def on_points(batch, z, task):
     spread.
     """
     x, y, prototypes = task.train_x, task.train_y, batch.prototypes
-    d = -z # of the linear head, and of softmin up to n
+    d = -z / batch.net.head.fixed_n # of the linear head, whose n is 1, and of softmin
     if batch.net.head.link == "harmonic":
-        d = (-z / batch.net.head.fixed_n).exp()
+        d = d.exp()
     own = d.gather(2, y[..., None])[..., 0] # (S, N)
     other = d.scatter(2, y[..., None], math.inf).amin(2)
     margin = (other - own).amin(1) # (S,)
@@ -417,11 +417,12 @@ def finish(folder, batch, task, i, rows, step, seconds):
     delay = None if None in reached.values() else reached["test"] - reached["train"]
     last = {key: value for key, value in rows[-1].items() if key not in ("kind", "val_loss")}
     run.save(os.path.join(folder, "best.pt"), {"model": batch.state(i)})
+    probed = torch.linspace(0, len(y) - 1, min(len(y), run.PROBE_SIZE)).long() # of all classes, however they lie
     more = dict(class_means=metrics.class_means(h.cpu().numpy(), y.cpu().numpy(), task.num_classes))
     if study == "two_layer":
         own = batch.state(i)
-        more["pre"] = x[:run.PROBE_SIZE].cpu() @ own["backbone.linear.weight"].T + own["backbone.linear.bias"]
-    run.save_probe(folder, h[:run.PROBE_SIZE], y[:run.PROBE_SIZE], **more)
+        more["pre"] = x.cpu()[probed] @ own["backbone.linear.weight"].T + own["backbone.linear.bias"]
+    run.save_probe(folder, h.cpu()[probed], y.cpu()[probed], **more)
     run.write(os.path.join(folder, "summary.json"), json.dumps(dict(
         last, test_accuracy=result["accuracy"], f1_macro=result["f1_macro"], test_loss=rows[-1]["val_loss"],
         epochs_to_train=reached["train"], epochs_to_test=reached["test"], delay=delay, seconds=seconds), indent=1))
