@@ -2,9 +2,10 @@
 # make test    runs the linter and the tests
 # make torture runs what takes longer: ten thousand fuzzed cases and kills at random moments, half an hour on 2 cores
 # make study   trains every head on the digits and six in a small GPT, three seeds each; report/index.html shows it
+# make toys    trains small versions of the small studies, 20 seeds each, in about five minutes; figures in out/toys
 # make gpu     measures what only an NVIDIA GPU can show, in 25 minutes, without a network: gpu-tests, gpu-bench, gpu-runs
 # make clean   removes what these have made, except the corpus
-# The first four make .venv beforehand; gpu takes it if it is there, else PYTHON as it is, and installs nothing.
+# The first five make .venv beforehand; gpu takes it if it is there, else PYTHON as it is, and installs nothing.
 # PYTHON=python3.12 chooses another Python, VENV=somewhere another place.
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +24,12 @@ study: $(VENV)/demo.installed
 	-$(VENV)/bin/python study.py config/study_digits.py
 	-$(VENV)/bin/python study.py config/study_gpt.py
 	$(VENV)/bin/python report.py out/study_digits out/study_gpt --out_dir=report
+
+toys: $(VENV)/demo.installed
+	$(VENV)/bin/python train_toy.py config/toy_modular.py --epochs=250 --heads=baseline,matched,euclidean \
+	    --out_dir=out/toys/modular
+	$(VENV)/bin/python train_toy.py config/toy_points.py --epochs=2000 --out_dir=out/toys/points
+	$(VENV)/bin/python train_toy.py config/toy_two_layer.py --epochs=200 --out_dir=out/toys/two_layer
 
 test: $(VENV)/test.installed
 	$(VENV)/bin/ruff check
@@ -49,6 +56,6 @@ gpu-tests gpu-bench gpu-runs:
 	$(GPU_PYTHON) gpu.py $(@:gpu-%=%)
 
 clean:
-	rm -rf .venv out/demo out/study_digits out/study_gpt report
+	rm -rf .venv out/demo out/study_digits out/study_gpt out/toys report
 
-.PHONY: demo test torture study gpu gpu-tests gpu-bench gpu-runs clean
+.PHONY: demo test torture study toys gpu gpu-tests gpu-bench gpu-runs clean

@@ -130,28 +130,36 @@ def weights(r, *names):
 
 
 def modular(out_dir, groups, columns=5):
-    """Figure 9: accuracy over epochs above the embedding of the first seed in the plane of its top two components."""
+    """Figure 9, accuracy over epochs above the embedding of the first seed in the plane of its top two components, and
+    below them the scale of the scores; for the first two rows of groups."""
     shown = list(groups.items())[:2 * columns]
     across = min(columns, len(shown))
     blocks = -(-len(shown) // across)
-    fig, axes = new_figure(2.7 * across, 5.2 * blocks, 2 * blocks, across, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
+    heights = [2, 2.4, 1] * blocks
+    fig, axes = new_figure(2.7 * across, 7 * blocks, 3 * blocks, across, squeeze=False, height_ratios=heights)
     for i, ((model, label), runs) in enumerate(shown):
-        top, bottom = axes[2 * (i // across):2 * (i // across) + 2, i % across]
-        top.axis("on")
-        band(top, runs, "train_accuracy", 100, color="0.5", label="training")
-        band(top, runs, "val_accuracy", 100, color="C0", label="test")
-        top.set(ylim=(-3, 103), xlabel="epoch", ylabel="accuracy (%)" if i % across == 0 else "")
-        top.set_title(f"{model}: {label}", fontsize=9)
+        row, column = divmod(i, across)
+        accuracy, plane, scale = axes[3 * row:3 * row + 3, column]
+        band(accuracy, runs, "train_accuracy", 100, color="0.5", label="training")
+        band(accuracy, runs, "val_accuracy", 100, color="C0", label="test")
+        accuracy.set(ylim=(-3, 103))
+        accuracy.set_title(f"{model}: {label}", fontsize=9)
+        band(scale, runs, "score_scale", color="C1")
+        scale.set(yscale="log", xlabel="epoch")
+        if column == 0:
+            accuracy.set_ylabel("accuracy (%)")
+            scale.set_ylabel("spread of scores")
         embedding = weights(runs[0], "backbone.embedding.weight", "head.weight") # (p, D)
         centre, directions, shares = principal_plane(embedding)
         x, y = directions @ (embedding - centre).T
         for k in range(len(x)):
-            bottom.annotate(k, (x[k], y[k]), fontsize=7, ha="center", va="center")
-        bottom.plot(x, y, alpha=0)
-        bottom.set_aspect("equal", "datalim")
-        bottom.set_title(f"{sum(shares):.0%} of the variance", fontsize=9)
+            plane.annotate(k, (x[k], y[k]), fontsize=7, ha="center", va="center")
+        plane.plot(x, y, alpha=0)
+        plane.set(xticks=[], yticks=[])
+        plane.set_aspect("equal", "datalim")
+        plane.set_title(f"{sum(shares):.0%} of the variance", fontsize=9)
+    for ax in axes.flat:
+        ax.axis("on" if ax.has_data() else "off")
     legend(fig, axes.flat, below=True)
     return save(fig, os.path.join(out_dir, "modular.png"))
 

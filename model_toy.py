@@ -6,7 +6,6 @@ Every net here is a backbone and a DistanceHead. A study gives it a Task: small 
 where they are random.
 """
 import copy
-import hashlib
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -147,15 +146,20 @@ class Seeds:
     runs the net itself once for all of them, so that every head works as it stands. No operation mixes seeds: a sum of
     their losses gives each its own gradient, and an optimizer that treats elements one by one trains each as if it were
     alone. Only random numbers drawn in training (dropout, Gumbel noise) depend on which seeds are together.
+
+    exact: distances hold (S, N, K, D). Without it large ones go through matrix products, which lose digits where a
+    feature is close to a prototype.
     """
 
-    def __init__(self, make, seeds, device="cpu"):
+    def __init__(self, make, seeds, device="cpu", exact=True):
         nets = []
         for seed in seeds:
             torch.manual_seed(seed)
             nets.append(make())
         self.net = nets[0].to(device) # the code; its own numbers are not used
         self.net.head.validate = False # features are not looked at under vmap
+        if exact:
+            self.net.head.core.traced = self.net.head.core.dense # what vmap takes of a core
         params, buffers = stack_module_state(nets)
         self.params = {name: p.detach().to(device).requires_grad_() for name, p in params.items()}
         self.buffers = {name: b.to(device) for name, b in buffers.items()}
@@ -217,16 +221,9 @@ class Task:
     num_classes: int
     shared: bool
     source: str # in words
+    hash: str   # tells which data a run saw: the same for all seeds that may be averaged
     centres: dict = field(default_factory=dict) # of points: the centres of each class by name, (S, K, D)
     spreads: torch.Tensor | None = None         # and its root mean square distance from the mean, (S, K)
-
-    @property
-    def hash(self):
-        """Of the arrays, as data_vision's Images have it: it tells which data a run saw."""
-        sha = hashlib.sha256()
-        for x in (self.train_x, self.train_y, self.test_x, self.test_y):
-            sha.update(x.cpu().contiguous().numpy())
-        return sha.hexdigest()[:16]
 
     def of_seeds(self, rows):
         """The same of these seeds only, counted from 0."""
@@ -264,8 +261,8 @@ def modular_addition(prime, train_fraction, seeds):
             if len(missing):
                 raise ValueError(f"train_fraction is {train_fraction}: of seed {seed} no training pair has "
                                  f"{missing[0]} as its {what}, use a larger fraction")
-    x, y = torch.from_numpy(x[orders]), torch.from_numpy(y[orders])
-    return Task(x[:, :N], y[:, :N], x[:, N:], y[:, N:], prime, False, f"(x + y) mod {prime}")
+    x, y, source = torch.from_numpy(x[orders]), torch.from_numpy(y[orders]), f"(x + y) mod {prime}, {N} for training"
+    return Task(x[:, :N], y[:, :N], x[:, N:], y[:, N:], prime, False, source, source)
 
 
 def points(kind, seeds, count=60, test_count=2000):
@@ -295,8 +292,8 @@ def points(kind, seeds, count=60, test_count=2000):
     mean = train.mean(2) # (S, 3, 2)
     centres = dict(mean=mean, median=train.quantile(0.5, 2), geometric_median=geometric_median(train))
     spreads = (train - mean[:, :, None]).square().sum(3).mean(2).sqrt()
-    return Task(train.flatten(1, 2), train_y, test.flatten(1, 2), test_y, 3, False, f"{kind} points in the plane",
-                centres, spreads)
+    source = f"{kind} points in the plane"
+    return Task(train.flatten(1, 2), train_y, test.flatten(1, 2), test_y, 3, False, source, source, centres, spreads)
 
 
 def geometric_median(x, iterations=500):
@@ -317,4 +314,4 @@ def pictures(images, scale):
     if scale == "standard":
         mean, std = train.mean(), train.std()
         train, test = (train - mean) / std, (test - mean) / std
-    return Task(train, images.train_y, test, images.test_y, images.num_classes, True, images.source)
+    return Task(train, images.train_y, test, images.test_y, images.num_classes, True, images.source, images.hash)

@@ -352,7 +352,8 @@ def batches(task, seed_numbers, epoch):
 
 def train(group, task, todo, config, sources):
     """Train the seeds of a group from their first to their last epoch, and write their folders."""
-    batch = Seeds(group.make, todo, device)
+    is_small = study != "two_layer" # (S, N, K, D) of all images is not
+    batch = Seeds(group.make, todo, device, exact=is_small)
     folders, opt = start(group, task, batch, todo, config, sources), make_optimizer(batch)
     courses, broken = [[] for _ in todo], set()
     step, width, t0 = 0, len(str(epochs)), time.time()

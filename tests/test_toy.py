@@ -86,8 +86,20 @@ def test_each_seed_of_a_transformer_trains_alone(tied):
 def test_each_seed_of_a_two_layer_net_trains_alone_on_what_all_share(name):
     torch.manual_seed(0)
     x, y = torch.randn(50, 12, dtype=torch.float64), torch.arange(50) % 10
-    task = model_toy.Task(x, y, x, y, 10, True, "noise")
+    task = model_toy.Task(x, y, x, y, 10, True, "noise", "")
     assert_seeds_train_alone(lambda: model_toy.two_layer_nets()[name].net(12, hidden=20), task)
+
+
+@pytest.mark.parametrize("head", ["euclidean", "cosine", "mahalanobis", "minkowski:p=2"])
+def test_features_close_to_their_prototypes_lose_no_digits(head):
+    make = lambda: DistanceHead(16, 31, **parse_head(head), eps=1e-6) # noqa: E731
+    batch = Seeds(lambda: model_toy.Net(torch.nn.Identity(), make()), [0, 1])
+    h = batch.prototypes.repeat(1, 40, 1) # (2, 1240, 16): too many for the small way of DistanceHead
+    h = h + 1e-3 * torch.randn(h.shape, generator=torch.Generator().manual_seed(0))
+    for i, seed in enumerate([0, 1]):
+        torch.manual_seed(seed)
+        alone = make().double()
+        torch.testing.assert_close(batch(h)[1][i].double(), alone(h[i].double()), rtol=1e-3, atol=1e-3)
 
 
 def test_the_noise_of_a_gumbel_head_is_another_for_each_seed():
@@ -249,7 +261,7 @@ def test_every_study_draws_its_figure_and_its_table(tmp_path, settings):
 def test_the_margin_is_the_distance_to_the_nearest_other_prototype_less_that_to_the_own():
     script = runpy.run_path(os.path.join(ROOT, "train_toy.py"))
     x, y = torch.tensor([[[0.0, 0.0], [3.0, 0.0]]]), torch.tensor([[0, 1]])
-    task = model_toy.Task(x, y, x, y, 3, False, "two points")
+    task = model_toy.Task(x, y, x, y, 3, False, "two points", "")
     for link in ("harmonic", "softmin"):
         batch = Seeds(lambda link=link: model_toy.Net(torch.nn.Identity(), DistanceHead(2, 3, n=2.0, link=link)), [0])
         batch.params["head.weight"] = torch.tensor([[[0.0, 1.0], [3.0, 0.0], [9.0, 0.0]]], requires_grad=True)
