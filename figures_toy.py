@@ -203,6 +203,8 @@ def points(out_dir, groups):
         bounds.plot(epochs, 1 - errors.mean(0), color=colours[key], ls=":")
     plane.set_title(f"points of seed {first.seed} and the prototypes\nthat lie near them", fontsize=9)
     norms.set(xscale="symlog", yscale="log", xlabel="epoch")
+    norms.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    norms.minorticks_off()
     norms.set_title("mean |w|: Theorem 1", fontsize=9)
     margins.set(xscale="symlog", yscale="symlog", xlabel="epoch")
     margins.axhline(0, color="0.6", lw=1)
@@ -273,7 +275,7 @@ def two_layer_table(groups):
         rows.append({
             "net": model, "seeds": len(runs), "epochs": runs[0].summary["epoch"],
             "test %": mean(runs, "test_accuracy", 100), "std": deviation(runs, "test_accuracy", 100),
-            "+- 95%": half_interval(runs, "test_accuracy", 100), "published %": PUBLISHED_ACCURACY[model],
+            "+- 95%": half_interval(runs, "test_accuracy", 100), "published % (MNIST)": PUBLISHED_ACCURACY[model],
             "train %": mean(runs, "train_accuracy", 100),
             **{f"{part} {word} %": mean(runs, f"{part}_{word}", 100, 3)
                for part in ("output", "hidden") for word in ("dead", "rare1", "rare5")}})

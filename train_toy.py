@@ -446,6 +446,7 @@ def main():
     fail(problems)
     try:
         task, groups = make_study()
+        groups = list({group.name: group for group in groups}.values()) # a variant by its name and by default are one
         todo = {group.name: unfinished(group, config) for group in groups}
     except (ValueError, OSError, ImportError) as e:
         fail([str(e)])

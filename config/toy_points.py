@@ -1,8 +1,9 @@
 # What the theorems of "Non-Euclidean Harmonic Losses" (appendix A) say, on three classes of points in the plane.
 #   python train_toy.py config/toy_points.py
-#   python train_toy.py config/toy_points.py --point_set=skewed --out_dir=out/toy_points_skewed
+# Prototypes against means and medians, which differ in skewed classes; n decides between them:
+#   python train_toy.py config/toy_points.py --point_set=skewed --heads=euclidean,manhattan --ns=1,2,4
 study = "points"
-out_dir = "out/toy_points"
+out_dir = f"out/toy_{point_set}"
 heads = "baseline,euclidean,manhattan,chebyshev"
 ns = "2"
 optimizer = "adamw"
