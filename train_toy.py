@@ -80,7 +80,7 @@ device = "auto"
 CONTROLS = {"baseline": "linear", "matched": "linear, Euclid's scale", "stablemax": "linear, StableMax"}
 GRID = ("models", "heads", "ns", "seeds") # they say which runs there are, and not what one is
 UNLIKE = ("out_dir", "overwrite", "plots", "device", "data_dir", "eval_interval") # what runs of one study may differ in
-LEVEL, WINDOW = 0.9, 20 # an accuracy is reached when it is above 0.9 on average over 20 epochs
+_LEVEL, _WINDOW = 0.9, 20 # an accuracy is reached when it is above 0.9 on average over 20 epochs
 
 
 @dataclass
@@ -414,7 +414,7 @@ def finish(folder, batch, task, i, rows, step, seconds):
     epochs_seen = [row["epoch"] for row in rows]
     reached = {}
     for name, key in (("train", "train_accuracy"), ("test", "val_accuracy")):
-        reached[name] = metrics.first_above(epochs_seen, [row[key] for row in rows], LEVEL, WINDOW)
+        reached[name] = metrics.first_above(epochs_seen, [row[key] for row in rows], _LEVEL, _WINDOW)
     delay = None if None in reached.values() else reached["test"] - reached["train"]
     last = {key: value for key, value in rows[-1].items() if key not in ("kind", "val_loss")}
     run.save(os.path.join(folder, "best.pt"), {"model": batch.state(i)})

@@ -20,6 +20,7 @@ import figures_toy
 import metrics
 import model_toy
 import results
+from data_vision import load
 from distances import DistanceHead, parse_head
 from model_toy import Seeds, losses
 from run import read_metrics
@@ -156,6 +157,16 @@ def test_two_layer_nets_are_the_paper_s():
         z = -z if "neg" in name else z
         torch.testing.assert_close(net(x)[1], z, rtol=1e-4, atol=1e-4)
         assert (net.head.bias is not None) == name.endswith("bias")
+
+
+def test_pictures_are_raw_bytes_or_standardised():
+    images = load("digits")
+    raw, standard = (model_toy.pictures(images, scale) for scale in ("raw", "standard"))
+    assert raw.train_x.shape == (1437, 64) and raw.train_x.max() == 255
+    assert standard.train_x.mean().item() == pytest.approx(0, abs=1e-5)
+    assert standard.train_x.std().item() == pytest.approx(1, abs=1e-5)
+    raw_step = (raw.test_x[0] - raw.test_x[1]) / raw.train_x.std() # the test part is scaled as the training part is
+    torch.testing.assert_close(standard.test_x[0] - standard.test_x[1], raw_step)
 
 
 def test_stablemax():
