@@ -48,17 +48,18 @@ class ModularMLP(nn.Module):
 
 class ModularTransformer(nn.Module):
     """Two numbers (N, 2) -> h (N, D), the state of the second. As Baek et al. have it: torch's encoder layers, each
-    with one more residual around it, and no positions, since a sum needs none."""
+    with one more residual around it, and learned positions."""
 
     def __init__(self, embedding, layers=2, heads=2, feed_forward=64, dropout=0.1):
         super().__init__()
         self.embedding, D = embedding, embedding.embedding_dim
         blocks = [nn.TransformerEncoderLayer(D, heads, feed_forward, dropout, batch_first=True) for _ in range(layers)]
         self.blocks = nn.ModuleList(blocks)
+        self.positions = nn.Parameter(torch.randn(2, D))
         torch.backends.mha.set_fastpath_enabled(False) # of evaluation: vmap has no rule for it either
 
     def forward(self, x):
-        x = self.embedding(x) # (N, 2, D)
+        x = self.embedding(x) + self.positions # (N, 2, D)
         with sdpa_kernel(SDPBackend.MATH): # vmap has no rule for the faster ones
             for block in self.blocks:
                 x = x + block(x)

@@ -53,7 +53,7 @@ models = "mlp"
 # comma separated distance[:variant][:name=value], or 'all'. Two linear heads are controls: 'stablemax', and 'matched',
 # whose scores are scaled to those of Euclid at the first n before the first step
 heads = "baseline,matched,stablemax,euclidean"
-ns = "2" # comma separated exponents of the distance (n = 2: the d^-2 of Baek et al.)
+ns = "2" # comma separated exponents of the distance; Baek et al. count on d^2, where 1 is 2 here
 link = "harmonic" # or 'softmin'
 eps = 1e-4
 seeds = 20 # how many, from seed on
@@ -73,7 +73,9 @@ learning_rate = 2e-3
 weight_decay = 0.01 # of matrices
 batch_size = 32 # 0: all
 epochs = 1000
-embedding_penalty = 0.01 # of modular: times the mean over dimensions of the embedding's RMS, as published
+# of modular: times the mean over dimensions of the embedding's RMS. Published is 0.01, without effect on tied MLPs, as
+# the code takes the .data of the tensor, which has no gradient
+embedding_penalty = 0.0
 # system
 device = "auto"
 # -----------------------------------------------------------------------------
@@ -227,9 +229,15 @@ def evaluate(batch, task):
     numbers = {name: x.double().tolist() for name, x in found.items()}
     if study == "modular":
         embeddings = batch.params["backbone.embedding.weight"].detach().cpu().double().numpy() # (S, p, D)
-        numbers["embedding_pc2_ev"] = [metrics.explained_variance(metrics.spectrum(e), 2) for e in embeddings]
-        numbers["circularity"] = [metrics.circularity(e) for e in embeddings]
+        numbers["embedding_pc2_ev"], numbers["circularity"] = zip(*map(shape_of, embeddings))
     return numbers
+
+
+def shape_of(embedding):
+    """The share of the variance of its top two components, and its circularity; nan where it is not finite."""
+    if not np.isfinite(embedding).all():
+        return math.nan, math.nan
+    return metrics.explained_variance(metrics.spectrum(embedding), 2), metrics.circularity(embedding)
 
 
 def on_points(batch, z, task):
@@ -400,6 +408,19 @@ def train(group, task, todo, config, sources):
             finish(folder, batch, task, i, courses[i], step, (time.time() - t0) / len(todo))
 
 
+def train_or_say_why(group, task, todo, config, sources):
+    """
+    Train a group. A mahalanobis matrix that is not finite has no Cholesky factor, which torch reports as an error: it
+    ends the seeds that are trained together.
+    """
+    try:
+        train(group, task, todo, config, sources)
+    except torch.linalg.LinAlgError as e:
+        print(f"{group.label}: {e}")
+        for number in todo:
+            run.write(os.path.join(out_dir, group.name, f"s{number}", "error.txt"), f"{e}\n")
+
+
 def finite(x):
     return x if math.isfinite(x) else None # JSON has no nan
 
@@ -459,7 +480,7 @@ def main():
             print(f"{group.label}: all {seeds} seeds have ended")
             continue
         rows = [seed_numbers.index(number) for number in mine]
-        train(group, task.of_seeds(rows).to(device), mine, config, sources)
+        train_or_say_why(group, task.of_seeds(rows).to(device), mine, config, sources)
     if plots:
         for path in figures_toy.draw(out_dir):
             print(path)

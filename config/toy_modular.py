@@ -4,8 +4,8 @@
 study = "modular"
 out_dir = "out/toy_modular"
 models = "mlp"
-heads = "baseline,matched,stablemax,euclidean,cosine,manhattan"
-ns = "2"
+heads = "baseline,matched,stablemax,euclidean,cosine"
+ns = "2,16"
 learning_rate = 2e-3
 weight_decay = 0.01 # of the transformer 0.005
 epochs = 600

@@ -301,9 +301,31 @@ def test_bad_input_is_one_message(tmp_path, settings, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_seed_whose_loss_is_not_finite_ends_alone(tmp_path):
-    toy(out_dir=tmp_path / "out", **{**SMALL, "epochs": 30}, study="two_layer", models="abs2_neg", optimizer="sgd",
-        batch_size=0, learning_rate=1e30, plots=False)
-    folder = tmp_path / "out" / "abs2_neg" / "s0"
-    assert "not finite" in (folder / "error.txt").read_text()
-    assert not (folder / "summary.json").exists()
+@pytest.mark.parametrize("settings", [
+    dict(study="two_layer", models="abs2_neg", optimizer="sgd", batch_size=0),
+    dict(study="modular", prime=11, heads="euclidean"),
+    dict(study="modular", prime=11, heads="mahalanobis")]) # its Cholesky factor fails
+def test_a_run_that_is_not_finite_leaves_an_error_and_no_end(tmp_path, settings):
+    more = dict(epochs=30, learning_rate=1e30, plots=False)
+    toy(out_dir=tmp_path / "out", **{**SMALL, **more}, **settings)
+    folders = [os.path.dirname(path) for path in sorted((tmp_path / "out").glob("*/*/config.json"))]
+    assert len(folders) == 2
+    for folder in folders:
+        assert os.path.exists(os.path.join(folder, "error.txt"))
+        assert not os.path.exists(os.path.join(folder, "summary.json"))
+    assert "have ended" in toy(out_dir=tmp_path / "out", **{**SMALL, **more}, **settings)[0] # they are not tried again
+
+
+def test_a_seed_that_is_not_finite_leaves_the_others_alone(tmp_path):
+    def with_one_bad_seed(make, seeds, *args, **kwargs):
+        batch = Seeds(make, seeds, *args, **kwargs)
+        if len(seeds) == 2:
+            batch.params["head.weight"].data[0] = np.nan
+        return batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_toy, "Seeds", with_one_bad_seed)
+        toy(out_dir=tmp_path / "out", **SMALL, study="points", heads="euclidean", batch_size=0, plots=False)
+    folder = tmp_path / "out" / "points_euclidean_standard_n2"
+    assert "not finite at epoch 0" in (folder / "s0" / "error.txt").read_text()
+    assert json.loads((folder / "s1" / "summary.json").read_text())["epoch"] == 4
+    assert len(rows_of(folder / "s0")) == 0 and len(rows_of(folder / "s1")) == 3
