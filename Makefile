@@ -26,7 +26,7 @@ study: $(VENV)/demo.installed
 	$(VENV)/bin/python report.py out/study_digits out/study_gpt --out_dir=report
 
 toys: $(VENV)/demo.installed
-	$(VENV)/bin/python train_toy.py config/toy_modular.py --epochs=250 --heads=baseline,matched,euclidean \
+	$(VENV)/bin/python train_toy.py config/toy_modular.py --epochs=250 --heads=baseline,euclidean \
 	    --out_dir=out/toys/modular
 	$(VENV)/bin/python train_toy.py config/toy_points.py --epochs=2000 --out_dir=out/toys/points
 	$(VENV)/bin/python train_toy.py config/toy_two_layer.py --epochs=200 --out_dir=out/toys/two_layer

@@ -15,7 +15,8 @@ $ python figures_toy.py out/toy_modular
 A study is a grid of groups, the heads or nets of one; a group is a batch of seeds. A seed that has ended is skipped,
 one that was stopped half-way starts anew. The held-out part is watched over time, since when it is learned is what is
 studied: val_accuracy in metrics.jsonl is its course, test_accuracy in summary.json its value after the last epoch.
-Nothing is chosen by it.
+Nothing is chosen by it. A folder has no ckpt.pt and no emissions.csv: a run is not resumed, and its energy is not
+measured.
 """
 import functools
 import json
