@@ -51,8 +51,8 @@ plots = True # the figure and the table at the end
 study = "modular" # 'modular', 'points' (in the plane), 'two_layer'
 # of modular: 'mlp', 'transformer'; of two_layer: 'relu', 'abs2_neg', 'relu2_bias', 'abs_l2' and so on, or 'all'
 models = "mlp"
-# comma separated distance[:variant][:name=value], or 'all'. Two linear heads are controls: 'stablemax', and 'matched',
-# whose scores are scaled to those of Euclid at the first n before the first step
+# comma separated distance[:variant][:name=value], or 'all' of them, as in study.py. Two linear heads are controls
+# beside them: 'stablemax', and 'matched', whose scores begin with the spread of those of Euclid at the first n
 heads = "baseline,matched,stablemax,euclidean"
 ns = "2" # comma separated exponents of the distance; Baek et al. count on d^2, where 1 is 2 here
 link = "harmonic" # or 'softmin'
@@ -116,7 +116,8 @@ def head_groups(model, net, task):
     """
     groups, listed = [], exponents()
     scales = {"link": link, "eps": eps}
-    for word in all_heads() if heads == "all" else words(heads):
+    chosen = all_heads() if heads == "all" else words(heads)
+    for word in chosen:
         if word in CONTROLS:
             groups.append(linear_group(model, word, net, task, listed[0]))
             continue
@@ -144,7 +145,8 @@ def linear_group(model, word, net, task, n):
         output = model_toy.stablemax
     if word == "matched":
         euclid = initial_scale(functools.partial(net, distance="euclidean", link=link, n=n, eps=eps), task)
-        factor = float(f"{euclid / initial_scale(functools.partial(net, distance='baseline'), task):.3g}")
+        linear = initial_scale(functools.partial(net, distance="baseline"), task)
+        factor = float(f"{euclid / linear:.3g}")
         output, label = functools.partial(operator.mul, factor), f"{label} (x {factor:g})"
     config = dict(model=model, distance="baseline", variant="", distance_params="", n=n,
                   control="" if word == "baseline" else label)
@@ -181,7 +183,8 @@ def make_study():
 
 def two_layer_groups(task):
     nets, groups = model_toy.two_layer_nets(), []
-    for model in nets if models == "all" else words(models):
+    chosen = nets if models == "all" else words(models)
+    for model in chosen:
         check_word(model, nets)
         distance, variant = ("offset_l2", "standard") if nets[model].l2 else ("baseline", "")
         config = dict(model=model, distance=distance, variant=variant, distance_params="", n=1.0, control="")
