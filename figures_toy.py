@@ -43,20 +43,18 @@ def read_study(out_dir):
     for r in sorted(runs, key=lambda r: r.seed):
         if r.summary is not None:
             groups.setdefault((r.model, r.info["label"]), []).append(r)
-    groups = {key: groups[key] for key in sorted(groups, key=place)}
+    groups = dict(sorted(groups.items(), key=lambda item: place(item[1])))
     studies = {r.info["config"]["study"] for r in runs}
     if not groups or len(studies) != 1:
         raise ValueError(f"{out_dir} holds no run of train_toy.py that has ended, or those of several studies")
     return studies.pop(), groups, sum(r.summary is None for r in runs)
 
 
-def place(key):
-    """Oursland's nets in the paper's order; linear heads before others."""
-    model, label = key
-    order = list(PUBLISHED_ACCURACY)
-    if model in order:
-        return order.index(model), ()
-    return len(order), (model, not label.startswith("linear"), label)
+def place(runs):
+    """Oursland's nets in the paper's order; linear heads before others, those by distance and n."""
+    r, nets = runs[0], list(PUBLISHED_ACCURACY)
+    net = nets.index(r.model) if r.model in nets else len(nets)
+    return net, r.model, r.head.distance != "baseline", r.head.distance, r.head.variant, r.head.link, r.head.n
 
 
 def values(runs, key):
@@ -129,7 +127,7 @@ def weights(r, *names):
 # modular addition
 
 
-def modular(out_dir, groups, columns=5):
+def modular(out_dir, groups, columns=4):
     """Figure 9, accuracy over epochs above the embedding of the first seed in the plane of its top two components, and
     below them the scale of the scores; for the first two rows of groups."""
     shown = list(groups.items())[:2 * columns]
@@ -146,6 +144,8 @@ def modular(out_dir, groups, columns=5):
         accuracy.set_title(f"{model}: {label}", fontsize=9)
         band(scale, runs, "score_scale", color="C1")
         scale.set(yscale="log", xlabel="epoch")
+        scale.set_yticks([0.01, 0.1, 1, 10, 100], ["0.01", "0.1", "1", "10", "100"])
+        scale.minorticks_off()
         if column == 0:
             accuracy.set_ylabel("accuracy (%)")
             scale.set_ylabel("spread of scores")
@@ -156,6 +156,7 @@ def modular(out_dir, groups, columns=5):
             plane.annotate(k, (x[k], y[k]), fontsize=7, ha="center", va="center")
         plane.plot(x, y, alpha=0)
         plane.set(xticks=[], yticks=[])
+        plane.spines[:].set_visible(False)
         plane.set_aspect("equal", "datalim")
         plane.set_title(f"{sum(shares):.0%} of the variance", fontsize=9)
     for ax in axes.flat:
