@@ -2,6 +2,7 @@
 #   python train_toy.py config/toy_points.py
 # Prototypes against means and medians, which differ in skewed classes; n decides between them:
 #   python train_toy.py config/toy_points.py --point_set=skewed --heads=euclidean,manhattan --ns=1,2,4
+#   python train_toy.py config/toy_points.py --point_set=skewed --heads=euclidean,manhattan --ns=1,4 --link=softmin
 study = "points"
 out_dir = f"out/toy_{point_set}"
 heads = "baseline,euclidean,manhattan,chebyshev"
