@@ -34,6 +34,7 @@ import figures_toy
 import metrics
 import model_toy
 import run
+import safe
 from configurator import configure, fail
 from data_vision import load
 from distances import LINKS, DistanceHead, parse_head
@@ -381,7 +382,7 @@ def train(group, task, todo, config, sources):
                     continue
                 if row["train_loss"] is None:
                     broken.add(i)
-                    run.write(os.path.join(folder, "error.txt"), f"the loss is not finite at epoch {epoch}\n")
+                    safe.write(os.path.join(folder, "error.txt"), f"the loss is not finite at epoch {epoch}\n")
                     continue
                 courses[i].append(row)
                 run.log(folder, row)
@@ -422,7 +423,7 @@ def train_or_say_why(group, task, todo, config, sources):
     except torch.linalg.LinAlgError as e:
         print(f"{group.label}: {e}")
         for number in todo:
-            run.write(os.path.join(out_dir, group.name, f"s{number}", "error.txt"), f"{e}\n")
+            safe.write(os.path.join(out_dir, group.name, f"s{number}", "error.txt"), f"{e}\n")
 
 
 def finite(x):
@@ -442,14 +443,14 @@ def finish(folder, batch, task, i, rows, step, seconds):
         reached[name] = metrics.first_above(epochs_seen, [row[key] for row in rows], _LEVEL, _WINDOW)
     delay = None if None in reached.values() else reached["test"] - reached["train"]
     last = {key: value for key, value in rows[-1].items() if key not in ("kind", "val_loss")}
-    run.save(os.path.join(folder, "best.pt"), {"model": batch.state(i)})
+    safe.save(os.path.join(folder, "best.pt"), {"model": batch.state(i)})
     probed = torch.linspace(0, len(y) - 1, min(len(y), run.PROBE_SIZE)).long() # of all classes, however they lie
     more = dict(class_means=metrics.class_means(h.cpu().numpy(), y.cpu().numpy(), task.num_classes))
     if study == "two_layer":
         own = batch.state(i)
         more["pre"] = x.cpu()[probed] @ own["backbone.linear.weight"].T + own["backbone.linear.bias"]
     run.save_probe(folder, h.cpu()[probed], y.cpu()[probed], **more)
-    run.write(os.path.join(folder, "summary.json"), json.dumps(dict(
+    safe.write(os.path.join(folder, "summary.json"), json.dumps(dict(
         last, test_accuracy=result["accuracy"], f1_macro=result["f1_macro"], test_loss=rows[-1]["val_loss"],
         epochs_to_train=reached["train"], epochs_to_test=reached["test"], delay=delay, seconds=seconds), indent=1))
 
@@ -477,6 +478,7 @@ def main():
         fail([str(e)])
 
     # do it
+    run.closing.callback(safe.lock(out_dir))
     seed_numbers = list(all_seeds())
     for group in groups:
         mine = todo[group.name]
