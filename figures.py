@@ -232,7 +232,7 @@ def plane(prototypes, h, y, class_means=None, directions=False):
 
 
 # the pictures of a run, by the script that made it
-PICTURES = {"train.py": (loss,), "train_vision.py": (curves, learned)}
+PICTURES = {"train.py": (loss,), "train_vision.py": (curves, learned), "train_toy.py": ()} # see figures_toy.py
 
 
 def pictures(out_dir):

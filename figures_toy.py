@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 import metrics
-from figures import legend, new_figure, principal_plane, read_probe, readable, save
+from figures import legend, new_figure, principal_plane, save
 from results import read_runs
+from run_folder import read_probe, readable
 
 # Medians of epochs to a test accuracy above 0.9, and how many of 20 seeds reach it, as the published notebook prints
 # them; 49 to 64% of its test pairs are training pairs

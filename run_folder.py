@@ -12,7 +12,7 @@ import numpy as np
 
 import safe
 
-SCRIPTS = ("train.py", "train_vision.py")
+SCRIPTS = ("train.py", "train_vision.py", "train_toy.py")
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", dict: "a dict",
          list: "a list"}
 
@@ -75,6 +75,7 @@ def read_config(folder):
         else:
             check(info["config"], model=str)
             check(info["data"], num_classes=int)
+        if info["script"] == "train_vision.py":
             check(info["model_args"], image_shape=list)
         optional = {"head": str, "git": str, "command": str} # earlier runs have no head, others no git
         check(info, **{key: kind for key, kind in optional.items() if info.get(key) is not None})
