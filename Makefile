@@ -48,7 +48,7 @@ $(VENV)/test.installed: requirements.txt tests/requirements.txt
 	$(PIP) -r tests/requirements.txt
 	touch $@ $(VENV)/demo.installed
 
-# python gpu.py alone is all three stages: one that fails does not keep the next from running
+# without a word gpu.py runs all three stages: one that fails does not keep the next from running
 gpu:
 	$(GPU_PYTHON) gpu.py
 

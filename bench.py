@@ -83,7 +83,7 @@ HEADS = { # of each word, where `heads` names none
 }
 SIZES = {"cpu": "512x8192x256,1024x16384x384",
          "cuda": "16384x50304x768,16384x151936x896,8192x128256x4096,8192x262144x2304"}
-SAMPLE = 32 # rows whose gradients are compared with float64
+_SAMPLE = 32 # rows whose gradients are compared with float64
 SHAPES = {
     "cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, vocab_size=4096,
                 gradient_accumulation_steps=1, steps=10),
@@ -197,11 +197,11 @@ def all_distances(head, h):
 
 
 def exact_rows(f, head, h, y):
-    """The gradient by the first SAMPLE rows of h of the sum of their losses, by f in float64; None where f is None."""
+    """The gradient by the first _SAMPLE rows of h of the sum of their losses, by f in float64; None where f is None."""
     if f is None:
         return None
-    head, h = copy.deepcopy(head).double(), h.detach()[:SAMPLE].double().requires_grad_()
-    _, (dh, *_) = f(head, h, y[:SAMPLE])
+    head, h = copy.deepcopy(head).double(), h.detach()[:_SAMPLE].double().requires_grad_()
+    _, (dh, *_) = f(head, h, y[:_SAMPLE])
     return dh * len(h)
 
 

@@ -41,8 +41,8 @@ out_dir = "assets/gpu"
 minutes = 8.0 # of each stage
 tiny = False # sizes that only show that everything works; a CPU is enough for them
 # -----------------------------------------------------------------------------
-HERE = os.path.dirname(os.path.abspath(__file__))
-QUIET_S = 150 # a test, or a head's first steps, that takes longer hangs
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_QUIET_S = 150 # a test, or a head's first steps, that takes longer hangs
 
 # what the stages import beside torch and numpy: module, package, and what is left out without it
 NEEDED = {
@@ -127,12 +127,12 @@ def say_what_is_missing(names):
 def execute(command, limit_s, watch=None, quiet=None):
     """
     Run a Python script or module for at most limit_s, and end its whole process group then, or when the file `quiet`
-    has not changed for QUIET_S; watch() is called some twenty times a second. Returns a dict: command, seconds, the
+    has not changed for _QUIET_S; watch() is called some twenty times a second. Returns a dict: command, seconds, the
     exit code or in words why there is none, and the end of what it printed.
     """
     started, end = time.time(), None
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdin=subprocess.DEVNULL, stdout=output,
+        process = subprocess.Popen([sys.executable, *command], cwd=_HERE, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while process.poll() is None and end is None:
@@ -140,8 +140,8 @@ def execute(command, limit_s, watch=None, quiet=None):
                     watch()
                 if time.time() - started > limit_s:
                     end = "its time was over"
-                elif quiet is not None and time.time() - max(changed_at(quiet), started) > QUIET_S:
-                    end = f"nothing came for {QUIET_S} s"
+                elif quiet is not None and time.time() - max(changed_at(quiet), started) > _QUIET_S:
+                    end = f"nothing came for {_QUIET_S} s"
                 time.sleep(0.05)
         finally:
             if process.poll() is None: # after Ctrl-C too

@@ -315,7 +315,7 @@ def test_execute():
 @pytest.mark.parametrize("limits, words", [(dict(limit_s=0.7), "its time was over"),
                                            (dict(limit_s=60, quiet="nowhere"), "nothing came for 1 s")])
 def test_a_process_that_takes_too_long_ends_with_its_children(tmp_path, monkeypatch, limits, words):
-    monkeypatch.setattr(gpu, "QUIET_S", 1)
+    monkeypatch.setattr(gpu, "_QUIET_S", 1)
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
     parent = f"import subprocess, sys; print('x', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
     started, calls = time.time(), []
