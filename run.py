@@ -439,7 +439,7 @@ def probe(head, h, y):
     """
     Numbers by name about hidden states h (N, D), the head's input, with classes y (N,), for an evaluation's row. Each
     is defined in metrics.py, and None where it has no value; h_grad_norm is the mean over the samples of
-    |d(-log p_y)/dh|, prototype_norm the mean of |w_k|.
+    |d(-log p_y)/dh|, prototype_norm the mean of |w_k|. A single sample has no variance: what is made of it is left out.
     """
     training = head.training
     head.eval() # in training it may update its statistics, or add noise
@@ -450,16 +450,20 @@ def probe(head, h, y):
     head.train(training)
     w = head.weight.detach()[:head.num_classes].float()
     features = h.detach().cpu().numpy()
-    s = metrics.spectrum(features)
-    variance = metrics.class_variance(features, y.cpu().numpy())
+    of_several = {}
+    if len(features) > 1:
+        s, variance = metrics.spectrum(features), metrics.class_variance(features, y.cpu().numpy())
+        of_several = dict(
+            effective_rank=metrics.effective_rank(s),
+            collapse_score=metrics.collapse_score(s),
+            pc2_ev=metrics.explained_variance(s, 2),
+            pca5=metrics.explained_variance(s, 5),
+            intra_variance=variance["intra"],
+            inter_variance=variance["inter"],
+            variance_ratio=variance["ratio"],
+        )
     result = dict(
-        effective_rank=metrics.effective_rank(s),
-        collapse_score=metrics.collapse_score(s),
-        pc2_ev=metrics.explained_variance(s, 2),
-        pca5=metrics.explained_variance(s, 5),
-        intra_variance=variance["intra"],
-        inter_variance=variance["inter"],
-        variance_ratio=variance["ratio"],
+        **of_several,
         active_ratio=metrics.active_ratio(nll.detach().cpu().numpy()),
         h_grad_norm=gradient.norm(dim=1).mean().item(),
         h_norm=h.detach().norm(dim=1).mean().item(),

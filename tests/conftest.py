@@ -64,8 +64,9 @@ def pytest_terminal_summary(terminalreporter, config):
         for report in terminalreporter.getreports(outcome):
             file, _, name = report.nodeid.split("[")[0].partition("::")
             test = os.path.basename(file), name.removeprefix("test_").replace("_", " ")
-            cases[test] += dict(report.user_properties).get("cases", 1)
-            seconds[test] += report.duration
+            recorded = getattr(report, "user_properties", ()) # a file that does not import has neither
+            cases[test] += dict(recorded).get("cases", 1)
+            seconds[test] += getattr(report, "duration", 0)
             outcomes[test][outcome] += 1
     where = f"torch {torch.__version__}, {os.cpu_count()} CPUs ({run.device_name('cpu')})"
     total, minutes = sum(cases.values()), sum(seconds.values()) / 60

@@ -51,6 +51,13 @@ def test_what_has_no_value_is_none():
     json.dumps(found, allow_nan=False)
 
 
+def test_a_single_sample_has_no_variance():
+    head, h = DistanceHead(4, 9, "euclidean"), torch.randn(1, 4)
+    found = run.probe(head, h, torch.tensor([2]))
+    assert found["h_norm"] == pytest.approx(h.norm().item()) and "effective_rank" not in found
+    json.dumps(found, allow_nan=False)
+
+
 def test_metrics_are_read_up_to_the_last_whole_line(tmp_path):
     assert run.read_metrics(tmp_path) == ([], True)
     run.log(tmp_path, dict(kind="eval", step=0))
