@@ -55,6 +55,13 @@ def fuzz(request, record_property):
     return try_all
 
 
+def pytest_runtest_setup(item):
+    """Note how many cases a test has, or kills, where that is a parameter of it."""
+    for key, value in item.callspec.params.items() if hasattr(item, "callspec") else ():
+        if key in ("cases", "kills"):
+            item.user_properties.append(("cases", value))
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """After a torture: a table for RESULTS.md, with a line for each test, whatever its parameters."""
     if config.option.markexpr != "torture":
