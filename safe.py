@@ -91,6 +91,8 @@ def save(path, state, keep=False):
     """
     with explained(path), replacing(path) as (f,):
         torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno()) # the one before goes only when this one is whole
         if keep and os.path.exists(path):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(before(path))
@@ -226,13 +228,15 @@ class Halt:
         halt.end(step, out_dir)     # after a last step, when it is saved
 
     Before the first step, when there is nothing to save, a signal ends the process at once. So does a second one of its
-    kind, unless it comes within a second: launchers pass on what their processes have received already.
+    kind, unless it comes within a second, or the 30 that torchrun waits: launchers pass on what their processes have
+    received already, and more than once.
     """
 
     def __init__(self, time_limit=0.0):
         self.study = multiprocessing.parent_process()
         self.start, self.time_limit = time.monotonic(), time_limit
         self.code, self.has_begun = 0, False
+        self.window = 30 if "TORCHELASTIC_RUN_ID" in os.environ else 1 # seconds
         self.came, self.handlers = {}, {} # by signal: when it came first, who had it before
         self.listen("SIGINT") # for python it is an exception, with a traceback
 
@@ -249,7 +253,7 @@ class Halt:
             with contextlib.suppress(OSError):
                 os.write(2, f"stopped by {ENDS[128 + signum]} before the first step\n".encode())
             raise SystemExit(128 + signum)
-        if now - self.came.setdefault(signum, now) > 1:
+        if now - self.came.setdefault(signum, now) > self.window:
             os._exit(128 + signum)
         self.code = max(self.code, 128 + signum)
 
