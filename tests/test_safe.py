@@ -42,7 +42,7 @@ import run
 import safe
 import study
 
-VISION = dict(track_emissions=False, plots=False, device="cpu", dtype="float32", distance="cosine")
+VISION = dict(track_emissions=False, plots=False, device="cpu", dtype="float32", distance="cosine", patience=0)
 LONG = {**SETTINGS, "max_iters": 10 ** 6, "eval_interval": 1} # it ends by being stopped
 STATE = dict(model={"w": torch.arange(40.0)}, model_args=dict(n=2), config=dict(lr=0.1, name="x"), step=3)
 
@@ -459,12 +459,12 @@ def begin_or_resume(script, settings, **options):
 
 KILLED = {
     "gpt": ("train.py", {**SETTINGS, **HARD, "dropout": 0.1, "max_iters": 60, "eval_interval": 5}),
-    "vision": ("train_vision.py", dict(epochs=8, augment="crop", learn_n=True, **VISION)),
+    "vision": ("train_vision.py", dict(VISION, epochs=4, augment="crop", learn_n=True)),
     "bert": ("train.py", {**SETTINGS, "model": "bert", "max_iters": 60, "eval_interval": 7, "distance": "cosine"}),
     "qwen2": ("train.py", {**SETTINGS, "model": "qwen2", "n_kv_head": 1, "intermediate_size": 48, "max_iters": 60,
                            "eval_interval": 5, "dtype": "float16", "distance": "offset_l2"}),
-    "covariance": ("train_vision.py", dict(VISION, epochs=8, distance="mahalanobis", variant="covariance")),
-    "noise": ("train_vision.py", dict(VISION, epochs=8, distance="hamming", variant="gumbel", optimizer="sgd",
+    "covariance": ("train_vision.py", dict(VISION, epochs=4, distance="mahalanobis", variant="covariance")),
+    "noise": ("train_vision.py", dict(VISION, epochs=4, distance="hamming", variant="gumbel", optimizer="sgd",
                                       learning_rate=0.01, dtype="float16")),
 }
 
@@ -473,6 +473,8 @@ KILLED = {
     ("gpt", 2), ("vision", 2), *(pytest.param(name, 25, marks=pytest.mark.torture) for name in KILLED)])
 def test_a_run_that_is_killed_at_random_moments_ends_as_the_same_run(here, name, kills):
     script, settings = KILLED[name]
+    length = "max_iters" if script == "train.py" else "epochs"
+    settings = {**settings, length: kills * settings[length]} # long enough for as many kills
     run_script(script, *flags(**settings, out_dir="whole"))
     for _ in range(kills):
         process = begin_or_resume(script, settings)
