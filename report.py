@@ -452,11 +452,11 @@ def provenance(sections):
             found = {r.emissions.get(part) or "unknown" for r in section.runs if r.emissions}
             sources.append(", ".join(sorted(found)) or "not recorded")
         seeds = " ".join(map(str, sorted({r.seed for r in section.runs})))
-        machine = [str(info.get(key)) for key in ("device_name", "cpus", "threads", "dtype")]
+        machine = [str(info.get(key, 1)) for key in ("device_name", "cpus", "threads", "runs_at_once", "dtype")]
         versions = " ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
         rows.append([section.name, str(len(section.runs)), seeds, *sources, *machine, versions, str(info.get("git"))])
     columns = ["section", "runs", "seeds", "CPU energy", "GPU energy", "RAM energy", "device", "CPUs", "threads",
-               "dtype", "versions", "commit"]
+               "runs at once", "dtype", "versions", "commit"]
     return [Heading("What was measured, and how to make it again"), Paragraph(
         "Energy is measured where a counter gives it, and modelled where it is inferred: the CPU's from its TDP and "
         "load, the RAM's from its size. Losses, accuracies and times are measured. tables/runs.csv has every number of "

@@ -129,6 +129,8 @@ def read_run(path):
     emissions = if_readable(lambda: read_emissions(path), None)
     if any(name.startswith("emissions_node") for name in os.listdir(path)):
         notes.append("several nodes: the energy is that of node 0")
+    if info.get("runs_at_once", 1) > 1:
+        notes.append(f"energy: the machine's, which {info['runs_at_once']} runs shared, so that each counts the others")
     return Run(path=path, **about, evals=evals, logs=logs, whole=whole, summary=summary, emissions=emissions,
                notes=tuple(notes))
 

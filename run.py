@@ -110,6 +110,7 @@ RANGES = (
     ("lr_gamma", "in (0, 10,000]", lambda x: 0 < x <= 1e4),
     ("mask_id", ">= -1", lambda x: x >= -1),
     ("channels", "0 or 3", lambda x: x in (0, 3)),
+    ("threads", "in [0, 1,000]", lambda x: 0 <= x <= 1000),
     ("eval_iters", "the number of batches, or -1 for the whole validation split", lambda x: x >= 1 or x == -1),
     ("seed", "in [0, 2^32)", lambda x: 0 <= x < 2 ** 32),
     ("out_dir", "the name of a folder", lambda x: x != "" and "\0" not in x),
@@ -532,6 +533,7 @@ def begin(out_dir, info, resume_step=None):
         git=git_commit(),
         cpus=os.cpu_count(),
         threads=torch.get_num_threads(),
+        runs_at_once=int(os.environ.get("RUNS_AT_ONCE", 1)), # of study.py
         versions=dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
                       numpy=np.__version__),
     )
@@ -540,6 +542,7 @@ def begin(out_dir, info, resume_step=None):
         with open(path) as f:
             first = json.load(f)
         info.update({key: first[key] for key in ("command", "n") if key in first})
+        info["runs_at_once"] = max(info["runs_at_once"], first.get("runs_at_once", 1))
         info["config"] = {**info["config"], "init_from": first["config"].get("init_from", "scratch")}
         rows = [row for row in read_metrics(out_dir)[0] if row["step"] <= resume_step]
     for name in os.listdir(out_dir): # before anything is written: no half of one run with half of another

@@ -11,9 +11,12 @@ $ python study.py --script=train.py --base=config/cpu.py --settings=--max_iters=
 A run that has ended (summary.json) is skipped, one that was stopped half-way goes on from its checkpoint, and one that
 broke (error.txt) is reported and left until --retry. A folder that was made with other arguments (arguments.json) is
 refused, one where they cannot be read is reported and left, and one in which another process makes its run is left
-alone. Ctrl-C stops the run and the study, and the same command goes on. What a run prints is in its log.txt.
+alone. Ctrl-C stops the runs and the study, and the same command goes on. What a run prints is in its log.txt.
 Runs of the same seed start from the same backbone weights and see the same batches: the training scripts see to that.
-There is one run at a time, as the energy of a run is the machine's: for more at once, use --shard on several machines.
+
+On a CPU every run has one thread, however many there are (--settings='--threads=4' gives each four), so that its
+numbers do not depend on how many run at once: --jobs, by default one for each core. With a GPU the default is one. The
+energy of a run is the machine's, and counts what ran beside it: it is marked as shared, and --jobs=1 compares energies.
 """
 import errno
 import glob
@@ -27,8 +30,9 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from itertools import product
+from multiprocessing.connection import wait
 
 from tqdm import tqdm
 
@@ -51,13 +55,15 @@ ns = "default" # comma separated: numbers, 'default' (the config's), 'learn' (le
 seeds = "1,2,3"
 out_dir = "out/study" # a folder per run is made in it
 shard = "1/1" # i/k: only every k-th run, from the i-th on
+jobs = 0 # how many run at once; 0: one for each core, with a GPU one
 retry = False # run again what broke
 dry_run = False # only print the list
 # -----------------------------------------------------------------------------
 _ROOT = os.path.dirname(os.path.abspath(__file__))
 STOPPED = (124, 129, 130, 143) # exit codes of a run that ends early and goes on when resumed: time_limit, and signals
+_HAS_GPU = bool(glob.glob("/dev/nvidia*"))
 # a forked run has the imports of this process already; but with a GPU a forked process could not use it
-CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" and not glob.glob("/dev/nvidia*") else "spawn")
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" and not _HAS_GPU else "spawn")
 
 
 # -----------------------------------------------------------------------------
@@ -170,7 +176,8 @@ def is_in_use(folder):
 
 def recipe(flags):
     """Return what a run is made with, the script and its arguments; the run's folder keeps it in arguments.json."""
-    return [script, *shlex.split(base), *shlex.split(settings), *flags]
+    threads = [] if _HAS_GPU else ["--threads=1"] # first, so that base or settings may say otherwise
+    return [script, *threads, *shlex.split(base), *shlex.split(settings), *flags]
 
 
 def saved_recipe(folder):
@@ -235,13 +242,13 @@ def child(path, args, folder):
     os._exit(status) # without the parent's own clean-up
 
 
-def run_one(folder, flags):
+def begin(folder, flags):
     """
-    Run one run to its end, or leave error.txt; one that another process makes is left alone. KeyboardInterrupt passes
-    through, after the run has stopped. Raises OSError where the folder cannot be written.
+    Return the process of a run that begins, or None where another process makes it. Raises OSError where the folder
+    cannot be written.
     """
     if is_in_use(folder):
-        return
+        return None
     os.makedirs(folder, exist_ok=True)
     error, log = os.path.join(folder, "error.txt"), os.path.join(folder, "log.txt")
     if os.path.exists(error):
@@ -252,19 +259,27 @@ def run_one(folder, flags):
     write(os.path.join(folder, "arguments.json"), json.dumps(recipe(flags)))
     process = CONTEXT.Process(target=child, args=(os.path.join(_ROOT, script), arguments(folder, flags), folder))
     process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt: # from a terminal the run has it too
-        process.join(1)
+    return process
+
+
+def end(folder, process):
+    """Leave error.txt where a run has broken. Raises OSError where the folder cannot be written."""
+    process.join()
+    if state(folder) != "ended" and process.exitcode not in STOPPED and not is_in_use(folder):
+        with open(os.path.join(folder, "log.txt"), encoding="utf-8", errors="replace") as f:
+            lines = f.read().splitlines()
+        write(os.path.join(folder, "error.txt"), "\n".join([f"exit status {process.exitcode}", *lines[-15:]]) + "\n")
+
+
+def stop(processes):
+    """Stop these runs: each ends its step, and saves it."""
+    for process in processes:
+        process.join(1) # from a terminal it has Ctrl-C too
         process.terminate()
-        process.join(60) # it ends its step, and saves it
+    for process in processes:
+        process.join(60)
         process.kill()
         process.join()
-        raise
-    if state(folder) != "ended" and process.exitcode not in STOPPED and not is_in_use(folder):
-        with open(log, encoding="utf-8", errors="replace") as f:
-            lines = f.read().splitlines()
-        write(error, "\n".join([f"exit status {process.exitcode}", *lines[-15:]]) + "\n")
 
 
 def why(folder):
@@ -302,6 +317,11 @@ def refuse_other_recipes(runs):
     fail(problems)
 
 
+def cores():
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def import_ahead():
     """Import once what every run imports, where a run is a fork of this process."""
     if CONTEXT.get_start_method() == "fork":
@@ -311,39 +331,67 @@ def import_ahead():
         import torch._dynamo  # noqa: F401
 
 
-def run_all(todo):
+def run_all(todo, at_once):
     """
-    Run them one after the other, and return ({folder: reason} of those that broke, how many have ended). Raises
-    SystemExit on Ctrl-C or SIGTERM, and on a full disk.
+    Run them, so many at once, and return ({folder: reason} of those that broke, how many have ended). Raises SystemExit
+    on Ctrl-C or SIGTERM, and on a full disk, after the runs have stopped.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler) # the run must not outlive the study
-    broken, done = {}, 0
-    bar = tqdm(todo, unit="run", dynamic_ncols=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # no run must outlive the study
+    os.environ["RUNS_AT_ONCE"] = str(at_once) # for config.json: their energy is shared
+    waiting, running, broken, done = deque(todo), {}, {}, 0 # running: {sentinel: (folder, process)}
+
+    def attempt(act, folder, *arguments):
+        try:
+            return act(folder, *arguments)
+        except OSError as e:
+            broken[folder] = f"it cannot be written ({e})"
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise SystemExit(f"stopped after {done} of {len(todo)} runs: {folder}: {broken[folder]}. what has "
+                                 "ended is whole: make room, and the same command goes on") from None
+
+    bar = tqdm(total=len(todo), unit="run", dynamic_ncols=True)
     try:
-        for folder, flags in bar:
-            bar.set_description(os.path.basename(folder))
-            try:
-                run_one(folder, flags)
-                if state(folder) == "broken":
-                    broken[folder] = why(folder)
-            except OSError as e:
-                broken[folder] = f"it cannot be written ({e})"
-                if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise SystemExit(f"stopped after {done} of {len(todo)} runs: {folder}: {broken[folder]}. what has "
-                                     "ended is whole: make room, and the same command goes on") from None
-            if folder in broken:
-                bar.write(f"broken: {folder}: {broken[folder]}")
-            elif state(folder) == "ended":
-                done += 1
-            elif is_in_use(folder):
-                bar.write(f"left alone: {folder}: another process makes it")
+        while waiting or running:
+            over = []
+            if waiting and len(running) < at_once:
+                folder, flags = waiting.popleft()
+                process = attempt(begin, folder, flags)
+                if process is None:
+                    over.append(folder)
+                else:
+                    running[process.sentinel] = folder, process
             else:
-                bar.write(f"stopped: {folder}: the same command goes on")
+                for sentinel in wait(running):
+                    folder, process = running.pop(sentinel)
+                    attempt(end, folder, process)
+                    over.append(folder)
+            for folder in over:
+                done += state(folder) == "ended"
+                outcome(folder, broken, bar.write)
+                bar.update()
+            bar.set_description(", ".join(os.path.basename(folder) for folder, _ in running.values()))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN) # a second one ends the runs at once, but not who waits for them
         raise SystemExit(f"stopped after {done} of {len(todo)} runs: the same command goes on") from None
     finally:
+        stop([process for _, process in running.values()])
         bar.close()
     return broken, done
+
+
+def outcome(folder, broken, say):
+    """Say what became of a run that has not ended well; the reason why it broke goes into broken."""
+    found = state(folder)
+    if found == "broken":
+        broken.setdefault(folder, why(folder))
+    if folder in broken:
+        say(f"broken: {folder}: {broken[folder]}")
+    elif found == "ended":
+        return
+    elif is_in_use(folder):
+        say(f"left alone: {folder}: another process makes it")
+    else:
+        say(f"stopped: {folder}: the same command goes on")
 
 
 def main():
@@ -355,6 +403,8 @@ def main():
         i, k = read_shard()
     except ValueError as e:
         problems.append(str(e))
+    if jobs < 0:
+        problems.append(f"jobs is {jobs}, it must be >= 0")
     if script not in ("train.py", "train_vision.py"):
         problems.append(f"script is {script!r}: use train.py or train_vision.py")
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
@@ -384,7 +434,8 @@ def main():
     count, every = Counter(states.values()), ("ended", "stopped", "broken", "damaged", "new")
     counts = ", ".join(f"{count[word]} {word}" for word in every if count[word])
     part = f", shard {shard}" if k > 1 else ""
-    print(f"{len(runs)} runs in {out_dir}{part}: {counts}; {len(todo)} to run")
+    at_once = min(jobs or (1 if _HAS_GPU else cores()), max(len(todo), 1))
+    print(f"{len(runs)} runs in {out_dir}{part}: {counts}; {len(todo)} to run, {at_once} at once")
     if dry_run:
         for folder, flags in runs:
             print(f"{states[folder]:>8}  python {script} {shlex.join(arguments(folder, flags))}")
@@ -393,7 +444,7 @@ def main():
     # do it
     import_ahead()
     start = time.time()
-    broken, done = run_all(todo)
+    broken, done = run_all(todo, at_once)
     states = {folder: state(folder) for folder, _ in runs}
     ended = list(states.values()).count("ended")
     print(f"{done} runs in {time.time() - start:.0f} s; {ended} of {len(runs)} have ended")

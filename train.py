@@ -105,6 +105,7 @@ time_limit = 0.0 # minutes after which the run saves itself and ends with exit c
 seed = 1337 # of initial weights, data order and dropout
 device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = "auto" # 'float32', 'bfloat16', 'float16' (with loss scaling); auto: bfloat16 where a GPU has it, else float32
+threads = 0 # of torch on the CPU, 0: its own choice
 compile = True # torch.compile, where there is a compiler; False: only large losses compile themselves
 triton = True # elementwise distances on a GPU: the kernels of distances_triton.py, given triton; False: compiled tiles
 # -----------------------------------------------------------------------------
@@ -173,6 +174,8 @@ if eval_iters > 0:
 halt = run.guard(config) # out_dir is this run's own; a signal or time_limit ends it after a whole step
 if ddp:
     device = run.start_ddp(device_type)
+if threads:
+    torch.set_num_threads(threads)
 autocast, scaler = run.precision(device_type, dtype)
 
 

@@ -80,10 +80,12 @@ epochs = 1000
 embedding_penalty = 0.0
 # system
 device = "auto"
+threads = 0 # of torch on the CPU, 0: its own choice
 # -----------------------------------------------------------------------------
 CONTROLS = {"baseline": "linear", "matched": "linear, Euclid's scale", "stablemax": "linear, StableMax"}
 GRID = ("models", "heads", "ns", "seeds") # they say which runs there are, and not what one is
-UNLIKE = ("out_dir", "overwrite", "plots", "device", "data_dir", "eval_interval") # what runs of one study may differ in
+# what runs of one study may differ in
+UNLIKE = ("out_dir", "overwrite", "plots", "device", "threads", "data_dir", "eval_interval")
 _LEVEL, _WINDOW = 0.9, 20 # an accuracy is reached when it is above 0.9 on average over 20 epochs
 
 
@@ -461,15 +463,19 @@ def main():
     # what cannot run is said before anything does
     problems = []
     config, sources = configure(globals(), problems=problems)
-    ranges = ("eval_interval", "seeds", "prime"), ("epochs", "batch_size", "learning_rate", "weight_decay", "seed")
-    problems += [f"{key} is {config[key]!r}, it must be at least 1" for key in ranges[0] if config[key] < 1]
-    problems += [f"{key} is {config[key]!r}, it must be >= 0" for key in ranges[1] if config[key] < 0]
+    counts, sizes = ("eval_interval", "seeds", "prime"), ("epochs", "batch_size", "learning_rate", "weight_decay")
+    problems += [f"{key} is {config[key]!r}, it must be at least 1" for key in counts if config[key] < 1]
+    for key in (*sizes, "embedding_penalty", "seed", "threads"):
+        if not 0 <= config[key] < math.inf:
+            problems.append(f"{key} is {config[key]!r}, it must be >= 0 and finite")
     for key, legal in dict(study=("modular", "points", "two_layer"), optimizer=("adamw", "sgd"), link=LINKS,
                            inputs=("raw", "standard"), point_set=("separable", "skewed")).items():
         if config[key] not in legal:
             problems.append(f"{key} is {config[key]!r}: use {', '.join(legal)}")
     device, device_type, _ = run.choose_device(device, "float32", problems)
     fail(problems)
+    if threads:
+        torch.set_num_threads(threads)
     try:
         task, groups = make_study()
         groups = list({group.name: group for group in groups}.values()) # a variant by its name and by default are one

@@ -100,6 +100,7 @@ time_limit = 0.0 # minutes after which the run saves itself and ends with exit c
 seed = 1337 # of initial weights, the validation split, the order of images and their augmentation
 device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = "auto" # 'float32', 'bfloat16', 'float16' (with loss scaling); auto: bfloat16 where a GPU has it, else float32
+threads = 0 # of torch on the CPU, 0: its own choice
 compile = False # torch.compile: worth it for the larger backbones
 # -----------------------------------------------------------------------------
 config, sources, saved, problems = run.configure(globals()) # problems: all that cannot run, for one report
@@ -143,6 +144,8 @@ fail(problems)
 halt = run.guard(config) # out_dir is this run's own; a signal or time_limit ends it after a whole step
 if ddp:
     device = run.start_ddp(device_type)
+if threads:
+    torch.set_num_threads(threads)
 autocast, scaler = run.precision(device_type, dtype)
 torch.backends.cudnn.benchmark = True # of convolutions: one shape, the fastest kernel
 

@@ -11,6 +11,7 @@ import pytest
 from helpers import ROOT
 from small_models import EVERY_HEAD
 
+import results
 import study
 
 FAKE = """
@@ -22,9 +23,13 @@ with open('ran.txt', 'a') as f:
 print('hello from', out)
 if flags.get('seed') == '3' and not os.path.exists('mended'):
     raise SystemExit('seed 3 is unlucky')
-if flags.get('seed') == '4':
+if flags.get('seed') in ('4', '14'):
     open(os.path.join(out, 'ckpt.pt'), 'w').close()
     time.sleep(60)
+if flags.get('seed') in ('5', '6'):
+    open('here is ' + flags['seed'], 'w').close()
+    while not os.path.exists('here is ' + str(11 - int(flags['seed']))):
+        time.sleep(0.05)
 if flags.get('seed') == '7' and not os.path.exists('more time'):
     open(os.path.join(out, 'ckpt.pt'), 'w').close()
     raise SystemExit(124)
@@ -123,25 +128,25 @@ def test_a_broken_run_is_reported_and_retried_by_a_flag(here):
 
 
 def test_a_damaged_folder_is_named_and_the_others_run(here):
-    flags = ("--heads=baseline", "--seeds=1,2,5,6")
+    flags = ("--heads=baseline", "--seeds=1,2,8,9")
     here(*flags)
     for name in ("summary.json", "log.txt"):
-        os.remove(f"out/baseline_s6/{name}")
+        os.remove(f"out/baseline_s9/{name}")
     damages = {"baseline_s1": '["train_vision.py", "--se', "baseline_s2": '{"script": 3}'}
     for name, text in damages.items():
         with open(f"out/{name}/arguments.json", "w") as f:
             f.write(text)
-    shutil.rmtree("out/baseline_s5")
-    open("out/baseline_s5", "w").close() # a file in place of a folder
+    shutil.rmtree("out/baseline_s8")
+    open("out/baseline_s8", "w").close() # a file in place of a folder
     before = {name: os.listdir(f"out/{name}") for name in damages}
     for retry in ("--retry=false", "--retry"):
         out = here(*flags, retry, refused=True)
         for part in ("3 damaged", "3 damaged, delete a folder to make its run again:\n", "s1/arguments.json cannot be",
-                     "s2/arguments.json holds no list of arguments", "s5/arguments.json cannot be read ("):
+                     "s2/arguments.json holds no list of arguments", "s8/arguments.json cannot be read ("):
             assert part in out
         assert "broken" not in out and before == {name: os.listdir(f"out/{name}") for name in damages}
-    assert [line[0] for line in ran()[4:]] == ["baseline_s6"] # the one that is whole
-    os.remove("out/baseline_s5")
+    assert [line[0] for line in ran()[4:]] == ["baseline_s9"] # the one that is whole
+    os.remove("out/baseline_s8")
     shutil.rmtree("out/baseline_s1")
     shutil.rmtree("out/baseline_s2")
     assert "1 ended, 3 new; 3 to run" in here(*flags)
@@ -176,7 +181,7 @@ def test_an_empty_error_is_a_line_too(here):
 
 
 def test_a_folder_that_cannot_be_written_is_named_and_a_full_disk_stops_the_study(here):
-    flags = ("--heads=baseline", "--seeds=1,2,5")
+    flags = ("--heads=baseline", "--seeds=1,2,8", "--jobs=1")
     os.makedirs("out/baseline_s1/log.txt") # a folder in place of a file
     out = here(*flags, refused=True)
     assert "broken: out/baseline_s1: it cannot be written (" in out and "2 of 3 have ended" in out
@@ -185,7 +190,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_a_full_disk_stops_the_stud
     os.symlink("/dev/full", "out/baseline_s2/arguments.json.tmp")
     out = here(*flags, refused=True)
     assert "stopped after 1 of 3 runs: out/baseline_s2: it cannot be written ([Errno 28] No space left" in out
-    assert "make room, and the same command goes on" in out and not os.path.exists("out/baseline_s5")
+    assert "make room, and the same command goes on" in out and not os.path.exists("out/baseline_s8")
     assert os.listdir("out/baseline_s2") == [] # no .tmp either
     assert "1 ended, 2 new; 2 to run" in here(*flags)
     os.makedirs("out/baseline_s3")
@@ -208,34 +213,54 @@ def test_dry_run_and_shards(here):
     assert max(map(len, parts)) == 2
 
 
-# Ctrl-C reaches the run too; a scheduler's SIGTERM only the study
+# each waits for the other to begin
+def test_several_runs_at_once(here):
+    out = here("--heads=baseline", "--seeds=1,5,6,2", "--jobs=2")
+    assert "4 new; 4 to run, 2 at once" in out and "4 of 4 have ended" in out
+
+
+@pytest.mark.parametrize("has_gpu, cores, at_once", [(False, 3, 3), (False, 9, 4), (True, 3, 1)])
+def test_how_many_run_at_once_unless_it_is_said(here, monkeypatch, has_gpu, cores, at_once):
+    monkeypatch.setattr(study, "_HAS_GPU", has_gpu)
+    monkeypatch.setattr(study, "cores", lambda: cores)
+    out = here("--heads=baseline", "--seeds=1,2,8,9", "--dry-run", "--settings=--epochs=2")
+    assert f"4 to run, {at_once} at once" in out
+    # a run has one thread on a CPU, whatever runs beside it, unless the settings, which come later, say otherwise
+    assert ("train_vision.py --threads=1 --epochs=2" in out) == (not has_gpu)
+
+
+# Ctrl-C reaches the runs too; a scheduler's SIGTERM only the study
 @pytest.mark.parametrize("stop", [
     lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)], ids=["ctrl-c", "sigterm"])
-def test_a_stopped_study_takes_its_run_along_and_goes_on(here, tmp_path, stop):
+def test_a_stopped_study_takes_its_runs_along_and_goes_on(here, tmp_path, stop):
     for name in ("study.py", "configurator.py", "distances.py"): # a process group of its own
         (tmp_path / name).write_text(open(os.path.join(ROOT, name)).read())
-    command = [sys.executable, "study.py", "--out_dir=out", "--heads=baseline", "--seeds=1,4,5"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)
+    flags = ("--heads=baseline", "--seeds=1,4,14,8")
+    process = subprocess.Popen([sys.executable, "study.py", "--out_dir=out", "--jobs=2", *flags],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     for _ in range(300):
-        if os.path.exists("out/baseline_s4/ckpt.pt"):
+        if all(os.path.exists(f"out/baseline_s{seed}/ckpt.pt") for seed in (4, 14)):
             break
         time.sleep(0.1)
     stop(process.pid)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 1 and "Traceback" not in out
-    assert "stopped after 1 of 3 runs: the same command goes on" in out
-    assert not os.path.exists("out/baseline_s4/error.txt") and not os.path.exists("out/baseline_s5")
-    with pytest.raises(ProcessLookupError): # the run has stopped too
-        os.kill(int(ran()[-1][1]), 0)
+    assert "stopped after 1 of 4 runs: the same command goes on" in out
+    for seed in (4, 14):
+        assert not os.path.exists(f"out/baseline_s{seed}/error.txt")
+    assert len(ran()) == 3 and not os.path.exists("out/baseline_s8")
+    for line in ran():
+        with pytest.raises(ProcessLookupError): # the runs have stopped too
+            os.kill(int(line[1]), 0)
     (tmp_path / "train_vision.py").write_text(FAKE.replace("time.sleep(60)", "pass"))
-    assert "1 ended, 1 stopped, 1 new; 2 to run" in here("--heads=baseline", "--seeds=1,4,5")
-    assert ran()[2][2:] == ["--init_from=resume", "--out_dir=out/baseline_s4"]
+    assert "1 ended, 2 stopped, 1 new; 3 to run" in here(*flags, "--jobs=1")
+    assert ran()[3][2:] == ["--init_from=resume", "--out_dir=out/baseline_s4"]
 
 
 @pytest.mark.parametrize("args, message", [
     (["--shard=5/4"], "write i/k with 1 <= i <= k"),
     (["--shard=x"], "write i/k"),
+    (["--jobs=-1"], "jobs is -1, it must be >= 0"),
     (["--script=bench.py"], "use train.py or train_vision.py"),
     (["--base=config/none.py"], "there is no config/none.py"),
     (["--base='config/mlp.py"], "which does not split into words (No closing quotation)"),
@@ -251,11 +276,21 @@ def test_one_clear_message(here, args, message):
     assert message in out and not os.path.exists("out")
 
 
-def test_a_real_run(tmp_path):
-    command = [sys.executable, os.path.join(ROOT, "study.py"), "--heads=baseline,cosine", "--seeds=1",
-               f"--out_dir={tmp_path}/out", "--settings=--epochs=1 --plots=false --track_emissions=false"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("baseline_s1", "cosine_stable_s1"):
-        with open(tmp_path / "out" / name / "summary.json") as f:
-            assert json.load(f)["test_accuracy"] > 0.5
+def test_real_runs_have_the_same_numbers_alone_and_side_by_side(tmp_path):
+    rows = []
+    for jobs in (1, 2):
+        out = tmp_path / f"jobs{jobs}"
+        command = [sys.executable, os.path.join(ROOT, "study.py"), "--heads=baseline,cosine", "--seeds=1",
+                   f"--jobs={jobs}", f"--out_dir={out}", "--settings=--epochs=1 --plots=false"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for name in ("baseline_s1", "cosine_stable_s1"):
+            with open(out / name / "config.json") as f:
+                info = json.load(f)
+            assert (info["runs_at_once"], info["threads"], info["config"]["threads"]) == (jobs, 1, 1)
+            assert any("which 2 runs shared" in note for note in results.read_run(out / name).notes) == (jobs == 2)
+            with open(out / name / "summary.json") as f:
+                summary = json.load(f)
+            assert summary["test_accuracy"] > 0.5
+            rows.append((name, summary["test_loss"], summary["test_accuracy"]))
+    assert rows[:2] == rows[2:]
