@@ -148,6 +148,7 @@ class Seeds:
     their losses gives each its own gradient, and an optimizer that treats elements one by one trains each as if it were
     alone. Only random numbers drawn in training (dropout, Gumbel noise) depend on which seeds are together.
 
+    scale (S,), where it is set, is the spread that scores are given, by a factor that the gradient does not see.
     exact: distances hold (S, N, K, D). Without it large ones go through matrix products, which lose digits where a
     feature is close to a prototype.
     """
@@ -157,6 +158,7 @@ class Seeds:
         for seed in seeds:
             torch.manual_seed(seed)
             nets.append(make())
+        self.scale = None
         self.net = nets[0].to(device) # the code; its own numbers are not used
         self.net.head.validate = False # features are not looked at under vmap
         if exact:
@@ -170,7 +172,10 @@ class Seeds:
         def forward(params, buffers, x):
             return functional_call(self.net, (params, buffers), (x,))
         x_dim = None if shared else 0
-        return vmap(forward, (0, 0, x_dim), randomness="different")(self.params, self.buffers, x)
+        h, z = vmap(forward, (0, 0, x_dim), randomness="different")(self.params, self.buffers, x)
+        if self.scale is not None:
+            z = z * (self.scale / spread(z).detach())[:, None, None].to(z.dtype)
+        return h, z
 
     @property
     def prototypes(self):
@@ -194,12 +199,18 @@ class Seeds:
         alone = copy.copy(self)
         alone.params = {name: p[i:i + 1] for name, p in self.params.items()}
         alone.buffers = {name: b[i:i + 1] for name, b in self.buffers.items()}
+        alone.scale = None if self.scale is None else self.scale[i:i + 1]
         return alone
 
     def state(self, i):
         """The state dict of the i-th seed, on the CPU. A tied matrix has both its names."""
         state = {name: x[i].detach().cpu().clone() for name, x in {**self.params, **self.buffers}.items()}
         return {**state, "head.weight": self.prototypes[i].cpu().clone()}
+
+
+def spread(z):
+    """The effective scale of scores z (S, N, K): their standard deviation over classes, the mean over samples (S,)."""
+    return z.std(2).mean(1)
 
 
 def losses(z, y):

@@ -21,7 +21,6 @@ measured.
 import functools
 import json
 import math
-import operator
 import os
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ import safe
 from configurator import configure, fail
 from data_vision import load
 from distances import LINKS, DistanceHead, parse_head
-from model_toy import Net, Seeds, losses
+from model_toy import Net, Seeds, losses, spread
 from study import all_heads, words
 
 # -----------------------------------------------------------------------------
@@ -53,7 +52,7 @@ study = "modular" # 'modular', 'points' (in the plane), 'two_layer'
 # of modular: 'mlp', 'transformer'; of two_layer: 'relu', 'abs2_neg', 'relu2_bias', 'abs_l2' and so on, or 'all'
 models = "mlp"
 # comma separated distance[:variant][:name=value], or 'all' of them, as in study.py. Two linear heads are controls
-# beside them: 'stablemax', and 'matched', whose scores begin with the spread of those of Euclid at the first n
+# beside them: 'stablemax', and 'matched', whose scores have at each epoch the spread that Euclid's have at the first n
 heads = "baseline,matched,stablemax,euclidean"
 ns = "2" # comma separated exponents of the distance; Baek et al. count on d^2, where 1 is 2 here
 link = "harmonic" # or 'softmin'
@@ -91,11 +90,12 @@ _LEVEL, _WINDOW = 0.9, 20 # an accuracy is reached when it is above 0.9 on avera
 
 @dataclass
 class Group:
-    """Seeds that train at once. config: what tells this group from the others; make() returns a net."""
+    """Seeds that train at once."""
     name: str # of its folder
     label: str # in tables
-    config: dict
-    make: Callable
+    config: dict # what tells it from the others
+    make: Callable # returns a net
+    follows: str = "" # the Group whose scale its scores are given
 
 
 # -----------------------------------------------------------------------------
@@ -112,28 +112,32 @@ def exponents():
     return numbers
 
 
-def head_groups(model, net, task):
-    """
-    The Groups of a model with every head of the grid. net(output=None, **arguments of DistanceHead) makes one; task is
-    that of seed 0, for the scale of a control.
-    """
+def head_groups(model, net):
+    """The Groups of a model with every head of the grid. net(output=None, **arguments of DistanceHead) makes one."""
     groups, listed = [], exponents()
-    scales = {"link": link, "eps": eps}
     chosen = all_heads() if heads == "all" else words(heads)
     for word in chosen:
         if word in CONTROLS:
-            groups.append(linear_group(model, word, net, task, listed[0]))
-            continue
-        arguments = parse_head(word)
-        variant = DistanceHead(2, 2, **arguments, **scales).variant # raises ValueError for what is no head
-        distance, params = arguments["distance"], words_of_numbers(arguments)
-        for n in listed:
-            parts = model, distance, variant, params.replace("=", ""), "" if link == "harmonic" else link, f"n{n:g}"
-            config = dict(model=model, distance=distance, variant=variant, distance_params=params, n=n, control="")
-            make = functools.partial(net, n=n, **arguments, **scales)
-            label = f"{word} n={n:g}" if link == "harmonic" else f"{word} {link} n={n:g}"
-            groups.append(Group("_".join(filter(None, parts)), label, config, make))
-    return groups
+            groups.append(linear_group(model, word, net, listed[0]))
+        else:
+            groups += [head_group(model, word, net, n) for n in listed]
+    names = {group.name for group in groups}
+    for group in groups:
+        if group.follows and group.follows not in names:
+            raise ValueError(f"heads is {heads!r}: 'matched' has the scale of euclidean, which has to be there too")
+    return sorted(groups, key=lambda group: group.follows != "") # after what they follow
+
+
+def head_group(model, word, net, n):
+    """The Group of a distance head. Raises ValueError for what is no head."""
+    arguments, scales = parse_head(word), {"link": link, "eps": eps}
+    distance, params = arguments["distance"], words_of_numbers(arguments)
+    variant = DistanceHead(2, 2, **arguments, **scales).variant
+    parts = model, distance, variant, params.replace("=", ""), "" if link == "harmonic" else link, f"n{n:g}"
+    config = dict(model=model, distance=distance, variant=variant, distance_params=params, n=n, control="")
+    label = f"{word} n={n:g}" if link == "harmonic" else f"{word} {link} n={n:g}"
+    make = functools.partial(net, n=n, **arguments, **scales)
+    return Group("_".join(filter(None, parts)), label, config, make)
 
 
 def words_of_numbers(arguments):
@@ -141,28 +145,17 @@ def words_of_numbers(arguments):
     return ",".join(f"{name}={x:g}" for name, x in numbers.items())
 
 
-def linear_group(model, word, net, task, n):
+def linear_group(model, word, net, n):
     """The Group of the linear head, or of one of its controls."""
-    output, label = None, CONTROLS[word]
+    output, follows, label = None, "", CONTROLS[word]
     if word == "stablemax":
         output = model_toy.stablemax
     if word == "matched":
-        euclid = initial_scale(functools.partial(net, distance="euclidean", link=link, n=n, eps=eps), task)
-        linear = initial_scale(functools.partial(net, distance="baseline"), task)
-        factor = float(f"{euclid / linear:.3g}")
-        output, label = functools.partial(operator.mul, factor), f"{label} (x {factor:g})"
+        follows, label = head_group(model, "euclidean", net, n).name, f"{label} at n={n:g}"
     config = dict(model=model, distance="baseline", variant="", distance_params="", n=n,
                   control="" if word == "baseline" else label)
-    return Group(f"{model}_{word}", label, config, functools.partial(net, output=output, distance="baseline"))
-
-
-def initial_scale(make, task):
-    """The spread of the scores of seed 0 before the first step; task: its own."""
-    batch = Seeds(make, [0])
-    batch.net.eval()
-    with torch.no_grad():
-        _, z = batch(task.train_x, task.shared)
-    return spread(z).mean().item()
+    make = functools.partial(net, output=output, distance="baseline")
+    return Group(f"{model}_{word}", label, config, make, follows)
 
 
 def make_study():
@@ -173,14 +166,14 @@ def make_study():
     data = functools.partial(model_toy.points, point_set)
     if study == "modular":
         data = functools.partial(model_toy.modular_addition, prime, train_fraction)
-    task, first = data(all_seeds()), data([0])
+    task = data(all_seeds())
     if study == "points":
-        return task, head_groups("points", point_net, first)
+        return task, head_groups("points", point_net)
     groups = []
     for model in words(models):
         check_word(model, model_toy.MODULAR)
         net = functools.partial(model_toy.modular_net, model, prime, tied)
-        groups += head_groups(model, net, first)
+        groups += head_groups(model, net)
     return task, groups
 
 
@@ -212,11 +205,6 @@ def all_seeds():
 
 # -----------------------------------------------------------------------------
 # what is measured, a number for each seed
-
-def spread(z):
-    """The effective scale of scores z (S, N, K): their standard deviation over classes, the mean over samples (S,)."""
-    return z.std(2).mean(1)
-
 
 @torch.no_grad()
 def evaluate(batch, task):
@@ -288,7 +276,7 @@ def start(group, task, batch, todo, config, sources):
     """Write config.json of each seed that is to be trained. Returns their folders."""
     folders = []
     for seed_i in todo:
-        folder = os.path.join(out_dir, group.name, f"s{seed_i}")
+        folder = folder_of(group.name, seed_i)
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(os.path.join(folder, "error.txt")):
             os.remove(os.path.join(folder, "error.txt"))
@@ -320,7 +308,7 @@ def unfinished(group, config):
     """
     todo = []
     for seed_i in all_seeds():
-        folder = os.path.join(out_dir, group.name, f"s{seed_i}")
+        folder = folder_of(group.name, seed_i)
         has_ended = any(os.path.exists(os.path.join(folder, name)) for name in ("summary.json", "error.txt"))
         if overwrite or not has_ended:
             todo.append(seed_i)
@@ -332,6 +320,17 @@ def unfinished(group, config):
                 raise ValueError(f"{folder} has a run with {key} {saved.get(key)!r}, here it is {value!r}: write "
                                  "elsewhere (--out_dir=...), or discard it (--overwrite=true)")
     return todo
+
+
+def folder_of(name, seed_i):
+    return os.path.join(out_dir, name, f"s{seed_i}")
+
+
+def followed_scale(group, todo):
+    """(epochs (E,), the scale of the scores of the Group that this one follows, (seeds, E))."""
+    courses = [safe.read_metrics(folder_of(group.follows, seed_i))[0] for seed_i in todo]
+    scales = [[row["score_scale"] for row in rows] for rows in courses]
+    return [row["epoch"] for row in courses[0]], np.array(scales)
 
 
 def make_optimizer(batch):
@@ -369,10 +368,13 @@ def train(group, task, todo, config, sources):
     """Train the seeds of a group from their first to their last epoch, and write their folders."""
     is_small = study != "two_layer" # (S, N, K, D) of all images is not
     batch = Seeds(group.make, todo, device, exact=is_small)
+    follows = followed_scale(group, todo) if group.follows else None
     folders, opt = start(group, task, batch, todo, config, sources), make_optimizer(batch)
     courses, broken = [[] for _ in todo], set()
     step, width, t0 = 0, len(str(epochs)), time.time()
     for epoch in range(epochs + 1):
+        if follows is not None:
+            batch.scale = torch.tensor([np.interp(epoch, follows[0], scales) for scales in follows[1]]).to(device)
 
         # at the end of an epoch, and before the first: evaluate
         if epoch % eval_interval == 0 or epoch == epochs:
@@ -425,7 +427,7 @@ def train_or_say_why(group, task, todo, config, sources):
     except torch.linalg.LinAlgError as e:
         print(f"{group.label}: {e}")
         for number in todo:
-            safe.write(os.path.join(out_dir, group.name, f"s{number}", "error.txt"), f"{e}\n")
+            safe.write(os.path.join(folder_of(group.name, number), "error.txt"), f"{e}\n")
 
 
 def finite(x):
@@ -488,8 +490,10 @@ def main():
     seed_numbers = list(all_seeds())
     for group in groups:
         mine = todo[group.name]
+        if group.follows: # only those that there is something to follow of
+            mine = [i for i in mine if os.path.exists(os.path.join(folder_of(group.follows, i), "summary.json"))]
         if not mine:
-            print(f"{group.label}: all {seeds} seeds have ended")
+            print(f"{group.label}: no seed is left to train")
             continue
         rows = [seed_numbers.index(number) for number in mine]
         train_or_say_why(group, task.of_seeds(rows).to(device), mine, config, sources)

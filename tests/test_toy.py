@@ -241,7 +241,7 @@ def test_a_study_leaves_a_run_s_folder_for_each_seed_and_goes_on_with_more_seeds
     before = (out / "mlp_baseline" / "s0" / "summary.json").stat().st_mtime_ns
     toy(out_dir=out, **{**MODULAR, "seeds": 3})
     assert (out / "mlp_baseline" / "s0" / "summary.json").stat().st_mtime_ns == before
-    assert "have ended" in toy(out_dir=out, **{**MODULAR, "seeds": 3})[0]
+    assert "no seed is left to train" in toy(out_dir=out, **{**MODULAR, "seeds": 3})[0]
     together = tmp_path / "together"
     toy(out_dir=together, **{**MODULAR, "seeds": 3, "heads": "euclidean"})
     folder = os.path.join("mlp_euclidean_standard_n2", "s2") # alone in the one, third of three in the other
@@ -252,6 +252,35 @@ def test_a_study_leaves_a_run_s_folder_for_each_seed_and_goes_on_with_more_seeds
 
     message = refused(script="train_toy.py", out_dir=out, **{**MODULAR, "learning_rate": 0.5})
     assert "learning_rate" in message and "0.5" in message and "--overwrite=true" in message
+
+
+def test_the_scores_of_the_matched_control_have_the_spread_of_euclids_throughout(tmp_path):
+    toy(out_dir=tmp_path, **{**MODULAR, "ns": "2,8", "learning_rate": 0.02, "epochs": 6})
+    for seed in (0, 1):
+        control = [row["score_scale"] for row in rows_of(tmp_path / "mlp_matched" / f"s{seed}")]
+        euclid = [row["score_scale"] for row in rows_of(tmp_path / "mlp_euclidean_standard_n2" / f"s{seed}")]
+        assert control == pytest.approx(euclid, rel=1e-5) and max(euclid) > 1.1 * min(euclid)
+    # one whose Euclid has no end is left out
+    os.remove(tmp_path / "mlp_euclidean_standard_n2" / "s0" / "summary.json")
+    (tmp_path / "mlp_euclidean_standard_n2" / "s0" / "error.txt").write_text("it broke")
+    for seed in (0, 1):
+        os.remove(tmp_path / "mlp_matched" / f"s{seed}" / "summary.json")
+    toy(out_dir=tmp_path, **{**MODULAR, "ns": "2,8", "learning_rate": 0.02, "epochs": 6})
+    assert [os.path.exists(tmp_path / "mlp_matched" / f"s{seed}" / "summary.json") for seed in (0, 1)] == [False, True]
+
+
+def test_a_scale_is_a_factor_that_the_gradient_does_not_see():
+    task = model_toy.modular_addition(11, 0.6, [0, 1])
+    batch = Seeds(lambda: model_toy.modular_net("mlp", 11, True, distance="baseline"), [0, 1])
+    _, plain = batch(task.train_x)
+    batch.scale = torch.tensor([3.0, 0.5])
+    losses(batch(task.train_x)[1], task.train_y).sum().backward()
+    gradient = batch.params["backbone.out.weight"].grad.clone()
+    batch.params["backbone.out.weight"].grad, batch.scale = None, None
+    factors = [target / plain[i].detach().std(1).mean() for i, target in enumerate((3.0, 0.5))]
+    z = batch(task.train_x)[1]
+    sum(torch.nn.functional.cross_entropy(factors[i] * z[i], task.train_y[i]) for i in (0, 1)).backward()
+    torch.testing.assert_close(gradient, batch.params["backbone.out.weight"].grad)
 
 
 @pytest.mark.parametrize("settings", [
@@ -291,6 +320,9 @@ def test_the_margin_is_the_distance_to_the_nearest_other_prototype_less_that_to_
     (dict(study="two_layer", models="tanh"), ("no 'tanh'", "relu2_neg")),
     (dict(models="rnn"), ("no 'rnn'", "transformer")),
     (dict(heads="euclidian"), ("euclidian", "euclidean")),
+    (dict(heads="matched,cosine"), ("'matched' has the scale of euclidean, which has to be there too",)),
+    (dict(embedding_penalty=-1.0), ("embedding_penalty is -1.0",)),
+    (dict(threads=-1), ("threads is -1",)),
     (dict(ns="1,x"), ("ns is '1,x'",)),
     (dict(seeds=0), ("seeds is 0",)),
     (dict(study="points", point_set="spiral"), ("point_set is 'spiral'", "skewed"))])
@@ -313,7 +345,7 @@ def test_a_run_that_is_not_finite_leaves_an_error_and_no_end(tmp_path, settings)
     for folder in folders:
         assert os.path.exists(os.path.join(folder, "error.txt"))
         assert not os.path.exists(os.path.join(folder, "summary.json"))
-    assert "have ended" in toy(out_dir=tmp_path / "out", **{**SMALL, **more}, **settings)[0] # they are not tried again
+    assert "no seed is left to train" in toy(out_dir=tmp_path / "out", **{**SMALL, **more}, **settings)[0] # they are not tried again
 
 
 def test_a_seed_that_is_not_finite_leaves_the_others_alone(tmp_path):
