@@ -30,6 +30,8 @@ PUBLISHED_ACCURACY = {
     "relu2_bias": "39.94 +- 18.84", "relu2_neg_bias": "94.92 +- 0.18", "abs2_bias": "95.38 +- 0.17",
     "abs2_neg_bias": "90.53 +- 2.36", "relu_l2": "97.33 +- 0.13", "relu_l2_neg": "97.36 +- 0.14",
     "abs_l2": "97.61 +- 0.07", "abs_l2_neg": "97.56 +- 0.09"}
+# settings that tell groups apart, where the folders of one page differ in them
+TOLD_APART = ("train_fraction", "weight_decay", "inputs", "point_set", "epochs")
 CONTRASTS = (("relu", "abs"), ("relu2", "relu"), ("relu2_neg", "relu"), ("abs2", "abs"), ("abs2_neg", "abs"),
              ("relu2_neg", "relu2"), ("abs2_neg", "abs2"), ("relu_l2", "relu_l2_neg"), ("abs_l2", "abs_l2_neg"))
 
@@ -40,10 +42,12 @@ def read_study(out_dir):
     for message in broken:
         print(message)
     runs = [r for r in runs if r.info["script"] == "train_toy.py"]
-    groups = {}
+    settings, groups = [r.info["config"] for r in runs], {}
+    differing = [key for key in TOLD_APART if len({c[key] for c in settings}) > 1]
     for r in sorted(runs, key=lambda r: r.seed):
+        label = ", ".join([r.info["label"], *(f"{key} {r.info['config'][key]}" for key in differing)])
         if r.summary is not None:
-            groups.setdefault((r.model, r.info["label"]), []).append(r)
+            groups.setdefault((r.model, label), []).append(r)
     groups = dict(sorted(groups.items(), key=lambda item: place(item[1])))
     studies = {r.info["config"]["study"] for r in runs}
     if not groups or len(studies) != 1:
@@ -55,7 +59,9 @@ def place(runs):
     """Oursland's nets in the paper's order; linear heads before others, those by distance and n."""
     r, nets = runs[0], list(PUBLISHED_ACCURACY)
     net = nets.index(r.model) if r.model in nets else len(nets)
-    return net, r.model, r.head.distance != "baseline", r.head.distance, r.head.variant, r.head.link, r.head.n
+    settings = [r.info["config"][key] for key in TOLD_APART]
+    head = r.head.distance != "baseline", r.head.distance, r.head.variant, r.head.link, r.head.n
+    return *settings, net, r.model, *head
 
 
 def values(runs, key):
@@ -286,12 +292,13 @@ def two_layer_table(groups):
 
 def contrasts(groups):
     """Unpaired t tests of test accuracies in percentage points, since the runs are independent."""
-    by_model = {model: runs for (model, _), runs in groups.items()}
+    by_label = {label: runs for (_, label), runs in groups.items()}
+    ends = dict.fromkeys(label.removeprefix(model.removesuffix("_bias")) for model, label in groups)
     rows = []
     for a, b in CONTRASTS:
-        for end in ("", "_bias"):
-            if a + end in by_model and b + end in by_model:
-                x, y = (100 * np.array(values(by_model[name + end], "test_accuracy")) for name in (a, b))
+        for end in ends: # "", "_bias", with other inputs
+            if a + end in by_label and b + end in by_label:
+                x, y = (100 * np.array(values(by_label[name + end], "test_accuracy")) for name in (a, b))
                 test = metrics.unpaired(x, y)
                 numbers = {key: "" if value is None else f"{value:.3g}" for key, value in test.items()}
                 rows.append({"contrast": f"{a}{end} - {b}{end}", **numbers})

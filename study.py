@@ -176,7 +176,7 @@ def is_in_use(folder):
 
 def recipe(flags):
     """Return what a run is made with, the script and its arguments; the run's folder keeps it in arguments.json."""
-    threads = [] if _HAS_GPU else ["--threads=1"] # first, so that base or settings may say otherwise
+    threads = [] if _HAS_GPU else ["--threads=1"] # the last flag counts: settings may say otherwise
     return [script, *threads, *shlex.split(base), *shlex.split(settings), *flags]
 
 

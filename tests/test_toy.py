@@ -4,6 +4,7 @@ nets are the papers'; and a study's folders are those of runs, which report.py a
 
 $ pytest tests/test_toy.py
 """
+import csv
 import json
 import os
 import runpy
@@ -298,6 +299,26 @@ def test_every_study_draws_its_figure_and_its_table(tmp_path, settings):
     assert figures_toy.draw(str(tmp_path / "out"))[-1] == str(tmp_path / "out" / f"{study}.png")
 
 
+def test_folders_that_differ_in_a_setting_are_told_apart_on_one_page(tmp_path):
+    for inputs in ("raw", "standard"):
+        toy(out_dir=tmp_path / inputs, **SMALL, study="two_layer", models="relu,abs,relu_bias,abs_bias", inputs=inputs,
+            optimizer="sgd", batch_size=0, plots=False)
+    figures_toy.draw(str(tmp_path))
+    with open(tmp_path / "two_layer.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 8 and {row["seeds"] for row in rows} == {"2"}
+    with open(tmp_path / "two_layer_tests.csv") as f:
+        found = {row["contrast"]: row for row in csv.DictReader(f)}
+    assert len(found) == 4
+    runs, _ = results.read_runs([str(tmp_path / "standard")])
+    accuracies = {model: [100 * r.summary["test_accuracy"] for r in runs if r.model == model] for model in
+                  ("relu_bias", "abs_bias")}
+    test = metrics.unpaired(np.array(accuracies["relu_bias"]), np.array(accuracies["abs_bias"]))
+    row = found["relu_bias, inputs standard - abs_bias, inputs standard"]
+    assert {key: value for key, value in row.items() if key != "contrast"} == {
+        key: "" if value is None else f"{value:.3g}" for key, value in test.items()}
+
+
 def test_the_margin_is_the_distance_to_the_nearest_other_prototype_less_that_to_the_own():
     script = runpy.run_path(os.path.join(ROOT, "train_toy.py"))
     x, y = torch.tensor([[[0.0, 0.0], [3.0, 0.0]]]), torch.tensor([[0, 1]])
@@ -345,7 +366,8 @@ def test_a_run_that_is_not_finite_leaves_an_error_and_no_end(tmp_path, settings)
     for folder in folders:
         assert os.path.exists(os.path.join(folder, "error.txt"))
         assert not os.path.exists(os.path.join(folder, "summary.json"))
-    assert "no seed is left to train" in toy(out_dir=tmp_path / "out", **{**SMALL, **more}, **settings)[0] # they are not tried again
+    output, _ = toy(out_dir=tmp_path / "out", **{**SMALL, **more}, **settings)
+    assert "no seed is left to train" in output # they are not tried again
 
 
 def test_a_seed_that_is_not_finite_leaves_the_others_alone(tmp_path):
