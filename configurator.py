@@ -79,11 +79,16 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
             public = not key.startswith("_") and not isinstance(value, ModuleType)
             super().__setitem__(key, override(key, value, self["__file__"]) if public else value)
 
+    running = [] # the config files that are being run, each included by the one before it
+
     def run(path):
         """Run one config file."""
         if not os.path.isfile(path):
             hint = f", write --{path} for a flag" if "=" in path else ""
             violations.append(f"{path}: no such config file{hint}")
+            return
+        if os.path.realpath(path) in running: # where it does so twice it would never end
+            violations.append(f"{path} includes itself")
             return
         scope = Scope(config, __file__=path)
 
@@ -92,6 +97,7 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
             run(os.path.normpath(os.path.join(os.path.dirname(path), name)))
             scope.update(config) # dict.update does not call __setitem__: what was included keeps its own source
         scope.update(include=include)
+        running.append(os.path.realpath(path))
         try:
             with open(path, encoding="utf-8") as f:
                 exec(compile(f.read(), path, "exec"), scope)
@@ -99,6 +105,7 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
             lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
             where = f" (line {lines[-1]})" if lines else ""
             violations.append(f"{path}: {type(e).__name__}: {e}{where}")
+        running.pop()
 
     for arg in argv:
         key, equals, text = arg.lstrip("-").partition("=")

@@ -191,7 +191,11 @@ def test_include_reports_what_is_wrong_in_the_included_file(write):
     message = refused([write("a.py", "include('gpt2.py')\ninclude('gpt3.py')")])
     assert f"{os.path.join('config', 'gpt2.py')}: unknown key 'batch_sise'" in message
     assert f"{os.path.join('config', 'gpt3.py')}: no such config file" in message
-    assert "RecursionError" in refused([write("loop.py", "include('loop.py')")])
+    loop = write("loop.py", "include('loop.py')\n" * 2)
+    assert refused([loop]).count(f"{loop} includes itself") == 2
+    write("a.py", "include('b.py')")
+    path = write("b.py", "include('a.py')")
+    assert f"{path} includes itself" in refused([path])
 
 
 def test_base_lies_between_defaults_and_files(write):
