@@ -31,7 +31,7 @@ PUBLISHED_ACCURACY = {
     "abs2_neg_bias": "90.53 +- 2.36", "relu_l2": "97.33 +- 0.13", "relu_l2_neg": "97.36 +- 0.14",
     "abs_l2": "97.61 +- 0.07", "abs_l2_neg": "97.56 +- 0.09"}
 # settings that tell groups apart, where the folders of one page differ in them
-TOLD_APART = ("train_fraction", "weight_decay", "inputs", "point_set", "epochs")
+TOLD_APART = ("train_fraction", "with_replacement", "weight_decay", "inputs", "point_set", "epochs")
 CONTRASTS = (("relu", "abs"), ("relu2", "relu"), ("relu2_neg", "relu"), ("abs2", "abs"), ("abs2_neg", "abs"),
              ("relu2_neg", "relu2"), ("abs2_neg", "abs2"), ("relu_l2", "relu_l2_neg"), ("abs_l2", "abs_l2_neg"))
 
@@ -43,7 +43,7 @@ def read_study(out_dir):
         print(message)
     runs = [r for r in runs if r.info["script"] == "train_toy.py"]
     settings, groups = [r.info["config"] for r in runs], {}
-    differing = [key for key in TOLD_APART if len({c[key] for c in settings}) > 1]
+    differing = [key for key in TOLD_APART if len({c.get(key) for c in settings}) > 1]
     for r in sorted(runs, key=lambda r: r.seed):
         label = ", ".join([r.info["label"], *(f"{key} {r.info['config'][key]}" for key in differing)])
         if r.summary is not None:
@@ -59,7 +59,7 @@ def place(runs):
     """Oursland's nets in the paper's order; linear heads before others, those by distance and n."""
     r, nets = runs[0], list(PUBLISHED_ACCURACY)
     net = nets.index(r.model) if r.model in nets else len(nets)
-    settings = [r.info["config"][key] for key in TOLD_APART]
+    settings = [r.info["config"].get(key, 0) for key in TOLD_APART]
     head = r.head.distance != "baseline", r.head.distance, r.head.variant, r.head.link, r.head.n
     return *settings, net, r.model, *head
 
@@ -179,7 +179,7 @@ def modular_table(groups):
         rows.append({
             "model": model, "head": label, "seeds": len(runs), "epochs": runs[0].summary["epoch"],
             "train > 0.9": median(runs, "epochs_to_train"), "test > 0.9": median(runs, "epochs_to_test"),
-            "delay": median(runs, "delay"), "published test > 0.9": PUBLISHED_EPOCHS.get((model, label), ""),
+            "delay": median(runs, "delay"), "published test > 0.9": PUBLISHED_EPOCHS.get((model, runs[0].info["label"]), ""),
             "test %": mean(runs, "test_accuracy", 100), "std": deviation(runs, "test_accuracy", 100),
             "two components %": mean(runs, "embedding_pc2_ev", 100, 3), "circularity": mean(runs, "circularity", 1, 3),
             "scale at first": f"{scales[:, 0].mean():.3g}", "scale at end": f"{scales[:, -1].mean():.3g}"})

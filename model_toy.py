@@ -252,20 +252,26 @@ class Task:
         return replace(self, **{name: x.to(device) for name, x in tensors.items()}, centres=centres)
 
 
-def modular_addition(prime, train_fraction, seeds):
+def modular_addition(prime, train_fraction, seeds, with_replacement=False):
     """
     The Task (x + y) mod prime: all prime^2 pairs, of which each seed trains on a part of its own, drawn without
-    replacement. Raises ValueError for a number that is no prime, and for a fraction that leaves nothing to train or
+    replacement. With it, as in the code of Baek et al., there are 1000 pairs, and about half of those for testing are
+    trained on. Raises ValueError for a number that is no prime, and for a fraction that leaves nothing to train or
     test on, or of some seed no training pair with a number or a sum.
     """
     if prime < 3 or any(prime % k == 0 for k in range(2, int(prime ** 0.5) + 1)):
         raise ValueError(f"prime is {prime}, which is no prime of at least 3: use 31, 59 or 97")
     x = np.stack(np.divmod(np.arange(prime ** 2), prime), 1) # (prime^2, 2)
     y = x.sum(1) % prime
-    N = int(train_fraction * len(x))
-    if not 0 < N < len(x):
-        raise ValueError(f"train_fraction is {train_fraction}, {N} of {len(x)} pairs: use one between 0 and 1")
-    orders = np.stack([np.random.RandomState([seed, prime]).permutation(len(x)) for seed in seeds])
+    count = 1000 if with_replacement else len(x)
+    N = int(train_fraction * count)
+    if not 0 < N < count:
+        raise ValueError(f"train_fraction is {train_fraction}, {N} of {count} pairs: use one between 0 and 1")
+    generators = [np.random.RandomState([seed, prime]) for seed in seeds]
+    if with_replacement:
+        orders = np.stack([rng.randint(len(x), size=count) for rng in generators])
+    else:
+        orders = np.stack([rng.permutation(count) for rng in generators])
     for seed, order in zip(seeds, orders):
         pairs = x[order[:N]]
         for what, values in (("first number", pairs[:, 0]), ("second number", pairs[:, 1]), ("sum", y[order[:N]])):
@@ -273,7 +279,8 @@ def modular_addition(prime, train_fraction, seeds):
             if len(missing):
                 raise ValueError(f"train_fraction is {train_fraction}: of seed {seed} no training pair has "
                                  f"{missing[0]} as its {what}, use a larger fraction")
-    x, y, source = torch.from_numpy(x[orders]), torch.from_numpy(y[orders]), f"(x + y) mod {prime}, {N} for training"
+    source = f"(x + y) mod {prime}, {N} for training{', with replacement' if with_replacement else ''}"
+    x, y = torch.from_numpy(x[orders]), torch.from_numpy(y[orders])
     return Task(x[:, :N], y[:, :N], x[:, N:], y[:, N:], prime, False, source, source)
 
 

@@ -62,6 +62,7 @@ seed = 0 # the first: of initial weights, splits or points, and the order of bat
 # data
 prime = 31 # of modular
 train_fraction = 0.8 # of all pairs, drawn without replacement
+with_replacement = False # of modular: as in the published code, where about half of the test pairs are trained on
 point_set = "separable" # of points: or 'skewed'
 dataset = "digits" # of two_layer: or 'mnist'
 data_dir = "data"
@@ -165,7 +166,7 @@ def make_study():
         return task, two_layer_groups(task)
     data = functools.partial(model_toy.points, point_set)
     if study == "modular":
-        data = functools.partial(model_toy.modular_addition, prime, train_fraction)
+        data = functools.partial(model_toy.modular_addition, prime, train_fraction, with_replacement=with_replacement)
     task = data(all_seeds())
     if study == "points":
         return task, head_groups("points", point_net)

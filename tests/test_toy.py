@@ -133,6 +133,17 @@ def test_no_test_pair_is_a_training_pair(prime, fraction):
     assert torch.equal(alone.train_x[0], task.train_x[2]) # whoever trains beside it
 
 
+def test_with_replacement_about_half_of_the_test_pairs_are_training_pairs():
+    task = model_toy.modular_addition(31, 0.8, range(20), with_replacement=True)
+    assert (task.train_x.shape, task.test_x.shape) == ((20, 800, 2), (20, 200, 2))
+    for train_x, test_x in zip(task.train_x.tolist(), task.test_x.tolist()):
+        train = {tuple(pair) for pair in train_x}
+        share = sum(tuple(pair) in train for pair in test_x) / len(test_x)
+        assert 0.45 < share < 0.68 # 1 - (960 / 961)^800 is 0.565
+    assert torch.equal(task.train_x.sum(-1) % 31, task.train_y)
+    assert task.hash != model_toy.modular_addition(31, 0.8, [0]).hash
+
+
 def test_the_paper_s_split_has_768_and_193_pairs():
     task = model_toy.modular_addition(31, 0.8, [0])
     assert (task.train_x.shape[1], task.test_x.shape[1]) == (768, 193)
