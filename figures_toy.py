@@ -176,10 +176,11 @@ def modular_table(groups):
     rows = []
     for (model, label), runs in groups.items():
         _, scales = course(runs, "score_scale")
+        published = PUBLISHED_EPOCHS.get((model, runs[0].info["label"]), "")
         rows.append({
             "model": model, "head": label, "seeds": len(runs), "epochs": runs[0].summary["epoch"],
             "train > 0.9": median(runs, "epochs_to_train"), "test > 0.9": median(runs, "epochs_to_test"),
-            "delay": median(runs, "delay"), "published test > 0.9": PUBLISHED_EPOCHS.get((model, runs[0].info["label"]), ""),
+            "delay": median(runs, "delay"), "published test > 0.9": published,
             "test %": mean(runs, "test_accuracy", 100), "std": deviation(runs, "test_accuracy", 100),
             "two components %": mean(runs, "embedding_pc2_ev", 100, 3), "circularity": mean(runs, "circularity", 1, 3),
             "scale at first": f"{scales[:, 0].mean():.3g}", "scale at end": f"{scales[:, -1].mean():.3g}"})
