@@ -189,6 +189,34 @@ def modular_table(groups):
             "scale at first": f"{scales[:, 0].mean():.3g}", "scale at end": f"{scales[:, -1].mean():.3g}"})
     return rows
 
+
+def modular_tests(groups):
+    """
+    Paired t tests over seeds, which have the same pairs and the same initial net but for the head: each head against
+    the linear one and against the linear one with Euclid's scale, in percentage points.
+    """
+    rows = []
+    for (model, label), runs in groups.items():
+        own = runs[0].info["label"], label.removeprefix(runs[0].info["label"]) # and the settings that differ
+        for (other_model, other_label), others in groups.items():
+            other = others[0].info["label"], other_label.removeprefix(others[0].info["label"])
+            is_control = other[0] == "linear" or other[0].startswith("linear, Euclid's scale")
+            if is_control and other_model == model and other[1] == own[1] and other[0] != own[0]:
+                rows.append({"contrast": f"{model}: {label} - {other_label}", **paired_test(runs, others)})
+    return rows
+
+
+def paired_test(runs, others):
+    by_seed = {r.seed: r for r in others}
+    pairs = [(r, by_seed[r.seed]) for r in runs if r.seed in by_seed]
+    row = {"seeds": len(pairs)}
+    for key, name in (("test_accuracy", "test %"), ("embedding_pc2_ev", "two components %")):
+        x, y = ([100 * r.summary[key] for r in side] for side in zip(*pairs))
+        test = metrics.paired(x, y)
+        for number in ("mean", "low", "high", "p"):
+            row[f"{name}, {number}"] = "" if test[number] is None else f"{test[number]:.3g}"
+    return row
+
 # -----------------------------------------------------------------------------
 # points in the plane
 
@@ -294,7 +322,7 @@ def two_layer_table(groups):
     return rows
 
 
-def contrasts(groups):
+def two_layer_tests(groups):
     """Unpaired t tests of test accuracies in percentage points, since the runs are independent."""
     by_label = {label: runs for (_, label), runs in groups.items()}
     ends = dict.fromkeys(label.removeprefix(model.removesuffix("_bias")) for model, label in groups)
@@ -308,6 +336,9 @@ def contrasts(groups):
                 rows.append({"contrast": f"{a}{end} - {b}{end}", **numbers})
     return rows
 
+
+TESTS = {"modular": modular_tests, "two_layer": two_layer_tests}
+
 # -----------------------------------------------------------------------------
 
 
@@ -318,8 +349,8 @@ def draw(out_dir):
     """
     study, groups, missing = read_study(out_dir)
     tables = {study: globals()[f"{study}_table"](groups)}
-    if study == "two_layer":
-        tables["two_layer_tests"] = contrasts(groups)
+    if study in TESTS:
+        tables[f"{study}_tests"] = TESTS[study](groups)
     paths = [write_table(os.path.join(out_dir, f"{name}.csv"), rows) for name, rows in tables.items() if rows]
     if missing:
         print(f"{missing} runs have not ended, and are in no number")

@@ -330,6 +330,24 @@ def test_folders_that_differ_in_a_setting_are_told_apart_on_one_page(tmp_path):
         key: "" if value is None else f"{value:.3g}" for key, value in test.items()}
 
 
+def test_heads_are_compared_seed_by_seed_with_the_linear_one_and_its_control(tmp_path):
+    for fraction in (0.6, 0.8):
+        toy(out_dir=tmp_path / str(fraction), **{**MODULAR, "seeds": 3, "epochs": 10, "train_fraction": fraction})
+    figures_toy.draw(str(tmp_path))
+    with open(tmp_path / "modular_tests.csv") as f:
+        rows = {row["contrast"]: row for row in csv.DictReader(f)}
+    assert len(rows) == 2 * 4 # of each fraction: the linear head and its control with each other, Euclid with both
+    row = rows["mlp: euclidean n=2, train_fraction 0.8 - linear, train_fraction 0.8"]
+    sides = []
+    for name in ("mlp_euclidean_standard_n2", "mlp_baseline"):
+        paths = [tmp_path / "0.8" / name / f"s{seed}" / "summary.json" for seed in range(3)]
+        sides.append([100 * json.loads(path.read_text())["embedding_pc2_ev"] for path in paths])
+    test = stats.ttest_rel(*sides)
+    low, high = test.confidence_interval()
+    found = [float(row[f"two components %, {key}"]) for key in ("mean", "low", "high", "p")]
+    assert found == pytest.approx([np.mean(sides[0]) - np.mean(sides[1]), low, high, test.pvalue], rel=5e-3)
+
+
 def test_the_margin_is_the_distance_to_the_nearest_other_prototype_less_that_to_the_own():
     script = runpy.run_path(os.path.join(ROOT, "train_toy.py"))
     x, y = torch.tensor([[[0.0, 0.0], [3.0, 0.0]]]), torch.tensor([[0, 1]])
