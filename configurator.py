@@ -83,6 +83,7 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
 
     def run(path):
         """Run one config file."""
+        path = find(path)
         if not os.path.isfile(path):
             hint = f", write --{path} for a flag" if "=" in path else ""
             violations.append(f"{path}: no such config file{hint}")
@@ -128,6 +129,13 @@ def configure(namespace, argv=None, base=None, base_name="base", problems=None):
     if problems is None:
         fail(violations)
     return config, sources
+
+
+def find(path):
+    """Return where a config file is: config/... that is not in this folder may lie beside the scripts."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+    of_the_scripts = os.path.dirname(os.path.normpath(path)) == "config" and os.path.isfile(beside)
+    return beside if of_the_scripts and not os.path.exists(path) else path
 
 
 def convert(value, kind):

@@ -302,7 +302,8 @@ def read_ranks(path):
 def load_encoding(meta, data_dir):
     """
     Return the tokenizer of a dataset: an object with encode(text) -> list of ids, in which the end-of-text marker
-    becomes its own id, decode(ids) -> str, and eot, the id of the end-of-text token or None.
+    becomes its own id, decode(ids) -> str, eot, the id of the end-of-text token or None, and tokenizer, what it is
+    made of: a tiktoken.Encoding, a JsonTokenizer, or None for characters.
 
     Raises ConnectionError when a named encoding cannot be downloaded, ValueError for a bad name or rank file.
     """
@@ -319,7 +320,7 @@ def load_encoding(meta, data_dir):
 
     def encode(text):
         return enc.encode(text, allowed_special={EOT}, disallowed_special=())
-    return SimpleNamespace(encode=encode, decode=enc.decode, eot=meta["eot"])
+    return SimpleNamespace(encode=encode, decode=enc.decode, eot=meta["eot"], tokenizer=enc)
 
 
 def char_encoding(meta):
@@ -333,7 +334,7 @@ def char_encoding(meta):
 
     def decode(ids):
         return "".join(meta["itos"][i] for i in ids)
-    return SimpleNamespace(encode=encode, decode=decode, eot=None)
+    return SimpleNamespace(encode=encode, decode=decode, eot=None, tokenizer=None)
 
 
 # -----------------------------------------------------------------------------

@@ -112,7 +112,11 @@ class LanguageModel(nn.Module):
         """
         transformers = import_transformers(f"init_from={name!r} reads the weights with transformers")
         with readable_weights(name):
-            hf_model = getattr(transformers, cls.hf_class).from_pretrained(name)
+            hf_model, info = getattr(transformers, cls.hf_class).from_pretrained(name, output_loading_info=True)
+        missing = sorted(info["missing_keys"]) # transformers has filled in random ones
+        if missing:
+            raise ValueError(f"{name} lacks {len(missing)} weights of a {type(hf_model).__name__}, such as "
+                             f"{missing[0]}: it holds another kind of model")
         return cls.from_hf(hf_model, **overrides)
 
     def hf_weights(self, name, theirs):
@@ -154,10 +158,10 @@ class LanguageModel(nn.Module):
         return hf_model
 
     def refuse_distance_head(self):
-        """Raise ValueError for a head that transformers cannot hold."""
+        """Raise ValueError for a head that transformers cannot hold without code of ours."""
         if self.config.distance != "baseline":
             raise ValueError(f"transformers has no layer for the {self.config.distance} head: "
-                             "only a baseline head can be exported")
+                             "export_hf.py writes a folder that brings it")
 
 
 @contextmanager

@@ -31,8 +31,8 @@ VALIDATION = {"vision": "val_accuracy", "language": "val_loss"}
 # the settings that make a head, and those that decide neither a result nor its energy. All others have to agree where
 # runs are averaged
 HEAD_KEYS = ("distance", "variant", "distance_params", "link", "n", "learn_n", "eps", "feature_scale")
-IGNORED = (*HEAD_KEYS, "seed", "out_dir", "data_dir", "overwrite", "plots", "wandb_log", "wandb_project",
-           "wandb_run_name", "wandb_mode", "device", "dtype", "time_limit")
+IGNORED = (*HEAD_KEYS, "seed", "out_dir", "data_dir", "overwrite", "plots", "wandb_log", "tracker",
+           "wandb_project", "wandb_run_name", "wandb_mode", "device", "dtype", "time_limit")
 # setting: 'fixed', 'given' (on the command line) or 'learned' n
 Head = namedtuple("Head", "distance variant params link setting n eps feature_scale")
 

@@ -15,6 +15,7 @@ and the run's folder, which study.py, figures.py and report.py read:
 """
 import atexit
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -127,7 +128,8 @@ def check(config, **choices):
         for key in names.split():
             if key in config and not test(config[key]):
                 problems.append(f"{key} is {config[key]!r}, it must be {legal}")
-    for key, legal in {"wandb_mode": ("online", "offline", "disabled"), **choices}.items():
+    choices.update(tracker=("wandb", "trackio"), wandb_mode=("online", "offline", "disabled"))
+    for key, legal in choices.items():
         if config[key] not in legal:
             problems.append(f"{key} is {config[key]!r}: use {', '.join(legal)}")
     n = config["n"] if config["n"] > 0 else 1.0
@@ -487,15 +489,15 @@ def save_probe(out_dir, h, y, **more):
 
 
 def git_commit():
-    """The commit of these files, "with changes" if there are any, or None outside of git or where there is no git."""
+    """The commit of these files, "with changes" if there are any, or None where there is no git, or not of these."""
     if shutil.which("git") is None:
         return None
     here = os.path.dirname(os.path.abspath(__file__))
 
     def git(*args):
         return subprocess.run(("git", *args), capture_output=True, text=True, cwd=here)
-    head = git("rev-parse", "HEAD")
-    if head.returncode != 0:
+    head, of_these_files = git("rev-parse", "HEAD"), git("ls-files", "--error-unmatch", os.path.basename(__file__))
+    if head.returncode != 0 or of_these_files.returncode != 0: # installed, they may lie in another project's folder
         return None
     changes = git("status", "--porcelain", "-uno").stdout
     return head.stdout.strip() + (" with changes" if changes else "")
@@ -569,20 +571,23 @@ def start_emissions(config, resumed_at, current_step):
 
 def start_wandb(config):
     """
-    With wandb_log, on rank 0, a run on Weights & Biases for log(), which `closing` finishes; else None. Where it does
-    not start, a line says why: metrics.jsonl has all that it would show.
+    With wandb_log, on rank 0, a run of the tracker for log(), which `closing` finishes; else None. Where it does not
+    start, a line says why: metrics.jsonl has all that it would show.
     """
     rank, _, _ = ranks()
     if not config["wandb_log"] or rank != 0:
         return None
     name = config["wandb_run_name"] or os.path.basename(os.path.normpath(config["out_dir"]))
+    tracker, mode = config["tracker"], dict(mode=config["wandb_mode"])
+    hint = "wandb_mode=offline needs neither key nor network"
+    if tracker == "trackio": # it has wandb's functions, but no mode: all stays on this machine
+        mode, hint = {}, "pip install trackio"
     try:
-        import wandb
-        wandb_run = wandb.init(project=config["wandb_project"], name=name, config=config, mode=config["wandb_mode"])
+        wandb = importlib.import_module(tracker)
+        wandb_run = wandb.init(project=config["wandb_project"], name=name, config=config, **mode)
     except Exception as e: # the package, the key, the network, ...
         first_line, *_ = str(e).splitlines() or [""]
-        print0(f"going on without Weights & Biases ({type(e).__name__}: {first_line}); "
-               "wandb_mode=offline needs neither key nor network")
+        print0(f"going on without {tracker} ({type(e).__name__}: {first_line}); {hint}")
         return None
     closing.callback(wandb_run.finish)
     return wandb_run

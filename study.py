@@ -36,7 +36,7 @@ from multiprocessing.connection import wait
 
 from tqdm import tqdm
 
-from configurator import configure, fail
+from configurator import configure, fail, find
 
 try:
     import fcntl
@@ -416,7 +416,7 @@ def main():
             problems.append(f"{key} is {text!r}, which does not split into words ({e})")
             continue
         if key == "base":
-            problems += [f"base: there is no {path}" for path in split if not os.path.exists(path)]
+            problems += [f"base: there is no {path}" for path in split if not os.path.exists(find(path))]
     try:
         named = grid()
         if not named:

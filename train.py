@@ -50,6 +50,7 @@ eval_interval = 1000 # steps between evaluations; each also writes a checkpoint 
 eval_iters = 100 # batches of the validation range, the same tokens every time; -1: the whole split
 log_interval = 10 # steps between log lines
 wandb_log = False # also log to Weights & Biases (rank 0)
+tracker = "wandb" # or 'trackio', which takes its place and keeps all on this machine
 wandb_project = "distance-heads"
 wandb_run_name = "" # '': the name of out_dir
 wandb_mode = "online" # or 'offline', which needs neither key nor network

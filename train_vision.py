@@ -47,6 +47,7 @@ eval_interval = 1 # epochs between evaluations; each also writes a checkpoint an
 log_interval = 100 # steps between log lines; there is one at each epoch's end as well
 plots = True # curves.png and learned.png at the end
 wandb_log = False # also log to Weights & Biases (rank 0)
+tracker = "wandb" # or 'trackio', which takes its place and keeps all on this machine
 wandb_project = "distance-heads"
 wandb_run_name = "" # '': the name of out_dir
 wandb_mode = "online" # or 'offline', which needs neither key nor network

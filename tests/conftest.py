@@ -3,6 +3,7 @@ One thread per process, as the tensors are small, and threads that wait for each
 fixtures; and what a torture says at its end.
 """
 import os
+import tempfile
 import time
 from collections import Counter, defaultdict
 
@@ -11,6 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1") # before anything imports transformers
+MODULES = tempfile.TemporaryDirectory() # code that transformers copies, away from the user's and from other processes
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 os.environ["OMP_NUM_THREADS"] = "1" # of the scripts that the tests run
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1" # before anything imports triton: its kernels then run on the CPU

@@ -11,7 +11,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from configurator import configure, fail
+from configurator import configure, fail, find
 
 
 def globals_of_a_script(**more):
@@ -196,6 +196,15 @@ def test_include_reports_what_is_wrong_in_the_included_file(write):
     write("a.py", "include('b.py')")
     path = write("b.py", "include('a.py')")
     assert f"{path} includes itself" in refused([path])
+
+
+def test_configs_of_the_scripts_are_found_from_any_folder(write):
+    g = {"distance": "baseline", "model": "gpt"}
+    path = os.path.join("config", "heads.py")
+    assert find(path) == os.path.join(ROOT, path) and os.path.exists(find(path))
+    assert "configurator.py: no such config file" in refused(["configurator.py"]) # a script is no config
+    write("heads.py", "distance = 'cosine'") # one's own comes first
+    assert configure(g, [path]) == ({"distance": "cosine", "model": "gpt"}, {"distance": path, "model": "default"})
 
 
 def test_base_lies_between_defaults_and_files(write):

@@ -220,14 +220,8 @@ def test_transformers_scores_an_exported_run_the_same(settings):
         torch.testing.assert_close(hf(idx).logits[..., :97], model.head(model.features(idx)), rtol=1e-4, atol=1e-4)
     assert "hf exists" in refused("--out_dir=out", "--to=hf", script="export_hf.py")
     assert "say where to write" in refused("--out_dir=out", script="export_hf.py")
-
-
-@pytest.mark.parametrize("family", [dict(), *FAMILY.values()], ids=["gpt", *FAMILY])
-def test_a_distance_head_is_not_exported(family):
-    train(out_dir="out", max_iters=1, distance="cosine", **family)
-    message = refused("--out_dir=out", "--checkpoint=ckpt.pt", "--to=hf", script="export_hf.py")
-    assert "transformers has no layer for the cosine head" in message
-    assert not os.path.exists("hf")
+    card = open("hf/README.md").read()
+    assert "nats per" in card and "trust_remote_code" not in card and not os.path.exists("hf/distances.py")
 
 
 # -----------------------------------------------------------------------------

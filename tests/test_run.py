@@ -1,5 +1,6 @@
 """run.py: the probe against formulas, a run's folder, and what surrounds the loop."""
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -150,10 +151,11 @@ def test_flops_of_a_long_context_are_mostly_attentions():
     assert run.flops_per_token(long) - run.flops_per_token(short) == 12 * 3 * 16 * (4096 - 8)
 
 
-def test_a_mode_of_wandb_is_checked_with_the_rest():
-    config = dict(wandb_mode="ofline", distance="cosine", variant="", distance_params="", link="harmonic", n=1.0,
-                  learn_n=False, eps=1e-4, track_emissions=False)
-    assert run.check(config) == ["wandb_mode is 'ofline': use online, offline, disabled"]
+def test_the_tracker_and_its_mode_are_checked_with_the_rest():
+    config = dict(tracker="wandbi", wandb_mode="ofline", distance="cosine", variant="", distance_params="",
+                  link="harmonic", n=1.0, learn_n=False, eps=1e-4, track_emissions=False)
+    assert run.check(config) == ["tracker is 'wandbi': use wandb, trackio",
+                                 "wandb_mode is 'ofline': use online, offline, disabled"]
 
 
 def test_peak_flops_by_the_name_of_a_gpu():
@@ -173,5 +175,10 @@ def test_closing_closes_the_last_one_first_and_once():
 
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     assert run.git_commit() is None or len(run.git_commit().split()[0]) == 40
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q",
+                    "--allow-empty", "-m", "another project"], check=True)
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    assert run.git_commit() is None # these files may be installed in its folder
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run.git_commit() is None

@@ -387,14 +387,16 @@ def test_a_run_needs_neither_a_reader_nor_a_compile_cache(here):
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("No API key configured.\nlogin"), ImportError("no wandb")])
-def test_weights_and_biases_that_does_not_start_is_one_line(here, monkeypatch, problem):
-    def init(**arguments):
+@pytest.mark.parametrize("tracker, hint", [("wandb", "wandb_mode=offline needs neither key nor network"),
+                                           ("trackio", "pip install trackio")])
+def test_a_tracker_that_does_not_start_is_one_line(here, monkeypatch, problem, tracker, hint):
+    def init(project, name, config, **mode):
+        assert (mode == dict(mode="online")) == (tracker == "wandb")
         raise problem
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    printed, _ = train(out_dir="out", max_iters=2, wandb_log=True)
-    line, = [line for line in printed.splitlines() if "Weights & Biases" in line]
-    assert line == (f"going on without Weights & Biases ({type(problem).__name__}: {str(problem).splitlines()[0]}); "
-                    "wandb_mode=offline needs neither key nor network")
+    monkeypatch.setitem(sys.modules, tracker, SimpleNamespace(init=init))
+    printed, _ = train(out_dir="out", max_iters=2, wandb_log=True, tracker=tracker)
+    line, = [line for line in printed.splitlines() if "going on without" in line]
+    assert line == f"going on without {tracker} ({type(problem).__name__}: {str(problem).splitlines()[0]}); {hint}"
     assert printed.index(line) < printed.index("step 0/2") and load("out")["step"] == 2
 
 # -----------------------------------------------------------------------------

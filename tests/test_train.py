@@ -14,7 +14,9 @@ import math
 import os
 import re
 import shlex
+import sqlite3
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from helpers import (
     defaults_of,
     ended,
     flags,
+    fork,
     fork_ranks,
     load,
     make_dataset,
@@ -551,6 +554,16 @@ def test_wandb_offline(here):
     pytest.importorskip("wandb")
     printed, = train_processes(here, dict(out_dir="out", max_iters=2, wandb_log=True, wandb_mode="offline"))
     assert "done:" in printed and list((here / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_trackio_needs_no_network(here):
+    pytest.importorskip("trackio")
+    settings = {**SETTINGS, "out_dir": "out", "max_iters": 2, "wandb_log": True, "tracker": "trackio"}
+    printed, = ended([fork("train.py", env=dict(TRACKIO_DIR=str(here / "trackio")), log="log0", **settings)])
+    assert "done:" in printed and "going on without" not in printed
+    with closing(sqlite3.connect(here / "trackio/distance-heads.db")) as database:
+        rows = database.execute("select step, metrics from metrics").fetchall()
+    assert [step for step, row in rows if "val_loss" in json.loads(row)] == [0, 2]
 
 
 def scripts_with_settings():
