@@ -412,7 +412,8 @@ def stop_non_finite(out_dir, head, optimizer, step, loss, norm, advice, h=None):
     numbers = [f"lr {optimizer.param_groups[0]['lr']:.3e}"]
     if h is not None:
         numbers.append(f"|h| {h.norm(dim=-1).mean().item():.3e}")
-    numbers.append(f"|w| {head.weight.norm(dim=-1).mean().item():.3e}")
+    if hasattr(head, "weight"): # a loss between samples has none
+        numbers.append(f"|w| {head.weight.norm(dim=-1).mean().item():.3e}")
     if h is not None and head.distance != "baseline":
         try:
             numbers.append(f"smallest distance {head.distances(h).min().item():.3e}")
@@ -450,6 +451,7 @@ def probe(head, h, y):
         h = h.detach().float().requires_grad_()
         nll = F.cross_entropy(head(h), y, reduction="none") # (N,)
         gradient, = torch.autograd.grad(nll.sum(), h)
+    norms = gradient.norm(dim=1) # (N,)
     head.train(training)
     w = head.weight.detach()[:head.num_classes].float()
     features = h.detach().cpu().numpy()
@@ -467,8 +469,8 @@ def probe(head, h, y):
         )
     result = dict(
         **of_several,
-        active_ratio=metrics.active_ratio(nll.detach().cpu().numpy()),
-        h_grad_norm=gradient.norm(dim=1).mean().item(),
+        active_ratio=metrics.active_ratio(norms.cpu().numpy()) if norms.isfinite().all() else math.nan,
+        h_grad_norm=norms.mean().item(),
         h_norm=h.detach().norm(dim=1).mean().item(),
         prototype_norm=w.norm(dim=1).mean().item(),
     )
