@@ -318,11 +318,12 @@ def class_variance(h, y):
     return dict(intra=intra, inter=inter, ratio=ratio, samples=len(h), classes=len(classes))
 
 
-def active_ratio(norms, fraction=0.1):
+def active_ratio(norms, fraction=0.5):
     """
     The share of the samples whose gradient norm exceeds `fraction` of the largest one, of norms (N,), |dL_i/dh_i| with
     L_i the loss of sample i and h_i its features. 1 where all samples pull alike, 1 / N where one does all the work. It
-    does not depend on the loss's scale. nan when every norm is 0.
+    does not depend on the loss's scale. A tenth would read 1 for most distance heads at n = 1, whose gradients are all
+    of one size. nan when every norm is 0.
     This stands for the "active ratio" of Variance & Greediness (arXiv 2601.21450), whose exact formulas are not
     available to us: the definition is ours.
     """
@@ -519,11 +520,10 @@ METRICS = {
         "Greediness (arXiv 2601.21450), whose exact formulas are not available to us: the definition is ours."),
     "active_ratio": Metric(
         "active ratio", ".3f", 1, True,
-        "The share of the validation samples whose gradient |d(-log p_y)/dh|, with h the features, exceeds a tenth of "
+        "The share of the validation samples whose gradient |d(-log p_y)/dh|, with h the features, exceeds half of "
         "the largest one, at the last evaluation; of contrastive and triplet losses the share of pairs or triplets "
-        "whose loss is not zero. It stands for the greediness of Variance & Greediness (arXiv 2601.21450), whose exact "
-        "formulas are not available to us: the definition is ours. That lower is better is a convention of this "
-        "table."),
+        "whose loss is not 0. It stands for the greediness of Variance & Greediness (arXiv 2601.21450), whose exact "
+        "formulas are not available to us: the definition is ours. That lower is better is a convention here."),
     "map_at_r": Metric(
         "MAP@R", ".3f", 1, False,
         "Mean average precision at R of retrieving each test image among the others, R as many as have its class."),
