@@ -9,6 +9,7 @@ of each loss) and tests.csv (paired tests of what Variance & Greediness claims);
 for each folder.
 """
 import sys
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -42,14 +43,13 @@ CLAIMS = [
       for key in ("within_share", "recall_at_1", "zero_shot_recall_at_1", "probe_accuracy")),
 ]
 # of arXiv 2010.16402: over the losses of one seed, the rank correlation of the two
-TRANSFER = [("within_share", "zero_shot_recall_at_1"), ("within_share", "probe_accuracy"),
-            ("recall_at_1", "zero_shot_recall_at_1"), ("recall_at_1", "probe_accuracy")]
+TRANSFER = list(product(("within_share", "recall_at_1", "map_at_r"), ("zero_shot_recall_at_1", "probe_accuracy")))
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#6a3d9a", # of PAIRED, then of heads
            "#000000", "#8c564b", "#9acd32", "#999999")
 
 
 def read_study(folder):
-    """{label: {seed: Run}} of the runs of train_metric.py that have ended. Raises ValueError where there are none."""
+    """{label: {seed: Run}} of the runs of train_metric.py that have ended. Raises ValueError for none, or repeats."""
     runs, broken = results.read_runs([folder])
     for message in broken:
         print(message)
@@ -57,6 +57,10 @@ def read_study(folder):
     if not runs:
         raise ValueError(f"{folder} holds no run of train_metric.py that has ended")
     heads = results.by_head(runs)
+    for own in heads.values():
+        for a, b in pairwise(own): # in the order of seeds
+            if a.seed == b.seed:
+                raise ValueError(f"{a.path} and {b.path} are runs of one loss and seed: give a folder for each study")
     labels = results.make_labels(heads, results.usual_settings(runs))
     study = {labels[head]: {r.seed: r for r in own} for head, own in heads.items()}
     order = {label: PAIRED.index(label) if label in PAIRED else len(PAIRED) for label in study}

@@ -102,9 +102,8 @@ RANGES = (
     ("n_layer n_head", "in [1, 10,000]", lambda x: 1 <= x <= 1e4),
     ("max_iters warmup_iters lr_decay_iters epochs patience vocab_size", "in [0, 10^9]", lambda x: 0 <= x <= 1e9),
     ("image_size held_out classes_per_batch", "in [0, 10,000]", lambda x: 0 <= x <= 1e4),
-    ("learning_rate min_lr weight_decay grad_clip", ">= 0 and finite", lambda x: 0 <= x < math.inf),
-    ("feature_scale time_limit ccl_weight", ">= 0 and finite", lambda x: 0 <= x < math.inf),
-    ("pos_margin neg_margin triplet_margin arcface_margin ccl_margin", ">= 0 and finite", lambda x: 0 <= x < math.inf),
+    ("learning_rate min_lr weight_decay grad_clip feature_scale time_limit pos_margin neg_margin triplet_margin "
+     "arcface_margin ccl_margin ccl_weight", ">= 0 and finite", lambda x: 0 <= x < math.inf),
     ("infonce_temperature scl_temperature arcface_scale ccl_scale", "> 0 and finite", lambda x: 0 < x < math.inf),
     ("min_improvement", "in [0, 100)", lambda x: 0 <= x < 100),
     ("dropout beta1 beta2 momentum active_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
@@ -452,8 +451,7 @@ def probe(head, h, y):
     with torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
         h = h.detach().float().requires_grad_()
         nll = F.cross_entropy(head(h), y, reduction="none") # (N,)
-        gradient, = torch.autograd.grad(nll.sum(), h)
-    norms = gradient.norm(dim=1) # (N,)
+        norms = torch.autograd.grad(nll.sum(), h)[0].norm(dim=1) # (N,)
     head.train(training)
     w = head.weight.detach()[:head.num_classes].float()
     features = h.detach().cpu().numpy()

@@ -110,6 +110,7 @@ time_limit = 0.0 # minutes after which the run saves itself and ends with exit c
 seed = 1337 # of initial weights, the classes held out, the validation split, the batches and their augmentation
 device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = "auto" # 'float32', 'bfloat16', 'float16' (with loss scaling); auto: bfloat16 where a GPU has it, else float32
+threads = 0 # of torch on the CPU, 0: its own choice
 # -----------------------------------------------------------------------------
 config, sources, saved, problems = run.configure(globals()) # problems: all that cannot run, for one report
 LOSS_SIZE = 128 # validation samples on which the loss is taken: triplets grow with the cube
@@ -147,6 +148,8 @@ if not problems: # else the data could not be read
 fail(problems)
 
 halt = run.guard(config) # out_dir is this run's own; a signal or time_limit ends it after a whole step
+if threads:
+    torch.set_num_threads(threads)
 autocast, scaler = run.precision(device_type, dtype)
 
 

@@ -525,5 +525,8 @@ def test_the_report_and_the_figure_of_a_study(monkeypatch, capsys):
     assert open("out/variance.png", "rb").read(4) == b"\x89PNG"
     with pytest.raises(figures.Damaged, match="figures_metric.py draws"):
         figures.draw("out/triplet_1")
+    train(out_dir="out/again", loss="npair", seed=2, epochs=0)
+    with pytest.raises(ValueError, match="out/again and out/npair_2 are runs of one loss and seed"):
+        figures_metric.main(["out"])
     with pytest.raises(ValueError, match="holds no run of train_metric.py"):
         figures_metric.main(["report"])
