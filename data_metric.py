@@ -117,7 +117,8 @@ class Parts:
 def parts(images, held_out, val_fraction, seed):
     """
     Hold held_out classes, drawn by the seed, out of training, and a part of the others' training images for
-    validation. Raises ValueError where fewer than two classes stay on either side.
+    validation. Raises ValueError where fewer than two classes stay on either side, and for a part that has no two
+    images of one class, in which nothing can be retrieved.
     """
     K = images.num_classes
     if K - held_out < 2 or held_out == 1:
@@ -132,8 +133,16 @@ def parts(images, held_out, val_fraction, seed):
         return x[chosen], number[y[chosen]] if is_trained else y[chosen]
     x, y = of(images.train_x, images.train_y, True)
     train, val = split(y, val_fraction, seed)
-    return Parts((x[train], y[train]), (x[val], y[val]), of(images.test_x, images.test_y, True),
-                 of(images.train_x, images.train_y, False), of(images.test_x, images.test_y, False), classes)
+    found = Parts((x[train], y[train]), (x[val], y[val]), of(images.test_x, images.test_y, True),
+                  of(images.train_x, images.train_y, False), of(images.test_x, images.test_y, False), classes)
+    retrieved = {"validation images": found.val, "test images": found.test}
+    if held_out:
+        retrieved["test images of the classes held out"] = found.other_test
+    for name, (_, labels) in retrieved.items():
+        if not len(labels) or labels.bincount().max() < 2:
+            raise ValueError(f"no two {name} are of one class, nothing can be retrieved: there are {len(labels)}; a "
+                             "larger val_fraction, or another held_out, may help")
+    return found
 
 
 class ClassBatches(Batches):

@@ -288,24 +288,27 @@ def active_terms(net, e, y):
 class Retrieval(AccuracyCalculator):
     """The library's calculator, with recall at 2 and 4 as well: whether one of the nearest k has the label."""
 
-    def calculate_recall_at_2(self, knn_labels, query_labels, **kwargs):
-        return recall(knn_labels, query_labels, 2)
+    def calculate_recall_at_2(self, knn_labels, query_labels, not_lone_query_mask, **kwargs):
+        return recall(knn_labels, query_labels, not_lone_query_mask, 2)
 
-    def calculate_recall_at_4(self, knn_labels, query_labels, **kwargs):
-        return recall(knn_labels, query_labels, 4)
+    def calculate_recall_at_4(self, knn_labels, query_labels, not_lone_query_mask, **kwargs):
+        return recall(knn_labels, query_labels, not_lone_query_mask, 4)
 
     def requires_knn(self):
         return [*super().requires_knn(), "recall_at_2", "recall_at_4"]
 
 
-def recall(knn_labels, query_labels, k):
-    return (knn_labels[:, :k] == query_labels[:, None]).any(1).double().mean().item()
+def recall(knn_labels, query_labels, counts, k):
+    """The share of the queries that count, those that are not alone in their class, with their label among k."""
+    hits = (knn_labels[:, :k] == query_labels[:, None]).any(1)
+    return hits[counts].double().mean().item()
 
 
 def retrieval(e, y):
     """
     Numbers by name of retrieving each of the embeddings e (N, D) with labels y (N,) among the others, by Euclid's
-    distance of unit vectors, which ranks as cosine does: recall_at_1, 2, 4 and map_at_r, Musgrave et al. 2020.
+    distance of unit vectors, which ranks as cosine does: recall_at_1, 2, 4 and map_at_r, Musgrave et al. 2020. One that
+    is alone in its class is no query; where all are, the numbers are nan.
     """
     names = {"precision_at_1": "recall_at_1", "recall_at_2": "recall_at_2", "recall_at_4": "recall_at_4",
              "mean_average_precision_at_r": "map_at_r"}

@@ -109,7 +109,9 @@ def check_row(row, script):
     elif row.get("kind") == "eval":
         kinds |= dict(val_loss=float)
         if script in ("train_vision.py", "train_metric.py"):
-            kinds |= dict(val_accuracy=float, best_accuracy=float)
+            kinds |= dict(val_accuracy=float)
+        if script == "train_vision.py":
+            kinds |= dict(best_accuracy=float)
     else:
         raise ValueError(f"kind is {row.get('kind')!r:.60}")
     check(row, **kinds, **{key: float for key in row if key.endswith("_total")})

@@ -170,13 +170,13 @@ groups = run.parameter_groups(net, weight_decay)
 moments = dict(betas=(beta1, beta2))
 opt = torch.optim.AdamW(groups, lr=learning_rate, **moments, fused=device_type != "mps")
 
-step, best_accuracy, resumed_at, evaluated_at = 0, -1.0, None, None
+step, resumed_at, evaluated_at = 0, None, None
 if init_from == "resume":
     fixed_settings = ("seed", "val_fraction", "held_out", "batch_size", "classes_per_batch")
     ckpt = run.load_checkpoint(out_dir, net, config, images.hash, fixed_settings)
     run.load_optimizer(opt, ckpt["optimizer"], weight_decay, lr=learning_rate, **moments)
     scaler.load_state_dict(ckpt["scaler"])
-    step, best_accuracy, evaluated_at = ckpt["step"], ckpt["best_accuracy"], ckpt["evaluated_at"]
+    step, evaluated_at = ckpt["step"], ckpt["evaluated_at"]
     resumed_at = step
     if step >= epochs * steps_per_epoch and os.path.exists(os.path.join(out_dir, "summary.json")):
         print0(f"nothing to do: {out_dir} has ended at epoch {step // steps_per_epoch}")
@@ -251,8 +251,7 @@ def test():
 def save():
     safe.save(os.path.join(out_dir, "ckpt.pt"), {
         "model": net.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "step": step,
-        "best_accuracy": best_accuracy, "evaluated_at": evaluated_at, "model_args": about["model_args"],
-        "config": config, "data_hash": images.hash,
+        "evaluated_at": evaluated_at, "model_args": about["model_args"], "config": config, "data_hash": images.hash,
     }, keep=True)
 
 
@@ -303,7 +302,6 @@ while True:
         greedy, found = greediness(e, y), retrieval(e, y)
         if not math.isfinite(greedy["val_loss"]): # before it is saved over a good checkpoint
             stop_non_finite(f"of the validation split {greedy['val_loss']}", "not taken", at=step)
-        best_accuracy = max(best_accuracy, found["recall_at_1"])
         evaluated_at = step
         energy = emissions.read(step, val_loss=greedy["val_loss"])
         spread = geometry(e, y)
@@ -313,8 +311,8 @@ while True:
                f"{run.energy_text(energy)}")
         run.log(out_dir, dict(
             kind="eval", step=step, epoch=epoch, images=step * images_per_step, val_accuracy=found["recall_at_1"],
-            val_map_at_r=found["map_at_r"], best_accuracy=best_accuracy, n=run.exponent(net.head), seconds=seconds,
-            **greedy, **spread, **energy), wandb_run)
+            val_map_at_r=found["map_at_r"], n=run.exponent(net.head), seconds=seconds, **greedy, **spread, **energy),
+            wandb_run)
         save()
         t0, seconds = time.time(), 0.0 # evaluation is not part of an epoch's time
     if step >= epochs * steps_per_epoch:
