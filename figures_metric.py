@@ -45,7 +45,7 @@ CLAIMS = [
 # of arXiv 2010.16402: over the losses of one seed, the rank correlation of the two
 TRANSFER = list(product(("within_share", "recall_at_1", "map_at_r"), ("zero_shot_recall_at_1", "probe_accuracy")))
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#6a3d9a", # of PAIRED, then of heads
-           "#000000", "#8c564b", "#9acd32", "#999999")
+           "#000000", "#8c564b", "#9acd32", "#999999", "#b2182b")
 
 
 def read_study(folder):
@@ -200,7 +200,7 @@ def draw(studies, titles, path):
             settings = dict(color=COLOURS[i % len(COLOURS)], ls="--" if is_head else "-", lw=1.4, label=label)
             ax.plot(*means, marker="s" if is_head else "o", ms=3, markevery=slice(1, -1), alpha=0.8, **settings)
             ax.plot(means[0][-1], means[1][-1], marker="s" if is_head else "o", ms=9, color=settings["color"], mec="k")
-        ax.plot(means[0][0], means[1][0], marker="*", ms=13, color="k", ls="")
+        ax.plot(means[0][0], means[1][0], marker="*", ms=13, color="k", ls="", label="untrained")
         ax.set(xscale="log", yscale="log", xlabel="variance between classes", ylabel="variance within classes",
                title=title)
     legend(fig, axes[0], below=True)
