@@ -41,6 +41,7 @@ CLAIMS = [
     ("uneven separation", "test_class_distance_cv", ("npair",), PAIRED),
     *(("heads against cross-entropy", key, ("euclidean", "cosine", "cosine, softmin, n=16"), ("baseline",))
       for key in ("within_share", "recall_at_1", "zero_shot_recall_at_1", "probe_accuracy")),
+    *(("the exponent", key, ("euclidean, n=4",), ("euclidean",)) for key in ("within_share", "zero_shot_recall_at_1")),
 ]
 # of arXiv 2010.16402: over the losses of one seed, the rank correlation of the two
 TRANSFER = list(product(("within_share", "recall_at_1", "map_at_r"), ("zero_shot_recall_at_1", "probe_accuracy")))
