@@ -52,6 +52,7 @@ init_from = "scratch" # or 'resume'
 eval_interval = 1 # epochs between evaluations; each also writes a checkpoint and a row of emissions.csv
 log_interval = 100 # steps between log lines; there is one at each epoch's end as well
 wandb_log = False # also log to Weights & Biases
+tracker = "wandb" # or 'trackio', which takes its place and keeps all on this machine
 wandb_project = "distance-heads"
 wandb_run_name = "" # '': the name of out_dir
 wandb_mode = "online" # or 'offline', which needs neither key nor network
