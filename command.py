@@ -7,8 +7,8 @@ import runpy
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = ("prepare_stdlib", "prepare_openwebtext", "train", "train_vision", "train_toy", "study", "report", "sample",
-           "export_hf", "figures", "figures_toy", "bench", "data", "distances")
+SCRIPTS = ("prepare_stdlib", "prepare_openwebtext", "train", "train_vision", "train_metric", "train_toy", "study",
+           "report", "sample", "export_hf", "figures", "figures_metric", "figures_toy", "bench", "data", "distances")
 
 
 def main():

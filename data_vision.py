@@ -3,7 +3,7 @@ The images that train_vision.py reads: load() finds a dataset, split() cuts a va
 batches out.
 
   digits     1,797 images of 8x8, part of scikit-learn: needs no network and no files
-  mnist      data/mnist/: the original IDX files, train-images-idx3-ubyte and its three fellows, as they are or as .gz
+  mnist      data/mnist/, or data/fashion_mnist/: IDX files, train-images-idx3-ubyte and its fellows, as they are or .gz
   cifar10    data/cifar10/, or as the archive unpacks: data/cifar-10-batches-bin/ or data/cifar-10-batches-py/
   cifar100   data/cifar100/, or data/cifar-100-binary/ or data/cifar-100-python/
 Without these files load() takes data/<dataset>/images.npz, which its download from the huggingface hub leaves there.
@@ -209,11 +209,11 @@ class Origin:
     formats: list # tuples (reader, names of the training files, name of the test file)
 
 
+IDX = [(read_idx, ["train-images-idx3-ubyte"], "t10k-images-idx3-ubyte")]
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 DATASETS = {
-    "mnist": Origin(10, "L", (60000, 10000), "ylecun/mnist", [], [
-        (read_idx, ["train-images-idx3-ubyte"], "t10k-images-idx3-ubyte"),
-    ]),
+    "mnist": Origin(10, "L", (60000, 10000), "ylecun/mnist", [], IDX),
+    "fashion_mnist": Origin(10, "L", (60000, 10000), "zalando-datasets/fashion_mnist", [], IDX),
     "cifar10": Origin(10, "RGB", (50000, 10000), "uoft-cs/cifar10", ["cifar-10-batches-bin", "cifar-10-batches-py"], [
         (read_binary, [f"{name}.bin" for name in BATCHES], "test_batch.bin"),
         (read_pickle, BATCHES, "test_batch"),
@@ -333,7 +333,7 @@ def hub_arrays(name, part, origin):
 
 def load(dataset, data_dir="data"):
     """
-    Return the Images of digits, mnist, cifar10 or cifar100, from files (see the top of this file) or downloaded once.
+    Return the Images of digits or of one of DATASETS, from files (see the top of this file) or downloaded once.
 
     Raises ValueError for an unknown name, for damaged, missing or ill-matched files, and for a class without a training
     image, ConnectionError when there are no files and the download fails, ImportError for digits without scikit-learn.
@@ -549,6 +549,14 @@ class Batches:
         self.shift = shift.expand(C).reshape(1, C, 1, 1).float().to(device)
         self.epoch, self.order = None, None # the current permutation, (N,) on the device
 
+    def rows(self, step):
+        """Return which images are in the batch of a step, (batch_size,) int64 on the device."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            order = np.random.RandomState([self.seed, epoch]).permutation(len(self.x)).astype(np.int64)
+            self.epoch, self.order = epoch, torch.from_numpy(order).to(self.x.device)
+        return self.order[i * self.batch_size:(i + 1) * self.batch_size]
+
     def train(self, step, rank=0, world_size=1):
         """
         Return x (b, C, S, S) float32 and y (b,) for a step: rows rank, rank + world_size, ... of its batch, so that
@@ -560,11 +568,7 @@ class Batches:
         B = self.batch_size
         if not 0 <= rank < world_size <= B:
             raise ValueError(f"rank {rank} of {world_size} has no part in a batch of {B} images")
-        epoch, i = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            order = np.random.RandomState([self.seed, epoch]).permutation(len(self.x)).astype(np.int64)
-            self.epoch, self.order = epoch, torch.from_numpy(order).to(self.x.device)
-        rows = self.order[i * B + rank:(i + 1) * B:world_size] # (b,)
+        rows = self.rows(step)[rank::world_size] # (b,)
         x, y = self.x.index_select(0, rows), self.y.index_select(0, rows)
         if any(self.spec.values()):
             # drawn on the CPU and for all ranks, so that neither the device nor the number of ranks matters; the 1

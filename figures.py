@@ -240,7 +240,11 @@ def pictures(out_dir):
     Draw every picture of the run in this folder, and yield the path of each. Raises Damaged where the folder is not
     that of a run, lacks what a picture shows, or cannot be written, and ImportError where matplotlib is missing.
     """
-    for picture in PICTURES[read_config(out_dir)["script"]]:
+    script = read_config(out_dir)["script"]
+    if script not in PICTURES:
+        raise Damaged(f"{out_dir} is a run of {script}, whose pictures figures_toy.py or figures_metric.py draws, of a "
+                      "whole study")
+    for picture in PICTURES[script]:
         with readable(out_dir, "cannot be drawn"):
             path = picture(out_dir)
         yield path

@@ -318,19 +318,21 @@ def class_variance(h, y):
     return dict(intra=intra, inter=inter, ratio=ratio, samples=len(h), classes=len(classes))
 
 
-def active_ratio(nll, threshold=0.01):
+def active_ratio(norms, fraction=0.5):
     """
-    The share of the samples that still pull on the scores z before the softmax, whichever the head:
-    |dL/dz|_1 = |p - onehot(y)|_1 = 2 (1 - p_y) > 2 threshold, with p_y = exp(-nll) and nll (N,) in nats.
-    This stands for the "greediness" of Variance & Greediness (arXiv 2601.21450), whose exact formulas are not
+    The share of the samples whose gradient norm exceeds `fraction` of the largest one, of norms (N,), |dL_i/dh_i| with
+    L_i the loss of sample i and h_i its features. 1 where all samples pull alike, 1 / N where one does all the work. It
+    does not depend on the loss's scale. A tenth would read 1 for most distance heads at n = 1, whose gradients are all
+    of one size. nan when every norm is 0.
+    This stands for the "active ratio" of Variance & Greediness (arXiv 2601.21450), whose exact formulas are not
     available to us: the definition is ours.
     """
-    nll = array(nll, "nll")
-    if nll.min() < -1e-3: # float32 may round a perfect one to just below 0
-        raise ValueError(f"nll cannot be negative, got {nll.min()}")
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must be in [0, 1), got {threshold}")
-    return float((-np.expm1(-nll) > threshold).mean()) # 1 - exp(-nll) would round a small one to 0
+    norms = gradient_norms(norms)
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction must be in [0, 1), got {fraction}")
+    if norms.max() == 0:
+        return float("nan")
+    return float((norms > fraction * norms.max()).mean())
 
 
 def classification(y, predicted, num_classes):
@@ -446,7 +448,7 @@ METRICS = {
     "test_accuracy": Metric(
         "test accuracy (%)", ".2f", 100, False,
         "The share of the test set that is classified correctly, with the weights of the epoch of the best validation "
-        "accuracy. Standard."),
+        "accuracy; of embeddings, with the last weights: the share whose nearest other image is of their class."),
     "f1_macro": Metric(
         "macro F1", ".4f", 1, False,
         "The mean over classes of 2 TP / (2 TP + FP + FN) on the test set, with the same weights. Standard; that the "
@@ -518,10 +520,19 @@ METRICS = {
         "Greediness (arXiv 2601.21450), whose exact formulas are not available to us: the definition is ours."),
     "active_ratio": Metric(
         "active ratio", ".3f", 1, True,
-        "The share of the validation samples that still pull: |dL/dz|_1 = 2 (1 - p_y) > 0.02, with z the scores "
-        "before the softmax, at the last evaluation. It stands for the greediness of Variance & Greediness (arXiv "
-        "2601.21450), whose exact formulas are not available to us: the definition is ours. That lower is better is "
-        "a convention of this table."),
+        "The share of the validation samples whose gradient |d(-log p_y)/dh|, with h the features, exceeds half of "
+        "the largest one, at the last evaluation; of contrastive and triplet losses the share of pairs or triplets "
+        "whose loss is not 0. It stands for the greediness of Variance & Greediness (arXiv 2601.21450), whose exact "
+        "formulas are not available to us: the definition is ours. That lower is better is a convention here."),
+    "map_at_r": Metric(
+        "MAP@R", ".3f", 1, False,
+        "Mean average precision at R of retrieving each test image among the others, R as many as have its class."),
+    "zero_shot_recall_at_1": Metric(
+        "recall@1, classes held out (%)", ".2f", 100, False,
+        "As the test accuracy of embeddings, of the test images of classes that were not trained on."),
+    "probe_accuracy": Metric(
+        "linear probe (%)", ".2f", 100, False,
+        "The test accuracy of logistic regression on the embeddings of the classes held out."),
     "energy_kwh": Metric(
         "energy (kWh)", ".3g", 1, True,
         "CPU, GPU and RAM of the machine from step 0 to the last evaluation, evaluations included (emissions.py)."),
@@ -563,6 +574,7 @@ TABLES = {
         "quality": ("test_accuracy", "f1_macro", "test_loss", "gradient_stability", "clipping_quality"),
         "interpretability": ("test_accuracy", "pc2_ev", "pca90", "pca90_uncapped", "prototype_alignment",
                              "variance_ratio", "active_ratio"),
+        "retrieval": ("map_at_r", "zero_shot_recall_at_1", "probe_accuracy"),
         "sustainability": ("energy_kwh", "emissions_g", "seconds_per_epoch", *_TO_TARGET),
     },
     "language": {

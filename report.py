@@ -4,7 +4,7 @@ A report of finished runs: tables, tests against the linear head, and figures, f
 $ python report.py out/study_digits
 $ python report.py out/study_digits out/study_stdlib --out_dir=report
 
-It reads every folder below the given ones that holds a config.json of train.py or train_vision.py, and writes
+It reads every folder below the given ones that holds a config.json of a training script, and writes
 index.html (one file, opens from disk), index.md, a CSV per table in tables/, every number of every run in
 tables/runs.csv, and figures/*.png. Nothing is trained; checkpoints are read for the nearest prototypes only.
 
@@ -90,6 +90,8 @@ def finding(section, key, tests):
 def head_table(section, title):
     """The table of that title in TABLES: heads by metrics, with the tests of the quality metric and of the energy."""
     keys = [key for key in TABLES[section.family][title] if section.known(key)]
+    if not keys:
+        return []
     tests = {}
     for key in keys:
         if key in (section.quality, "energy_kwh") and title != "interpretability":

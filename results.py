@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import metrics
-from distances import find, parse_head
+from distances import DISTANCES, find, parse_head
 from metrics import METRICS
 from run_folder import Damaged, finite, read_config, read_emissions, read_rows, read_summary, readable
 
@@ -30,10 +30,11 @@ QUALITY = {"vision": "test_accuracy", "language": "val_loss"}
 VALIDATION = {"vision": "val_accuracy", "language": "val_loss"}
 # the settings that make a head, and those that decide neither a result nor its energy. All others have to agree where
 # runs are averaged
-HEAD_KEYS = ("distance", "variant", "distance_params", "link", "n", "learn_n", "eps", "feature_scale")
+HEAD_KEYS = ("loss", "distance", "variant", "distance_params", "link", "n", "learn_n", "eps", "feature_scale")
 IGNORED = (*HEAD_KEYS, "seed", "out_dir", "data_dir", "overwrite", "plots", "wandb_log", "tracker",
            "wandb_project", "wandb_run_name", "wandb_mode", "device", "dtype", "time_limit")
-# setting: 'fixed', 'given' (on the command line) or 'learned' n
+# setting: 'fixed', 'given' (on the command line) or 'learned' n. A loss of train_metric.py that is no head has its name
+# in the place of the distance, and in that of the variant the distance between samples, if it is not the loss's own
 Head = namedtuple("Head", "distance variant params link setting n eps feature_scale")
 
 # -----------------------------------------------------------------------------
@@ -76,6 +77,9 @@ def head_of(info):
     params = parse_head(c["distance"], c["variant"], c["distance_params"])
     distance, variant = params.pop("distance"), params.pop("variant")
     variant, _ = find(distance, variant)
+    if c.get("loss", "head") != "head":
+        words = [] if distance == "baseline" else [distance, variant, c["distance_params"]]
+        return Head(c["loss"], " ".join(filter(None, words)), "", "", "fixed", 0.0, c["eps"], c["feature_scale"])
     if distance == "baseline": # has neither n nor link
         return Head("baseline", "", "", "", "fixed", 0.0, 0.0, c["feature_scale"])
     setting = "fixed"
@@ -270,10 +274,11 @@ def label(head, usual):
     """The head in words: what is not the default, or not usual in its section, is said."""
     if head.distance == "baseline":
         return "baseline"
-    variant = "" if head.variant == find(head.distance)[0] else f" {head.variant}"
+    usual_variant = find(head.distance)[0] if head.distance in DISTANCES else ""
+    variant = "" if head.variant == usual_variant else f" {head.variant}"
     words = [head.distance + variant, head.params]
     if head.link != "harmonic":
-        words.append(head.link)
+        words.append(head.link) # a loss that is no head has none
     if head.setting == "given":
         words.append(f"n={head.n:g}")
     elif head.setting == "learned":

@@ -98,14 +98,15 @@ def configure(namespace):
 RANGES = (
     ("eval_interval log_interval batch_size block_size gradient_accumulation_steps", "in [1, 10^9]",
      lambda x: 1 <= x <= 1e9),
-    ("n_embd intermediate_size lr_step", "in [1, 10^9]", lambda x: 1 <= x <= 1e9),
+    ("n_embd intermediate_size lr_step embedding_size", "in [1, 10^9]", lambda x: 1 <= x <= 1e9),
     ("n_layer n_head", "in [1, 10,000]", lambda x: 1 <= x <= 1e4),
     ("max_iters warmup_iters lr_decay_iters epochs patience vocab_size", "in [0, 10^9]", lambda x: 0 <= x <= 1e9),
-    ("image_size", "in [0, 10,000]", lambda x: 0 <= x <= 1e4),
-    ("learning_rate min_lr weight_decay grad_clip", ">= 0 and finite", lambda x: 0 <= x < math.inf),
-    ("feature_scale time_limit", ">= 0 and finite", lambda x: 0 <= x < math.inf),
+    ("image_size held_out classes_per_batch", "in [0, 10,000]", lambda x: 0 <= x <= 1e4),
+    ("learning_rate min_lr weight_decay grad_clip feature_scale time_limit pos_margin neg_margin triplet_margin "
+     "arcface_margin ccl_margin ccl_weight", ">= 0 and finite", lambda x: 0 <= x < math.inf),
+    ("infonce_temperature scl_temperature arcface_scale ccl_scale", "> 0 and finite", lambda x: 0 < x < math.inf),
     ("min_improvement", "in [0, 100)", lambda x: 0 <= x < 100),
-    ("dropout beta1 beta2 momentum", "in [0, 1)", lambda x: 0 <= x < 1),
+    ("dropout beta1 beta2 momentum active_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
     ("val_fraction mlm_probability", "in (0, 1)", lambda x: 0 < x < 1),
     ("n", "> 0 and finite, or for a language model 0, the distance's default", lambda x: 0 <= x < math.inf),
     ("lr_gamma", "in (0, 10,000]", lambda x: 0 < x <= 1e4),
@@ -412,7 +413,8 @@ def stop_non_finite(out_dir, head, optimizer, step, loss, norm, advice, h=None):
     numbers = [f"lr {optimizer.param_groups[0]['lr']:.3e}"]
     if h is not None:
         numbers.append(f"|h| {h.norm(dim=-1).mean().item():.3e}")
-    numbers.append(f"|w| {head.weight.norm(dim=-1).mean().item():.3e}")
+    if hasattr(head, "weight"): # a loss between samples has none
+        numbers.append(f"|w| {head.weight.norm(dim=-1).mean().item():.3e}")
     if h is not None and head.distance != "baseline":
         try:
             numbers.append(f"smallest distance {head.distances(h).min().item():.3e}")
@@ -449,7 +451,7 @@ def probe(head, h, y):
     with torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
         h = h.detach().float().requires_grad_()
         nll = F.cross_entropy(head(h), y, reduction="none") # (N,)
-        gradient, = torch.autograd.grad(nll.sum(), h)
+        norms = torch.autograd.grad(nll.sum(), h)[0].norm(dim=1) # (N,)
     head.train(training)
     w = head.weight.detach()[:head.num_classes].float()
     features = h.detach().cpu().numpy()
@@ -467,8 +469,8 @@ def probe(head, h, y):
         )
     result = dict(
         **of_several,
-        active_ratio=metrics.active_ratio(nll.detach().cpu().numpy()),
-        h_grad_norm=gradient.norm(dim=1).mean().item(),
+        active_ratio=metrics.active_ratio(norms.cpu().numpy()) if norms.isfinite().all() else math.nan,
+        h_grad_norm=norms.mean().item(),
         h_norm=h.detach().norm(dim=1).mean().item(),
         prototype_norm=w.norm(dim=1).mean().item(),
     )

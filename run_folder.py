@@ -12,7 +12,7 @@ import numpy as np
 
 import safe
 
-SCRIPTS = ("train.py", "train_vision.py", "train_toy.py")
+SCRIPTS = ("train.py", "train_vision.py", "train_metric.py", "train_toy.py")
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", dict: "a dict",
          list: "a list"}
 
@@ -108,8 +108,10 @@ def check_row(row, script):
         kinds |= dict(loss=float)
     elif row.get("kind") == "eval":
         kinds |= dict(val_loss=float)
+        if script in ("train_vision.py", "train_metric.py"):
+            kinds |= dict(val_accuracy=float)
         if script == "train_vision.py":
-            kinds |= dict(val_accuracy=float, best_accuracy=float)
+            kinds |= dict(best_accuracy=float)
     else:
         raise ValueError(f"kind is {row.get('kind')!r:.60}")
     check(row, **kinds, **{key: float for key in row if key.endswith("_total")})

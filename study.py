@@ -45,11 +45,13 @@ except ImportError: # Windows, where nothing is locked
 
 # -----------------------------------------------------------------------------
 # defaults
-script = "train_vision.py" # or 'train.py'
+script = "train_vision.py" # or 'train.py', 'train_metric.py'
 base = "" # config files of every run, separated by spaces
 settings = "" # flags of every run, separated by spaces, such as '--epochs=10 --plots=false'
 models = "" # comma separated, such as 'mlp,cnn'; '': the config's
-heads = "all" # comma separated distance[:variant][:name=value], such as 'cosine,minkowski:p=3'; all: every one there is
+# comma separated distance[:variant][:name=value], such as 'cosine,minkowski:p=3', and with train_metric.py losses, such
+# as 'triplet'; all: every one there is
+heads = "all"
 links = "harmonic" # comma separated: harmonic, softmin
 ns = "default" # comma separated: numbers, 'default' (the config's), 'learn' (learn_n, from the default)
 seeds = "1,2,3"
@@ -98,6 +100,14 @@ def all_heads():
     return [*names, "minkowski:p=3"]
 
 
+def losses():
+    """Return the losses of train_metric.py that are no heads; the other scripts have none."""
+    if script != "train_metric.py":
+        return ()
+    from model_metric import LOSSES
+    return LOSSES
+
+
 def grid():
     """
     Return [(the run's name, its flags)], seed by seed, so that a study that is stopped half-way has all heads.
@@ -105,7 +115,7 @@ def grid():
     """
     exponents = parsed("ns", ns, exponent, "numbers > 0, 'default' or 'learn'")
     numbers = parsed("seeds", seeds, int, "integers")
-    names = all_heads() if heads == "all" else words(heads)
+    names = [*losses(), *all_heads()] if heads == "all" else words(heads)
     runs = {}
     for seed, model, head, link, n in product(numbers, words(models) or [""], names, words(links), exponents):
         name, flags = one_of_grid(seed, model, head, link, n)
@@ -116,6 +126,9 @@ def grid():
 def one_of_grid(seed, model, head, link, n):
     """Return (the run's name, its flags) for one point of the grid. A model "" and an n "default" are the config's."""
     from distances import DistanceHead, parse_head
+    if head in losses():
+        model_flags = [f"--model={model}"] if model else []
+        return "_".join(filter(None, [model, head, f"s{seed}"])), [f"--loss={head}", f"--seed={seed}", *model_flags]
     arguments = parse_head(head)
     full_variant = DistanceHead(8, 8, **arguments, link=link).variant # making it refuses here what a run would refuse
     distance, variant = arguments.pop("distance"), arguments.pop("variant")
@@ -124,6 +137,8 @@ def one_of_grid(seed, model, head, link, n):
         link, n = "harmonic", "default"
 
     flags = [f"--distance={distance}", f"--link={link}", f"--seed={seed}"]
+    if script == "train_metric.py":
+        flags.append("--loss=head")
     if model:
         flags.append(f"--model={model}")
     if variant:
@@ -405,8 +420,8 @@ def main():
         problems.append(str(e))
     if jobs < 0:
         problems.append(f"jobs is {jobs}, it must be >= 0")
-    if script not in ("train.py", "train_vision.py"):
-        problems.append(f"script is {script!r}: use train.py or train_vision.py")
+    if script not in ("train.py", "train_vision.py", "train_metric.py"):
+        problems.append(f"script is {script!r}: use train.py, train_vision.py or train_metric.py")
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         problems.append(f"out_dir is {out_dir!r}, which is no folder")
     for key, text in (("base", base), ("settings", settings)):
@@ -421,7 +436,7 @@ def main():
         named = grid()
         if not named:
             problems.append("the grid is empty: models, heads, links, ns and seeds need an entry each")
-    except ValueError as e:
+    except (ImportError, ValueError) as e:
         problems.append(str(e))
     fail(problems)
     runs = [(os.path.join(out_dir, name), flags) for name, flags in named[i - 1::k]]

@@ -234,22 +234,31 @@ def test_class_variance_by_hand():
 
 
 def test_active_ratio():
-    assert metrics.active_ratio([0.0, 1e-12, 50, 1000]) == 0.5
-    assert metrics.active_ratio([0.0, 1e-17, 1e-12], threshold=0) == close(2 / 3) # 1 - exp(-1e-17) is 0
-    edge = -math.log1p(-0.01) # p_y = 0.99
-    assert metrics.active_ratio([edge * 0.999, edge * 1.001]) == 0.5
-    assert metrics.active_ratio([edge * 0.999, edge * 1.001], 0.02) == 0
-    assert metrics.active_ratio([math.log(2) * 0.99, math.log(2) * 1.01, 3], threshold=0.5) == close(2 / 3)
-    assert metrics.active_ratio(np.array([-1e-7, 1], dtype=np.float32), threshold=0) == 0.5
+    assert metrics.active_ratio([4, 2.1, 2, 0.1]) == 0.5 # half of the largest is not more than half of it
+    assert metrics.active_ratio([4, 2.1, 2, 0.1], 0.01) == 1 and metrics.active_ratio([4, 2.1, 2, 0.1], 0.6) == 0.25
+    assert metrics.active_ratio([0, 0, 1e-30, 1e-31], 0) == 0.5
+    assert metrics.active_ratio([0.3] * 7) == 1 and math.isnan(metrics.active_ratio([0, 0]))
+    norms = np.random.default_rng(0).random(50)
+    assert metrics.active_ratio(norms) == metrics.active_ratio(1e6 * norms) # whatever the loss's scale
 
 
-def test_active_ratio_is_the_gradient_s():
+def test_active_ratio_separates_heads_that_the_share_of_wrong_probability_does_not():
+    """Two heads that are far from certain of every sample: one pulls on all of them alike, one on a few."""
     torch = pytest.importorskip("torch")
-    z = (4 * torch.randn(300, 7, generator=torch.Generator().manual_seed(0))).double().requires_grad_()
-    nll = torch.nn.functional.cross_entropy(z, torch.arange(300) % 7, reduction="none")
-    grad, = torch.autograd.grad(nll.sum(), z)
-    ratio = metrics.active_ratio(nll.detach().numpy(), 0.2)
-    assert 0.1 < ratio < 0.95 and ratio == close((grad.abs().sum(1) > 0.4).double().mean().item())
+    from distances import DistanceHead
+    torch.manual_seed(0)
+    y = torch.arange(200) % 5
+    h = 4 * torch.eye(8)[y] + torch.randn(200, 8)
+    ratios = {}
+    for distance, n in (("euclidean", 1.0), ("baseline", 1.0)):
+        head = DistanceHead(8, 5, distance, n=n)
+        head.weight.data = (4 if distance == "euclidean" else 0.6) * torch.eye(5, 8)
+        x = h.clone().requires_grad_()
+        nll = torch.nn.functional.cross_entropy(head(x), y, reduction="none")
+        gradient, = torch.autograd.grad(nll.sum(), x)
+        assert (1 - (-nll).exp() > 0.01).double().mean() > 0.98 # the old threshold
+        ratios[distance] = metrics.active_ratio(gradient.norm(dim=1).numpy())
+    assert ratios["baseline"] < ratios["euclidean"] - 0.2
 
 
 def test_classification_by_hand():
@@ -355,7 +364,7 @@ BAD = {
         (([[NAN, NAN]] * 2,), "all scores")],
     "class_variance": [((H, [0, 1]), "2 for 3"), (([[NAN], [1]], [0, 0]), "finite"), ((H, [0, 0, -100]), "ignored")],
     "active_ratio": [
-        (([],), "empty"), (([1, INF],), "finite"), (([-1],), "negative"), (([1], 1.0), "threshold"),
+        (([],), "empty"), (([1, INF],), "finite"), (([-1],), "negative"), (([1], 1.0), "fraction"),
         (([[1]],), "1-dimensional")],
     "classification": [
         (([], [], 2), "integers"), (([0, 1], [0], 2), "1 for 2"), (([0, 2], [0, 1], 2), "y must"),

@@ -261,7 +261,7 @@ def test_a_stopped_study_takes_its_runs_along_and_goes_on(here, tmp_path, stop):
     (["--shard=5/4"], "write i/k with 1 <= i <= k"),
     (["--shard=x"], "write i/k"),
     (["--jobs=-1"], "jobs is -1, it must be >= 0"),
-    (["--script=bench.py"], "use train.py or train_vision.py"),
+    (["--script=bench.py"], "use train.py, train_vision.py or train_metric.py"),
     (["--base=config/none.py"], "there is no config/none.py"),
     (["--base='config/mlp.py"], "which does not split into words (No closing quotation)"),
     (["--settings='"], "which does not split into words (No closing quotation)"),
