@@ -54,9 +54,9 @@ def run_script(name, *args):
     python name *args, but in this process: (what it printed, its globals). SystemExit comes through, unless it is the
     early end of a run that has nothing to do, which leaves no globals.
     """
-    argv, precision, out = sys.argv, torch.get_float32_matmul_precision(), io.StringIO()
+    argv, precision, threads = sys.argv, torch.get_float32_matmul_precision(), torch.get_num_threads()
     sys.argv = [os.path.join(ROOT, name), *args]
-    found = None
+    out, found = io.StringIO(), None
     try:
         with contextlib.redirect_stdout(out):
             found = runpy.run_path(sys.argv[0], run_name="__main__")
@@ -69,6 +69,7 @@ def run_script(name, *args):
         if "matplotlib.pyplot" in sys.modules:
             sys.modules["matplotlib.pyplot"].close("all")
         torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads) # else --threads holds for all later tests
     return out.getvalue(), found
 
 
