@@ -2,7 +2,7 @@
 The data format, defined once: the prepare scripts write it, train.py and sample.py read it.
 
 A dataset is a folder data/<dataset>/ with
-  train.bin, val.bin   token ids and nothing else: uint16, or uint32 when an id can exceed 65,535
+  train.bin, val.bin   token ids and nothing else: uint16, or uint32 when an id can exceed 65,535; or shards of them
   meta.pkl             a dict of plain values:
     vocab_size, dtype, eot                  dtype is "uint16" or "uint32", eot the id that ends a text
     encoding                                the tokenizer: a tiktoken name, or the name of a file in the folder
@@ -10,9 +10,9 @@ A dataset is a folder data/<dataset>/ with
     special_ids, mask_id                    with tokenizer.json: the ids that are no text, the id of [MASK] or None
     train_tokens, train_docs, train_bytes   counts; the bytes are those of utf-8, 0 where the tokenizer loses the text
     val_tokens, val_docs, val_bytes         the same for the other split
-    hash, source                            the sha256 of both files' hashes; where the text comes from, for people
+    hash, source                            the sha256 of both splits' hashes; where the text comes from, for people
 nanoGPT's folders work as they are: those without meta.pkl (openwebtext and shakespeare, GPT-2 tokens) and the
-char-level one.
+char-level one. So do the shards of llm.c and modded-nanogpt in place of train.bin and val.bin, see data_shards.py.
 
 Make one, then train on it:
 $ python prepare_stdlib.py                     # seconds, no network
@@ -32,6 +32,8 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+
+from data_shards import ShardFile, Stream, holds_dataset, is_half_written, replaced, token_files
 
 EOT = "<|endoftext|>"
 # GPT-2's pattern, in the form that tiktoken ships: it cuts text exactly as the original does
@@ -110,14 +112,16 @@ def load_meta(data_dir):
     """
     Return the meta dict of a dataset folder, always with vocab_size, dtype, encoding, eot and source.
 
-    Raises FileNotFoundError, which names the command to run, when there is no train.bin, and ValueError when meta.pkl
-    is damaged, not plain, or says what cannot be.
+    Raises FileNotFoundError, which names the command to run, when there is neither train.bin nor a shard, and
+    ValueError when meta.pkl is damaged, not plain, or says what cannot be.
     """
-    if not os.path.exists(os.path.join(data_dir, "train.bin")):
+    if not token_files(data_dir, "train"):
         raise missing(data_dir, "train.bin")
     path = os.path.join(data_dir, "meta.pkl")
+    if is_half_written(data_dir):
+        raise refusal(path, "is not there yet, nor may all shards be")
     if not os.path.exists(path):
-        source = "no meta.pkl: assumed to be nanoGPT's, GPT-2 tokens"
+        source = "no meta.pkl: assumed to be GPT-2 tokens, as nanoGPT's, llm.c's and modded-nanogpt's are"
         return {"vocab_size": 50257, "dtype": "uint16", "encoding": "gpt2", "eot": 50256, "source": source}
     meta = read_meta(path)
     if "itos" in meta:
@@ -147,32 +151,27 @@ def load_meta(data_dir):
 
 
 def file_hash(data_dir):
-    """Return the hash of a dataset's train.bin and val.bin, as meta.pkl has it."""
-    shas = [hashlib.sha256(), hashlib.sha256()]
-    for sha, name in zip(shas, ("train.bin", "val.bin")):
-        with open(os.path.join(data_dir, name), "rb") as f:
-            while chunk := f.read(2**20):
-                sha.update(chunk)
-    return joint_hash(shas)
+    """Return the hash of a dataset's tokens, as meta.pkl has it: the same in one file and in shards. All are read."""
+    return joint_hash(Stream(token_files(data_dir, split), "uint16").hash() for split in ("train", "val"))
 
 
 def joint_hash(shas):
-    """Return the sha256 of the two files' sha256, which are given as hashlib's objects."""
+    """Return the sha256 of the two splits' sha256, which are given as hashlib's objects."""
     return hashlib.sha256("".join(sha.hexdigest() for sha in shas).encode()).hexdigest()
 
 
 def check_hash(data_dir, meta, max_bytes=2**28):
     """
-    Raise ValueError when train.bin and val.bin do not have the hash that meta, from load_meta, says. They are not read
-    where it says none, as in nanoGPT's folders, nor where the two have more than max_bytes: a core hashes 0.4 to
-    1.7 GB/s, so that the default takes less than a second.
+    Raise ValueError when the tokens do not have the hash that meta, from load_meta, says. They are not read where it
+    says none, nor where the files have more than max_bytes: a core hashes 0.4 to 1.7 GB/s, the default in a second.
     """
-    paths = [os.path.join(data_dir, name) for name in ("train.bin", "val.bin")]
+    paths = token_files(data_dir, "train") + token_files(data_dir, "val")
     if meta.get("hash") is None or sum(map(os.path.getsize, paths)) > max_bytes:
         return
     found = file_hash(data_dir)
     if found != meta["hash"]:
-        raise ValueError(f"{' or '.join(paths)} was damaged or changed after it was prepared: their hash is "
+        where = " or ".join(paths) if len(paths) == 2 else f"one of the {len(paths)} shards in {data_dir}"
+        raise ValueError(f"{where} was damaged or changed after it was prepared: their hash is "
                          f"{found[:16]}..., meta.pkl says {meta['hash'][:16]}... prepare the dataset again")
 
 
@@ -343,7 +342,7 @@ def char_encoding(meta):
 class Blocks:
     """
     One split as blocks of T = block_size tokens. batch() gives them in a shuffled order, for training, and fixed() in
-    the order of the file, for evaluation: x, y (count, T) int64, where y is x shifted by one token.
+    the order of the text, for evaluation: x, y (count, T) int64, where y is x shifted by one token.
 
     The shuffled order is a pure function of (seed, index). An epoch visits every one of the num_blocks blocks once,
     in a permutation of its own. What was asked before does not matter, so that evaluating or resuming cannot change
@@ -357,22 +356,19 @@ class Blocks:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         meta = load_meta(data_dir)
-        self.path = os.path.join(data_dir, f"{split}.bin")
-        if not os.path.exists(self.path):
+        paths = token_files(data_dir, split)
+        if not paths:
             raise missing(data_dir, f"{split}.bin")
-        with open(self.path, "rb"): # a folder, or a file that may not be read, is better known now
-            pass
-        self.block_size, self.seed, self.dtype = block_size, seed, np.dtype(meta["dtype"])
+        self.stream = Stream(paths, meta["dtype"])
+        self.block_size, self.seed = block_size, seed
         self.vocab_size = vocab_size or meta["vocab_size"]
-        size = os.path.getsize(self.path) # bytes
-        N, T = size // self.dtype.itemsize, block_size
-        num_tokens = meta.get(f"{split}_tokens") # not in nanoGPT's folders
-        if size % self.dtype.itemsize or num_tokens not in (None, N):
-            expected = "whole tokens" if num_tokens is None else f"{num_tokens} tokens"
-            raise ValueError(f"{self.path} is damaged: {size} bytes of {self.dtype}, expected {expected}. "
-                             "prepare the dataset again")
+        self.num_tokens = N = len(self.stream)
+        T, expected = block_size, meta.get(f"{split}_tokens") # not in nanoGPT's folders
+        if expected not in (None, N):
+            raise ValueError(f"{self.stream.name} is damaged: {N * self.stream.dtype.itemsize} bytes of "
+                             f"{self.stream.dtype}, expected {expected} tokens. prepare the dataset again")
         if N < T + 1:
-            raise ValueError(f"{self.path} has {N} tokens, fewer than block_size + 1 = {T + 1}: "
+            raise ValueError(f"{self.stream.name} has {N} tokens, fewer than block_size + 1 = {T + 1}: "
                              "lower block_size or prepare more text")
         self.num_fixed = (N - 1) // T # how many blocks fixed() has
         # one block less than fits leaves room for any phase in [0, T), so that block borders move between epochs
@@ -403,7 +399,7 @@ class Blocks:
         """Return blocks first..first+count-1 of the num_fixed in the file, always the same: x, y (count, T) int64."""
         if first + count > self.num_fixed:
             raise ValueError(f"blocks {first}..{first + count - 1} were asked for, "
-                             f"{self.path} has {self.num_fixed} of block_size {self.block_size}")
+                             f"{self.stream.name} has {self.num_fixed} of block_size {self.block_size}")
         return self.read(self.block_size * np.arange(first, first + count, dtype=np.int64))
 
     def read(self, starts):
@@ -413,15 +409,11 @@ class Blocks:
         """
         # imported here, as the workers of the prepare scripts import this file and can do without
         import torch
-        # a new memmap per batch, as in nanoGPT: one that is kept holds every page it has touched in resident memory
-        data = np.memmap(self.path, dtype=self.dtype, mode="r")
-        needed = starts.max() + self.block_size + 1
-        if len(data) < needed:
-            raise ValueError(f"{self.path} has become shorter, {len(data)} tokens: position {needed - 1} is gone")
-        tokens = np.stack([data[s:s + self.block_size + 1] for s in starts]).astype(np.int64) # (count, T+1)
+        tokens = self.stream.read(starts, self.block_size + 1) # (count, T+1)
         if tokens.max() >= self.vocab_size:
             row, col = np.argwhere(tokens >= self.vocab_size)[0]
-            raise ValueError(f"{self.path} has id {tokens[row, col]} at position {starts[row] + col}, "
+            i, position = self.stream.locate(starts[row] + col)
+            raise ValueError(f"{self.stream.paths[i]} has id {tokens[row, col]} at position {position}, "
                              f"vocab_size is {self.vocab_size}: the dataset was made with another tokenizer, "
                              "or vocab_size is too small")
         tokens = torch.from_numpy(tokens)
@@ -445,30 +437,35 @@ def in_val(seed, key, val_fraction):
 
 
 @contextlib.contextmanager
-def replacing(*paths, tmp=".tmp"):
+def replacing(*paths, tmp=".tmp", more=(), old=()):
     """
     Open files for writing bytes that get these names, whole or not at all: what is written goes to path + tmp, and to
-    the disk, before it takes the name. Of several the last is the one by which others know that all are there: an old
-    one goes first, and the new one comes last.
+    the disk, before it takes the name. Of several the last gets its name last: by it others know that all are there.
+    more is a list of further paths, which may grow meanwhile, whose path + tmp the caller writes. The files `old` go
+    before anything gets its name.
 
     Raises OSError when they cannot be written. Then, as after any error, no path + tmp is left, and unless that was a
     rename all is as it was. A file that several processes may write at the same time needs a tmp of each one's own.
     """
-    tmps = [f"{path}{tmp}" for path in paths]
+    renaming = False
     try:
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(name, "wb")) for name in tmps]
+            files = [stack.enter_context(open(f"{path}{tmp}", "wb")) for path in paths]
             yield files
             for f in files: # a full disk may come to light with the last bytes, and on some file systems with fsync
                 f.flush()
                 os.fsync(f.fileno())
-        if len(paths) > 1:
+        for path in old:
             with contextlib.suppress(FileNotFoundError):
-                os.remove(paths[-1])
-        for name, path in zip(tmps, paths):
-            os.replace(name, path)
+                os.remove(path)
+        renaming = True
+        for path in [*paths[:-1], *more, paths[-1]]:
+            os.replace(f"{path}{tmp}", path)
     except BaseException:
-        for name in tmps:
+        names = [f"{path}{tmp}" for path in [*paths, *more]]
+        if renaming: # without the last one the others would be taken for something else
+            names += more
+        for name in names:
             with contextlib.suppress(OSError):
                 os.remove(name)
         raise
@@ -501,13 +498,14 @@ class SplitWriter:
         return self.ends + int(self.last != self.eot)
 
 
-def write_dataset(out_dir, pairs, enc, source):
+def write_dataset(out_dir, pairs, enc, source, shard_tokens=0):
     """
-    Write train.bin, val.bin and meta.pkl, print what they hold, and return meta. A tokenizer that tiktoken does not
+    Write train.bin, val.bin and meta.pkl, print what they hold, and return meta. With shard_tokens train_000000.bin,
+    ..., val_000000.bin, ... take the place of the bins, shards of so many tokens. A tokenizer that tiktoken does not
     have by name goes into a file of its own, tokenizer.tiktoken or tokenizer.json.
 
-    pairs is a generator of (train ids, val ids), 1-D arrays to append to the two files. enc is a tiktoken.Encoding with
-    end-of-text, or a JsonTokenizer. Killed at any moment it leaves no train.bin with another dataset's meta.pkl.
+    pairs is a generator of (train ids, val ids), 1-D arrays to append to the two splits. enc is a tiktoken.Encoding
+    with end-of-text, or a JsonTokenizer. Killed at any moment it leaves no tokens with another dataset's meta.pkl.
     Raises ValueError when a split stays empty, and OSError, which says what is there now, when it cannot be written.
     """
     meta = {"vocab_size": enc.n_vocab, "dtype": token_dtype(enc.n_vocab), "encoding": enc.name, "eot": enc.eot_token,
@@ -518,15 +516,23 @@ def write_dataset(out_dir, pairs, enc, source):
     for token, rank in enc._mergeable_ranks.items():
         num_bytes[rank] = len(token)
 
-    # a folder counts as a dataset when it has a train.bin
-    names = ["val.bin", "meta.pkl", *tokenizer_file, "train.bin"]
+    # a folder counts as a dataset when it has a train.bin, or shards and no meta.pkl.tmp
+    names, shard_paths = ["val.bin", "meta.pkl", *tokenizer_file, "train.bin"], []
+    if shard_tokens:
+        names = [*tokenizer_file, "meta.pkl"]
     try:
         os.makedirs(out_dir, exist_ok=True)
         paths = [os.path.join(out_dir, name) for name in names]
-        with contextlib.closing(pairs), replacing(*paths) as opened: # closed, so is its progress bar
+        old = [*replaced(out_dir), paths[-1]] # tokens without a meta.pkl would be taken for GPT-2's
+        with contextlib.closing(pairs), replacing(*paths, more=shard_paths, old=old) as opened, \
+                contextlib.ExitStack() as stack: # pairs is closed, and so is its progress bar
             files = dict(zip(names, opened))
-            writers = {split: SplitWriter(files[f"{split}.bin"], meta["dtype"], enc.eot_token)
-                       for split in ("train", "val")}
+            writers = {}
+            for split in ("train", "val"):
+                file = files.get(f"{split}.bin")
+                if shard_tokens:
+                    file = stack.enter_context(contextlib.closing(ShardFile(out_dir, split, shard_tokens, shard_paths)))
+                writers[split] = SplitWriter(file, meta["dtype"], enc.eot_token)
             for train_ids, val_ids in pairs:
                 writers["train"].append(train_ids, num_bytes)
                 writers["val"].append(val_ids, num_bytes)
@@ -542,12 +548,11 @@ def write_dataset(out_dir, pairs, enc, source):
             for name, content in tokenizer_file.items():
                 files[name].write(content)
     except OSError as e:
-        state = "it holds no dataset"
-        if os.path.isfile(os.path.join(out_dir, "train.bin")):
-            state = "the dataset in it is as it was"
+        state = "the dataset in it is as it was" if holds_dataset(out_dir) else "it holds no dataset"
         raise OSError(f"cannot write to {out_dir}: {e}. {state}") from e
 
-    print(f"{out_dir}: {', '.join(sorted(names))}; vocab_size {meta['vocab_size']:,} ({meta['dtype']})")
+    shards = [f"{len(shard_paths)} shards"] if shard_paths else []
+    print(f"{out_dir}: {', '.join(sorted(names) + shards)}; vocab_size {meta['vocab_size']:,} ({meta['dtype']})")
     for split, writer in writers.items():
         per_token = f" {writer.text_bytes / writer.tokens:.2f} bytes per token" if writer.text_bytes else ""
         print(f"  {split:5s} {writer.docs:>9,} documents {writer.tokens:>13,} tokens{per_token}")
@@ -587,10 +592,8 @@ def main(argv=None):
             check_hash(folder, meta, max_bytes=math.inf)
         except (ValueError, OSError) as e:
             raise SystemExit(str(e)) from None
-        about = "it has no meta.pkl, or one without a hash: what its files hold cannot be checked"
-        if meta.get("hash"):
-            about = "train.bin and val.bin are what meta.pkl says"
-        print(f"{folder}: {about}")
+        cannot = "cannot be checked: it has no meta.pkl, or one without a hash"
+        print(f"{folder}: its tokens {'are what meta.pkl says' if meta.get('hash') else cannot}")
 
 
 if __name__ == "__main__":

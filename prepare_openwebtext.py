@@ -1,8 +1,11 @@
 """
-Writes OpenWebText, or text of your own, to data/<name>/train.bin, val.bin and meta.pkl (data.py says what they hold).
+Writes OpenWebText, FineWeb, FineWeb-Edu, or text of your own, to data/<name>/train.bin, val.bin and meta.pkl (data.py
+says what they hold), or in the shards of llm.c and modded-nanogpt (data_shards.py).
 
 $ python prepare_openwebtext.py --docs 1000 --val_fraction 0.05           # a small one: a small download, too
 $ python prepare_openwebtext.py --num_proc 16                             # all 8 million documents, 9 billion tokens
+$ python prepare_openwebtext.py --dataset fineweb-edu --shard_tokens 100_000_000      # the sample of 10 billion tokens
+$ python prepare_openwebtext.py --dataset fineweb /disk/fineweb/sample/10BT           # its parquet files, downloaded
 $ python prepare_openwebtext.py corpus/ --val_fraction 0.01               # local files, folders or 'quoted globs'
 $ python prepare_openwebtext.py book.txt --split tail --val_fraction 0.1  # a single document is cut, not drawn
 
@@ -53,7 +56,15 @@ from data import (
     within,
     write_dataset,
 )
+from data_shards import holds_dataset
 
+# the datasets on the hub that have a name here: id, revision, files. OpenWebText's main branch has no parquet files;
+# FineWeb's other samples are sample/100BT and sample/350BT, and all of it is data/*/*
+HUB = {
+    "openwebtext": ("Skylion007/openwebtext", "refs/pr/20", "data/*.parquet"),
+    "fineweb": ("HuggingFaceFW/fineweb", "main", "sample/10BT/*.parquet"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "main", "sample/10BT/*.parquet"),
+}
 BUILDERS = {"txt": "text", "text": "text", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
@@ -369,15 +380,22 @@ def parse(argv):
                         help="what a document is in text files: a whole file, or a part of it (default: %(default)s)")
     parser.add_argument("--text_column", default="text",
                         help="where jsonl and parquet have the text (default: %(default)s)")
-    parser.add_argument("--id", default="Skylion007/openwebtext",
-                        help="the dataset on the hub (default: %(default)s)")
-    parser.add_argument("--revision", default="refs/pr/20",
-                        help="its branch; this one holds parquet files (default: %(default)s)")
-    parser.add_argument("--data_files", default="data/*.parquet", help="its files (default: %(default)s)")
+    parser.add_argument("--shard_tokens", type=int, default=0,
+                        help="write shards of so many tokens, in place of train.bin and val.bin (default: no shards)")
+    parser.add_argument("--dataset", choices=HUB,
+                        help="which one from the hub (default: openwebtext); with local files, what they are a part of")
+    parser.add_argument("--id", help="another dataset on the hub (default: the id of --dataset)")
+    parser.add_argument("--revision", help="its branch (default: that of --dataset which holds parquet files)")
+    parser.add_argument("--data_files", help="its files, such as sample/100BT/*.parquet (default: those of --dataset)")
     args = parser.parse_args(argv)
+    for key, value in zip(("id", "revision", "data_files"), HUB[args.dataset or "openwebtext"]):
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     for key in "docs", "num_proc", "shard_mb":
         if getattr(args, key) is not None and not getattr(args, key) > 0: # not nan either
             raise SystemExit(f"--{key} {getattr(args, key)} must be above 0")
+    if not 0 <= args.shard_tokens < 2**31: # a header's int32
+        raise SystemExit(f"--shard_tokens {args.shard_tokens} must be below 2^31, and 0 means no shards")
     if not 0 <= args.val_fraction <= 1:
         raise SystemExit(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
     if not ending(args.data_files):
@@ -400,9 +418,11 @@ def check_out_dir(out_dir):
 def main(argv=None):
     args = parse(argv)
     files = local_files(args.files)
-    name = os.path.basename(files[0]).split(".")[0] if files else args.id.split("/")[-1]
+    name = args.id.split("/")[-1]
+    if files and not args.dataset:
+        name = os.path.basename(files[0]).split(".")[0]
     out_dir = args.out_dir or os.path.join("data", name)
-    if os.path.exists(os.path.join(out_dir, "train.bin")) and not args.overwrite:
+    if holds_dataset(out_dir) and not args.overwrite:
         raise SystemExit(f"{out_dir} holds a dataset: write elsewhere (--out_dir ...), or replace it (--overwrite)")
     check_out_dir(out_dir)
     offline = not files and not hub_answers()
@@ -412,11 +432,16 @@ def main(argv=None):
     else: # the tokenizer comes first: that it cannot be had is better known before the download
         encoding = choose_encoding(args)
         ds = load_documents(args, files, offline)
+    if args.shard_tokens and token_dtype(encoding.n_vocab) != "uint16":
+        raise SystemExit(f"--shard_tokens: shards hold uint16, which does not do for {encoding.n_vocab} tokens. "
+                         "leave it out, for train.bin and val.bin")
 
     if files:
         source = ", ".join(map(os.path.basename, files[:3]))
         if files[3:]:
             source += f" and {len(files) - 3} more"
+        if args.dataset:
+            source = f"{args.dataset}: {source}"
     elif offline:
         source = f"{args.id}, local cache"
     else:
@@ -436,7 +461,8 @@ def main(argv=None):
     try:
         write_shards(ds, args, encoding, folder)
         try:
-            write_dataset(out_dir, split_shards(folder, encoding, args), encoding, source)
+            pairs = split_shards(folder, encoding, args)
+            write_dataset(out_dir, pairs, encoding, source, args.shard_tokens)
         except ValueError as e:
             raise SystemExit(f"{e}, or use --split tail, which cuts within a document. "
                              "the shards are kept for it") from None

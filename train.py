@@ -34,6 +34,7 @@ import run
 import safe
 from configurator import fail
 from data import Blocks, check_hash, load_meta
+from data_shards import identity
 from distances import Tiles
 from families import FAMILIES
 from model_bert import mask_tokens
@@ -163,6 +164,7 @@ try:
         train_data = Blocks(data_folder, "train", block_size, vocab_size, seed)
         val_data = Blocks(data_folder, "val", block_size, vocab_size, seed)
         check_hash(data_folder, meta)
+        data_hash = identity(meta, train_data.stream, val_data.stream)
 except (ValueError, OSError) as e:
     problems.append(str(e))
 fail(problems)
@@ -210,7 +212,7 @@ optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fu
 
 step, best_val_loss, best_step, resumed_at, evaluated_at = 0, float("inf"), 0, None, None
 if init_from == "resume":
-    ckpt = run.load_checkpoint(out_dir, raw_model, config, meta.get("hash"))
+    ckpt = run.load_checkpoint(out_dir, raw_model, config, data_hash)
     run.load_optimizer(optimizer, ckpt["optimizer"], weight_decay, betas=(beta1, beta2))
     scaler.load_state_dict(ckpt["scaler"])
     step, best_val_loss, best_step = ckpt["step"], ckpt["best_val_loss"], ckpt["best_step"]
@@ -319,7 +321,7 @@ def save(name):
         "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
         "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "best_step": best_step,
         "evaluated_at": evaluated_at, "model_args": about["model_args"], "config": config,
-        "data_hash": meta.get("hash"),
+        "data_hash": data_hash,
     }, keep=name == "ckpt.pt")
 
 
@@ -336,8 +338,7 @@ def stop_non_finite(loss, norm, at=None):
 # what is said before the first step, and the run's folder
 
 about = run.describe(raw_model, device_type, dtype)
-train_tokens = meta.get("train_tokens", 0) or os.path.getsize(train_data.path) // train_data.dtype.itemsize
-print0(f"{dataset}: {train_tokens:,} training tokens, vocab_size {vocab_size:,} ({meta['source']}); "
+print0(f"{dataset}: {train_data.num_tokens:,} training tokens, vocab_size {vocab_size:,} ({meta['source']}); "
        f"validation on {num_val * block_size:,} tokens")
 print0(f"{family.Model.__name__}: {about['num_params'] / 1e6:.2f}M parameters; "
        f"head: {about['head']}, features x {raw_model.head.feature_scale:.4g}")
