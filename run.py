@@ -329,17 +329,18 @@ def load_weights(model, weights):
     model.load_state_dict(weights)
 
 
-def load_optimizer(optimizer, state, weight_decay, **settings):
+def load_optimizer(optimizer, state):
     """
-    Load the optimizer's state, which also brings back its old settings, then apply those of now to the two groups that
-    parameter_groups makes. A line says which of them changed.
+    Load the optimizer's state, which also brings back its old settings, then apply again those that it has now. A line
+    says which of them changed.
     """
+    now = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
-        for key, value in {"weight_decay": decay, **settings}.items():
-            if group[key] != value:
-                print0(f"resuming with {key} {value}, the checkpoint had {group[key]}")
-                group[key] = value
+    for group, settings in zip(optimizer.param_groups, now):
+        for key in ("weight_decay", "betas", "momentum"):
+            if key in group and group[key] != settings[key]:
+                print0(f"resuming with {key} {settings[key]}, the checkpoint had {group[key]}")
+                group[key] = settings[key]
 
 
 def try_compile(model, batch, autocast):

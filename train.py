@@ -39,6 +39,7 @@ from distances import Tiles
 from families import FAMILIES
 from model_bert import mask_tokens
 from model_qwen2 import SCALES
+from muon import MuonAdamW
 from run import print0
 
 # -----------------------------------------------------------------------------
@@ -86,7 +87,8 @@ n = 0.0 # the exponent; 0: the distance's default, a multiple of sqrt(n_embd)
 learn_n = False # learn log n, from n
 eps = 1e-4 # where it enters is part of each distance's formula
 feature_scale = 0.0 # hidden states are multiplied by it before the head; 0: the distance's default
-# optimizer: AdamW
+# optimizer
+optimizer = "adamw" # or 'muon': Muon for the matrices of the blocks, AdamW for all else, see muon.py
 learning_rate = 6e-4
 max_iters = 600000 # steps in all
 weight_decay = 1e-1 # of matrices and embeddings; not of norms, biases, and the head's extra parameters
@@ -125,7 +127,7 @@ elif scale: # it beats config files, not flags
     chosen = {key: value for key, value in SCALES[scale].items() if sources[key] != "command line"}
     config.update(chosen)
     globals().update(chosen)
-problems += run.check(config, model=FAMILIES)
+problems += run.check(config, model=FAMILIES, optimizer=("adamw", "muon"))
 device, device_type, dtype = run.choose_device(device, dtype, problems) # "auto" no more
 family = FAMILIES.get(model, FAMILIES["gpt"])
 pretrained = init_from not in ("scratch", "resume")
@@ -136,6 +138,11 @@ if pretrained and not is_known:
                     f"or, with model={model}, {legal}")
 if saved and saved["config"].get("model", "gpt") != model:
     problems.append(f"cannot resume {out_dir}: it holds a {saved['config'].get('model', 'gpt')}, model is {model} here")
+if saved and saved["config"].get("optimizer", "adamw") != optimizer: # which older runs do not have
+    problems.append(f"cannot resume {out_dir}: its optimizer is {saved['config'].get('optimizer', 'adamw')}, "
+                    f"here it is {optimizer}")
+if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+    problems.append(f"optimizer is 'muon', which torch has from 2.9 on, here it is {torch.__version__}: use adamw")
 if gradient_accumulation_steps % world_size:
     lower = gradient_accumulation_steps // world_size * world_size
     nearest = f"{lower + world_size} or {lower}" if lower > 0 else world_size
@@ -208,12 +215,13 @@ if isinstance(raw_model.head.core, Tiles):
 raw_model.head.validate = False
 raw_model.to(device)
 groups = run.parameter_groups(raw_model, weight_decay)
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
+adam = dict(lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
+opt = MuonAdamW(raw_model, groups, **adam) if optimizer == "muon" else torch.optim.AdamW(groups, **adam)
 
 step, best_val_loss, best_step, resumed_at, evaluated_at = 0, float("inf"), 0, None, None
 if init_from == "resume":
     ckpt = run.load_checkpoint(out_dir, raw_model, config, data_hash)
-    run.load_optimizer(optimizer, ckpt["optimizer"], weight_decay, betas=(beta1, beta2))
+    run.load_optimizer(opt, ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"])
     step, best_val_loss, best_step = ckpt["step"], ckpt["best_val_loss"], ckpt["best_step"]
     val_loss, evaluated_at = ckpt["val_loss"], ckpt.get("evaluated_at", step) # which older checkpoints do not have
@@ -318,7 +326,7 @@ def get_lr(step):
 
 def save(name):
     safe.save(os.path.join(out_dir, name), {
-        "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        "model": raw_model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(),
         "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "best_step": best_step,
         "evaluated_at": evaluated_at, "model_args": about["model_args"], "config": config,
         "data_hash": data_hash,
@@ -331,7 +339,7 @@ def stop_non_finite(loss, norm, at=None):
     with torch.no_grad(), autocast:
         h = raw_model.features(batch[0][:1])[0].float() # (T, D)
     advice = "a lower learning_rate, a longer warmup_iters, or dtype=float32"
-    run.stop_non_finite(out_dir, raw_model.head, optimizer, at, loss, norm, advice, h)
+    run.stop_non_finite(out_dir, raw_model.head, opt, at, loss, norm, advice, h)
 
 
 # -----------------------------------------------------------------------------
@@ -342,6 +350,9 @@ print0(f"{dataset}: {train_data.num_tokens:,} training tokens, vocab_size {vocab
        f"validation on {num_val * block_size:,} tokens")
 print0(f"{family.Model.__name__}: {about['num_params'] / 1e6:.2f}M parameters; "
        f"head: {about['head']}, features x {raw_model.head.feature_scale:.4g}")
+if optimizer == "muon":
+    of_muon = opt.param_groups[0]["params"]
+    print0(f"Muon: {len(of_muon)} matrices, {sum(p.numel() for p in of_muon) / 1e6:.2f}M parameters; AdamW: the others")
 print0(f"{tokens_per_step:,} tokens per step = {gradient_accumulation_steps} micro-batches x {batch_size} x "
        f"{block_size}, on {world_size} rank(s), {device_type}, {dtype}")
 
@@ -390,7 +401,7 @@ while True:
 
     # one step: the gradients of this rank's micro-batches
     lr = get_lr(step)
-    for group in optimizer.param_groups:
+    for group in opt.param_groups:
         group["lr"] = lr
     loss_sum = 0.0
     for micro_step in range(micro_steps):
@@ -404,7 +415,7 @@ while True:
         batch = train_batch(index + 1) # fetched while the device works on this one
         scaler.scale(loss).backward()
         loss_sum += loss.detach()
-    scaler.unscale_(optimizer)
+    scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     pending.append(torch.stack([loss_sum.float(), norm.float()]))
 
@@ -413,9 +424,9 @@ while True:
     is_logged = is_last or (step + 1) % log_interval == 0 or (step + 1) % eval_interval == 0 or step + 1 == max_iters
     if is_logged:
         values = run.read_pending(pending, step + 1, scaler, stop_non_finite) # (steps, 2)
-    scaler.step(optimizer)
+    scaler.step(opt)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=True)
     step += 1
 
     if is_logged:

@@ -189,7 +189,7 @@ if init_from == "resume":
     # others would validate on images that were trained on, or count other epochs
     fixed_settings = ("seed", "val_fraction", "batch_size", "optimizer")
     ckpt = run.load_checkpoint(out_dir, raw_model, config, images.hash, fixed_settings)
-    run.load_optimizer(opt, ckpt["optimizer"], weight_decay, **moments)
+    run.load_optimizer(opt, ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"])
     step, best_accuracy, best_epoch = ckpt["step"], ckpt["best_accuracy"], ckpt["best_epoch"]
     resumed_at, evaluated_at = step, ckpt.get("evaluated_at", step) # which older checkpoints do not have

@@ -85,7 +85,7 @@ def test_the_optimizer_has_every_parameter_once(family):
     def names_in(group):
         return [names[id(p)] for p in group["params"]]
 
-    decay, other = map(names_in, script["optimizer"].param_groups)
+    decay, other = map(names_in, script["opt"].param_groups)
     assert sorted(decay + other) == sorted(names.values())
     assert "head.alpha" in other and "head.weight" in decay
     assert all(name.endswith("bias") or ".ln_" in name or name.startswith("head.") for name in other)

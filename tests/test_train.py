@@ -333,11 +333,11 @@ def test_heads_share_data_order_and_backbone(monkeypatch):
 def test_the_optimizer_has_every_parameter_once_and_the_heads_own_do_not_decay(name, initial, settings):
     _, script = train(out_dir="out", max_iters=2, bias=True, weight_decay=0.3, **settings)
     names = {id(p): n for n, p in script["raw_model"].named_parameters()}
-    decaying, others = script["optimizer"].param_groups
+    decaying, others = script["opt"].param_groups
     decay = [names[id(p)] for p in decaying["params"]]
     other = [names[id(p)] for p in others["params"]]
     assert sorted(decay + other) == sorted(names.values())
-    assert [group["weight_decay"] for group in script["optimizer"].param_groups] == [0.3, 0.0]
+    assert [group["weight_decay"] for group in script["opt"].param_groups] == [0.3, 0.0]
     assert f"head.{name}" in other
     assert all(n.endswith("bias") or ".ln_" in n or n.startswith("head.") for n in other)
     assert ("transformer.wte.weight" if settings.get("tie_weights") else "head.weight") in decay
