@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -498,6 +500,120 @@ def test_replacing_is_all_or_nothing(tmp_path):
         with pytest.raises(OSError, match="No space left"), data.replacing(one) as (f,):
             f.write(b"newer")
         assert contents() == (b"new", b"new")
+
+# -----------------------------------------------------------------------------
+# shards, and the datasets that have a name
+
+
+def in_shards(folder, split):
+    """The tokens of a split's shards, read as llm.c reads them, and how many each has."""
+    tokens = []
+    for path in sorted(folder.glob(f"{split}_*.bin")):
+        raw = path.read_bytes()
+        magic, version, count = struct.unpack("<3i", raw[:12])
+        assert (magic, version) == (20240520, 1) and raw[12:1024] == bytes(1012) and len(raw) == 1024 + 2 * count
+        tokens.append(raw[1024:])
+    return b"".join(tokens), [len(part) // 2 for part in tokens]
+
+
+def test_shards_hold_what_the_bins_hold_and_take_their_place(tmp_path, corpus, capsys):
+    expected, out = whole(tmp_path / "whole", corpus), tmp_path / "out"
+    meta = load_meta(tmp_path / "whole")
+    for size in 7000, 30_000, 2**31 - 1: # each replaces what is there, the first one an older train.bin
+        prepare(*corpus, "--shard_tokens", size, "--out_dir", out)
+        for split in "train", "val":
+            tokens, counts = in_shards(out, split)
+            assert tokens == expected[f"{split}.bin"]
+            assert counts[:-1] == [size] * (len(counts) - 1) and 0 < counts[-1] <= size
+        assert load_meta(out) == meta and data.file_hash(out) == meta["hash"]
+        names = {path.name for path in out.iterdir()} - {"meta.pkl", "tokenizer.tiktoken"}
+        assert all(re.fullmatch(r"(train|val)_\d{6}.bin", name) for name in names)
+        assert f"{len(names)} shards" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="out holds a dataset: .*--overwrite"):
+        prepare(*corpus[:-1], "--out_dir", out)
+    prepare(*corpus, "--out_dir", out)
+    assert file_bytes(out) == expected
+
+
+@pytest.mark.parametrize("at", [
+    r"open .*000004-\d+-\d+\.bin$", # the first shards are half written
+    r"os.remove .*out.train_000001\.bin$", # some of the older ones are gone
+    r"os.rename .*out.train_000001\.bin\.tmp$", # some have their names
+    r"os.rename .*meta\.pkl\.tmp$", # all but meta.pkl is there
+])
+def test_killed_while_shards_are_written(tmp_path, corpus, at):
+    args, out = [*corpus, "--shard_tokens", 20_000, "--out_dir", tmp_path / "out"], tmp_path / "out"
+    prepare(*args[1:], write_jsonl(tmp_path / "other.jsonl", documents(1600)[700:])) # an older dataset, in shards too
+    older, expected = load_meta(out)["hash"], whole(tmp_path / "whole", corpus)
+    process = started(tmp_path, args, kill_at(tmp_path / "killer", at))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, err
+    try:
+        assert load_meta(out)["hash"] == older == data.file_hash(out)
+    except (FileNotFoundError, ValueError, AssertionError):
+        with pytest.raises((FileNotFoundError, ValueError), match="prepare the dataset again|is not there"):
+            data.Blocks(out, "train", 8)
+        args.remove("--overwrite") # nobody has to say that nothing is there
+        if (out / "meta.pkl").exists():
+            args.append("--overwrite")
+    prepare(*args)
+    assert in_shards(out, "train")[0] == expected["train.bin"] and data.file_hash(out) == load_meta(out)["hash"]
+    assert not list(out.glob("*.tmp")) and not list(out.glob("shards-*"))
+
+
+def test_a_full_disk_leaves_the_older_dataset_and_no_shard(tmp_path, corpus):
+    out, before = tmp_path / "out", file_bytes(tmp_path / "out")
+    with files_of_at_most(65536), pytest.raises(SystemExit, match="File too large.*the dataset in it is as it was"):
+        prepare(*corpus, "--shard_tokens", 10**6, "--out_dir", out)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert not list(out.glob("*_000000.bin")) and not list(out.glob("*.tmp"))
+
+
+def test_shards_that_cannot_be_are_refused(tmp_path, ranks_file):
+    source = write_jsonl(tmp_path / "texts.jsonl", documents(20))
+    with pytest.raises(SystemExit, match="--shard_tokens -1 must be below 2.31"):
+        prepare(source, "--shard_tokens", -1)
+    tokens = [bytes([b]) for b in range(256)] + [b"%06d" % i for i in range(2**16)]
+    ranks = write_ranks(tmp_path / "large.tiktoken", tokens)
+    with pytest.raises(SystemExit, match="shards hold uint16, which does not do for 65793 tokens"):
+        prepare(source, "--ranks", ranks, "--shard_tokens", 1000, "--out_dir", tmp_path / "out", "--num_proc", 1)
+    with pytest.raises(SystemExit):
+        prepare(source, "--dataset", "fineweb2")
+
+
+@pytest.mark.parametrize("args, pattern, folder", [
+    ([], "hf://datasets/Skylion007/openwebtext@refs%2Fpr%2F20/data/*.parquet", "openwebtext"),
+    (["--dataset", "fineweb"], "hf://datasets/HuggingFaceFW/fineweb@main/sample/10BT/*.parquet", "fineweb"),
+    (["--dataset", "fineweb-edu", "--data_files", "sample/100BT/*.parquet"],
+     "hf://datasets/HuggingFaceFW/fineweb-edu@main/sample/100BT/*.parquet", "fineweb-edu"),
+    (["--id", "me/mine", "--revision", "main"], "hf://datasets/me/mine@main/data/*.parquet", "mine"),
+])
+def test_datasets_with_a_name(tmp_path, ranks_file, monkeypatch, args, pattern, folder):
+    import datasets
+    asked, load = [], datasets.load_dataset
+    monkeypatch.chdir(tmp_path)
+    local = tmp_path / "000_00000.parquet" # FineWeb's name, and more columns
+    datasets.Dataset.from_dict({"text": documents(30), "id": list(range(30)), "dump": ["x"] * 30}).to_parquet(local)
+
+    def of_the_hub(builder, data_files, **options):
+        asked.append((builder, data_files))
+        return load("parquet", data_files=[str(local)], **options)
+
+    common = [*args, "--ranks", ranks_file, "--val_fraction", 0.3, "--num_proc", 1]
+    with monkeypatch.context() as m:
+        m.setattr(datasets, "load_dataset", of_the_hub)
+        m.setattr(prepare_openwebtext, "hub_answers", lambda: True)
+        prepare(*common)
+    assert asked == [("parquet", pattern)]
+    of_hub = file_bytes(tmp_path / "data" / folder)
+    if "--dataset" in args: # its files, downloaded before
+        shutil.rmtree(tmp_path / "data")
+        prepare(local, *common)
+        assert load_meta(tmp_path / "data" / folder)["source"].startswith(f"{folder}: 000_00000.parquet; split")
+        assert file_bytes(tmp_path / "data" / folder)["train.bin"] == of_hub["train.bin"]
+
+# -----------------------------------------------------------------------------
+# tortures
 
 
 @pytest.mark.torture
