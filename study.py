@@ -257,14 +257,36 @@ def child(path, args, folder):
     os._exit(status) # without the parent's own clean-up
 
 
+def claim(folder):
+    """
+    Return a file whose lock keeps other studies from this run, until it is closed here and in the run's process, or
+    None where another study has it.
+    """
+    f = open(os.path.join(folder, "claim"), "w")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.close()
+        return None
+    except (OSError, AttributeError): # no locks on this disk, Windows
+        pass
+    return f
+
+
 def begin(folder, flags):
     """
-    Return the process of a run that begins, or None where another process makes it. Raises OSError where the folder
-    cannot be written.
+    Return the process of a run that begins, or None where another process makes it, or has made it since this study
+    began. Raises OSError where the folder cannot be written.
     """
     if is_in_use(folder):
         return None
     os.makedirs(folder, exist_ok=True)
+    claimed = claim(folder)
+    if claimed is None:
+        return None
+    if state(folder) == "ended":
+        claimed.close()
+        return None
     error, log = os.path.join(folder, "error.txt"), os.path.join(folder, "log.txt")
     if os.path.exists(error):
         os.remove(error)
@@ -274,12 +296,14 @@ def begin(folder, flags):
     write(os.path.join(folder, "arguments.json"), json.dumps(recipe(flags)))
     process = CONTEXT.Process(target=child, args=(os.path.join(_ROOT, script), arguments(folder, flags), folder))
     process.start()
+    process.claimed = claimed
     return process
 
 
 def end(folder, process):
     """Leave error.txt where a run has broken. Raises OSError where the folder cannot be written."""
     process.join()
+    process.claimed.close()
     if state(folder) != "ended" and process.exitcode not in STOPPED and not is_in_use(folder):
         with open(os.path.join(folder, "log.txt"), encoding="utf-8", errors="replace") as f:
             lines = f.read().splitlines()

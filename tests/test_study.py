@@ -1,5 +1,6 @@
 """study.py, mostly with a script that trains nothing and only leaves the files of a run."""
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -174,6 +175,38 @@ def test_a_run_that_another_process_makes_is_left_alone(here):
     assert [line[0] for line in ran()] == ["baseline_s2", "baseline_s1"]
 
 
+def test_two_studies_at_once_run_nothing_twice(here):
+    """Both have the same list when they begin, and come to runs that the other has made or is making."""
+    names = [f"baseline_s{seed}" for seed in range(20, 40)]
+    args = ["--heads=baseline", "--jobs=2", "--seeds=" + ",".join(name[10:] for name in names)]
+    fork = multiprocessing.get_context("fork")
+    studies = [fork.Process(target=here, args=args) for _ in range(3)]
+    for process in studies:
+        process.start()
+    for process in studies:
+        process.join(60)
+    assert [process.exitcode for process in studies] == [0, 0, 0]
+    assert sorted(line[0] for line in ran()) == names
+    assert "20 ended; 0 to run" in here(*args)
+
+
+def test_a_run_that_has_ended_since_the_study_began_is_not_made_again(here, monkeypatch):
+    begin, folders = study.begin, []
+
+    def others_first(folder, flags): # what another study does in the meantime
+        if folder not in folders:
+            folders.append(folder)
+            os.makedirs(folder)
+            with open(os.path.join(folder, "arguments.json"), "w") as f:
+                json.dump(study.recipe(flags), f)
+            with open(os.path.join(folder, "summary.json"), "w") as f:
+                f.write("{}")
+        return begin(folder, flags)
+
+    monkeypatch.setattr(study, "begin", others_first)
+    assert "2 of 2 have ended" in here("--heads=baseline", "--seeds=1,2") and not ran()
+
+
 def test_an_empty_error_is_a_line_too(here):
     here("--heads=baseline", "--seeds=3", refused=True)
     open("out/baseline_s3/error.txt", "w").close()
@@ -191,7 +224,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_a_full_disk_stops_the_stud
     out = here(*flags, refused=True)
     assert "stopped after 1 of 3 runs: out/baseline_s2: it cannot be written ([Errno 28] No space left" in out
     assert "make room, and the same command goes on" in out and not os.path.exists("out/baseline_s8")
-    assert os.listdir("out/baseline_s2") == [] # no .tmp either
+    assert os.listdir("out/baseline_s2") == ["claim"] # no .tmp either
     assert "1 ended, 2 new; 2 to run" in here(*flags)
     os.makedirs("out/baseline_s3")
     os.symlink("/dev/full", "out/baseline_s3/error.txt.tmp") # full while the run was made
