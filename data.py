@@ -358,10 +358,10 @@ class Blocks:
         meta = load_meta(data_dir)
         paths = token_files(data_dir, split)
         if not paths:
-            raise missing(data_dir, f"{split}.bin")
+            in_shards = not os.path.exists(os.path.join(data_dir, "train.bin"))
+            raise missing(data_dir, f"*{split}*.bin" if in_shards else f"{split}.bin")
         self.stream = Stream(paths, meta["dtype"])
-        self.block_size, self.seed = block_size, seed
-        self.vocab_size = vocab_size or meta["vocab_size"]
+        self.block_size, self.seed, self.vocab_size = block_size, seed, vocab_size or meta["vocab_size"]
         self.num_tokens = N = len(self.stream)
         T, expected = block_size, meta.get(f"{split}_tokens") # not in nanoGPT's folders
         if expected not in (None, N):

@@ -24,8 +24,7 @@ def shards(data_dir, split):
     found = []
     for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin"))):
         name = os.path.basename(path)
-        named = "train" if "train" in name else "val"
-        if named == split and split in name:
+        if split in name and (split == "train" or "train" not in name):
             found.append(path)
     return found
 
@@ -77,7 +76,7 @@ def read_header(path):
         raise ValueError(f"{path} is no shard of uint16 tokens: it begins with {magic}, it must be {MAGIC}. take it "
                          "out of the folder, or prepare the text with prepare_openwebtext.py")
     if version != VERSION:
-        raise ValueError(f"{path} is a shard of version {version}, which nobody has told of here: it must be {VERSION}")
+        raise ValueError(f"{path} is a shard of version {version}, which cannot be read here: it must be {VERSION}")
     expected = HEADER_BYTES + 2 * num_tokens
     if size != expected:
         raise ValueError(f"{path} is damaged: its header says {num_tokens:,} tokens, which make {expected:,} bytes, "
