@@ -519,7 +519,7 @@ def in_shards(folder, split):
 def test_shards_hold_what_the_bins_hold_and_take_their_place(tmp_path, corpus, capsys):
     expected, out = whole(tmp_path / "whole", corpus), tmp_path / "out"
     meta = load_meta(tmp_path / "whole")
-    for size in 7000, 30_000, 2**31 - 1: # each replaces what is there, the first one an older train.bin
+    for size in 7000, 2**31 - 1: # each replaces what is there, the first one an older train.bin
         prepare(*corpus, "--shard_tokens", size, "--out_dir", out)
         for split in "train", "val":
             tokens, counts = in_shards(out, split)
@@ -536,7 +536,6 @@ def test_shards_hold_what_the_bins_hold_and_take_their_place(tmp_path, corpus, c
 
 
 @pytest.mark.parametrize("at", [
-    r"open .*000004-\d+-\d+\.bin$", # the first shards are half written
     r"os.remove .*out.train_000001\.bin$", # some of the older ones are gone
     r"os.rename .*out.train_000001\.bin\.tmp$", # some have their names
     r"os.rename .*meta\.pkl\.tmp$", # all but meta.pkl is there
