@@ -476,8 +476,7 @@ class SplitWriter:
 
     def __init__(self, file, dtype, eot):
         self.file, self.dtype, self.eot = file, dtype, eot
-        self.tokens, self.text_bytes, self.ends = 0, 0, 0
-        self.last = None # the last token
+        self.tokens, self.text_bytes, self.ends, self.last = 0, 0, 0, None # last: the last token
         self.sha = hashlib.sha256()
 
     def append(self, ids, num_bytes):

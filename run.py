@@ -330,10 +330,7 @@ def load_weights(model, weights):
 
 
 def load_optimizer(optimizer, state):
-    """
-    Load the optimizer's state, which also brings back its old settings, then apply again those that it has now. A line
-    says which of them changed.
-    """
+    """Load the optimizer's state, but keep the settings that it has now. A line says which of them changed."""
     now = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, now):
@@ -508,7 +505,6 @@ def git_commit():
 
 def describe(model, device_type, dtype):
     """The part of config.json about the model, its head (in words, and the n that it begins with) and the device."""
-    _, _, world_size = ranks()
     return dict(
         model_args=asdict(model.config),
         num_params=sum(p.numel() for p in model.parameters()),
@@ -517,7 +513,7 @@ def describe(model, device_type, dtype):
         device=device_type,
         device_name=device_name(device_type),
         dtype=dtype,
-        world_size=world_size,
+        world_size=ranks()[2],
     )
 
 
