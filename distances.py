@@ -1330,6 +1330,10 @@ class DistanceHead(nn.Module):
     def n(self):
         return self.log_n.exp() if self.fixed_n is None else self.fixed_n
 
+    def prototype_norms(self):
+        """|w_k| of every class (num_classes,), in fp32."""
+        return self.weight.detach()[:self.num_classes].float().norm(dim=1)
+
     def compile_loss(self, on=True):
         """Whether what is not a matrix product goes through torch.compile: the tiles of elementwise distances (but see
         Tiles.triton), and the way from distances to the loss and back. None, the default: where a call of loss is large
@@ -1419,8 +1423,7 @@ class DistanceHead(nn.Module):
             if self.spec.buffers and self.training:
                 self._update_covariance(h.detach()[counts], targets[counts])
             differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (h, *self.parameters()))
-            is_small = chunk is None and self.mm_dtype is None and len(h) * self.num_prototypes <= SMALL["N x V"]
-            if is_small and not self._is_compiled(h, differentiate):
+            if chunk is None and self._is_small(h) and not self._is_compiled(h, differentiate):
                 z = self._scores(h, weight, tensors)
                 loss = nn.functional.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
                 return loss.reshape(shape) if reduction == "none" else loss
@@ -1436,7 +1439,7 @@ class DistanceHead(nn.Module):
             targets = targets.where(counts, torch.zeros_like(targets))
             plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
             try:
-                loss = loss_of(plan, inputs, targets, weights)
+                loss = self._loss_of(plan, inputs, targets, weights)
             except Exception as e:
                 of_the_compiler = type(e).__module__.startswith(("torch._dynamo", "torch._inductor"))
                 if self.compiled is not None or not plan.compiled or not of_the_compiler:
@@ -1445,12 +1448,18 @@ class DistanceHead(nn.Module):
                 warnings.warn(f"torch.compile does not work here, large batches take longer: {reason}", stacklevel=2)
                 self.compile_loss(False)
                 plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
-                loss = loss_of(plan, inputs, targets, weights)
+                loss = self._loss_of(plan, inputs, targets, weights)
         if reduction == "none":
             return loss.reshape(shape)
         if reduction == "mean": # the mean of nothing, as F.cross_entropy has it, with gradients of 0
             return loss.where(counts.any(), torch.nan)
         return loss
+
+    def _is_small(self, h):
+        return self.mm_dtype is None and len(h) * self.num_prototypes <= SMALL["N x V"]
+
+    def _loss_of(self, plan, inputs, targets, weights): # distances_parallel.py has another one
+        return loss_of(plan, inputs, targets, weights)
 
     def _check_targets(self, targets, ignore_index):
         if len(targets) == 0:

@@ -28,6 +28,10 @@ def load_run(out_dir, checkpoint="best.pt", device="cpu"):
                          "or name another --out_dir or --checkpoint")
     try:
         ckpt = safe.load(path)
+        safe.check_shards(path, ckpt)
+        if "shards" in ckpt: # ckpt.pt of a sharded run
+            import fsdp
+            ckpt["model"] = fsdp.whole_weights(os.path.join(out_dir, ckpt["shards"]["folder"]))
     except ValueError as e:
         raise SystemExit(str(e)) from None
     family = FAMILIES[ckpt["config"].get("model", "gpt")]

@@ -49,6 +49,7 @@ SCALES = {
     "small": dict(n_layer=6, n_head=6, n_kv_head=2, n_embd=384, intermediate_size=1024), # 9.4M
     "medium": dict(n_layer=12, n_head=12, n_kv_head=2, n_embd=768, intermediate_size=2048), # 73M
     "0.5B": dict(n_layer=24, n_head=14, n_kv_head=2, n_embd=896, intermediate_size=4864), # 358M, Qwen2-0.5B
+    "7B": dict(n_layer=28, n_head=28, n_kv_head=4, n_embd=3584, intermediate_size=18944), # 6.5B, Qwen2-7B: see fsdp.py
 }
 
 

@@ -11,6 +11,7 @@ and the run's folder, which study.py, figures.py and report.py read:
   summary.json       the end result; a run without it has not ended
   *.png              pictures of all this, see figures.py
   ckpt_before.pt     the checkpoint before the last one, for the case that that is damaged
+  shards_*           what ckpt.pt leaves to the ranks of a sharded run, see fsdp.py
   lock               which process writes here, see safe.py; empty where none does
 """
 import atexit
@@ -38,6 +39,7 @@ import safe
 from configurator import fail
 from data import replacing
 from distances import DistanceHead, parse_head
+from distances_parallel import ParallelHead
 from emissions import Emissions, grid_factor
 from safe import print0, ranks, read_metrics
 
@@ -317,7 +319,8 @@ def load_checkpoint(out_dir, model, config, data_hash, fixed=()):
     if data_hash != ckpt["data_hash"]:
         differences.append(f"the data are others: hash {data_hash} here, {ckpt['data_hash']} in the checkpoint")
     fail([f"cannot resume {out_dir}: {difference}" for difference in differences])
-    load_weights(model, ckpt["model"])
+    if "shards" not in ckpt: # fsdp.load does it
+        load_weights(model, ckpt["model"])
     return ckpt
 
 
@@ -411,8 +414,8 @@ def stop_non_finite(out_dir, head, optimizer, step, loss, norm, advice, h=None):
     numbers = [f"lr {optimizer.param_groups[0]['lr']:.3e}"]
     if h is not None:
         numbers.append(f"|h| {h.norm(dim=-1).mean().item():.3e}")
-    if hasattr(head, "weight"): # a loss between samples has none
-        numbers.append(f"|w| {head.weight.norm(dim=-1).mean().item():.3e}")
+    if hasattr(head, "prototype_norms"): # a loss between samples has none
+        numbers.append(f"|w| {head.prototype_norms().mean().item():.3e}")
     if h is not None and head.distance != "baseline":
         try:
             numbers.append(f"smallest distance {head.distances(h).min().item():.3e}")
@@ -444,14 +447,13 @@ def probe(head, h, y):
     is defined in metrics.py, and None where it has no value; h_grad_norm is the mean over the samples of
     |d(-log p_y)/dh|, prototype_norm the mean of |w_k|. A single sample has no variance: what is made of it is left out.
     """
-    training = head.training
+    training, sharded = head.training, isinstance(head, ParallelHead) # which has no scores
     head.eval() # in training it may update its statistics, or add noise
     with torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
         h = h.detach().float().requires_grad_()
-        nll = F.cross_entropy(head(h), y, reduction="none") # (N,)
+        nll = head.loss(h, y, reduction="none") if sharded else F.cross_entropy(head(h), y, reduction="none") # (N,)
         norms = torch.autograd.grad(nll.sum(), h)[0].norm(dim=1) # (N,)
     head.train(training)
-    w = head.weight.detach()[:head.num_classes].float()
     features = h.detach().cpu().numpy()
     of_several = {}
     if len(features) > 1:
@@ -470,7 +472,7 @@ def probe(head, h, y):
         active_ratio=metrics.active_ratio(norms.cpu().numpy()) if norms.isfinite().all() else math.nan,
         h_grad_norm=norms.mean().item(),
         h_norm=h.detach().norm(dim=1).mean().item(),
-        prototype_norm=w.norm(dim=1).mean().item(),
+        prototype_norm=head.prototype_norms().mean().item(),
     )
     for key, value in result.items():
         if not math.isfinite(value): # JSON has no nan
@@ -547,9 +549,9 @@ def begin(out_dir, info, resume_step=None):
         info["config"] = {**info["config"], "init_from": first["config"].get("init_from", "scratch")}
         rows = [row for row in read_metrics(out_dir)[0] if row["step"] <= resume_step]
     for name in os.listdir(out_dir): # before anything is written: no half of one run with half of another
-        of_a_former_run = is_new and (name in LEFT_OVERS or name.startswith("emissions"))
+        of_a_former_run = is_new and (name in LEFT_OVERS or name.startswith(("emissions", "shards_")))
         if name == "summary.json" or of_a_former_run or name.endswith(".tmp"): # which a kill has left
-            os.remove(os.path.join(out_dir, name))
+            (shutil.rmtree if name.startswith("shards_") else os.remove)(os.path.join(out_dir, name))
     safe.write(path, json.dumps(info, indent=1))
     safe.write(os.path.join(out_dir, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -10,6 +10,7 @@ read, one writer in a folder, and an end that loses no step. What happens, and w
   a closed stdout         the run, silent
 """
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -126,20 +127,59 @@ def load(path):
     return state
 
 
+def hashes(folder, names):
+    """
+    The sha256 of each of these files, by name, or None where it cannot be read. All ranks call it, and each reads its
+    share of the files.
+    """
+    found, rank, count = {}, 0, 1
+    if torch.distributed.is_initialized():
+        rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for name in sorted(names)[rank::count]:
+        found[name] = None
+        with contextlib.suppress(OSError), open(os.path.join(folder, name), "rb") as f:
+            sha = hashlib.sha256()
+            while chunk := f.read(2**20):
+                sha.update(chunk)
+            found[name] = sha.hexdigest()
+    if torch.distributed.is_initialized():
+        of_each_rank = [None] * count
+        torch.distributed.all_gather_object(of_each_rank, found)
+        found = {name: sha for part in of_each_rank for name, sha in part.items()}
+    return found
+
+
+def check_shards(path, state):
+    """Raise ValueError where a file in the folder of a sharded checkpoint, see fsdp.py, is not what was written."""
+    if "shards" not in state:
+        return
+    folder, written = os.path.join(os.path.dirname(path), state["shards"]["folder"]), state["shards"]["files"]
+    found = hashes(folder, written)
+    for name in written:
+        if found.get(name) != written[name]:
+            what = "is not there" if found.get(name) is None else "is not what was written"
+            raise ValueError(f"{path} cannot be read as a checkpoint: its part {os.path.join(folder, name)} {what}")
+
+
 def recover(path):
     """
     Return the checkpoint at path, or where it is damaged the one before it, which takes its place; a line says so.
     All ranks call it. Raises SystemExit where neither can be read.
     """
     try:
-        return load(path)
+        state = load(path)
+        if "shards" not in state and state["config"].get("sharding") == "fsdp":
+            raise ValueError(f"{path} has the weights alone, and a sharded run goes on from its shards")
+        check_shards(path, state)
+        return state
     except ValueError as e:
         damage = str(e)
     try:
         state = load(before(path))
+        check_shards(before(path), state)
     except ValueError:
         raise SystemExit(f"{damage}. There is no whole {before(path)} either; best.pt is a checkpoint as well, "
-                         "copied over ckpt.pt it can be resumed") from None
+                         "copied over ckpt.pt it can be resumed, unless the run was sharded") from None
     if torch.distributed.is_initialized(): # all ranks have read both
         torch.distributed.barrier()
     print0(f"{damage}. Going on from the checkpoint before it, of step {state['step']}")

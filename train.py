@@ -12,6 +12,8 @@ $ python train.py config/cpu.py --model=qwen2 --scale=tiny
 GPT-2 124M at the paper's settings, on 8 GPUs of one node, or on 2 nodes of 8:
 $ torchrun --standalone --nproc_per_node=8 train.py config/gpt2_cosine.py
 $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 train.py config/gpt2_cosine.py
+A model larger than a GPU's memory, split between the ranks:
+$ torchrun --nproc_per_node=8 train.py config/qwen2.py --scale=7B --gradient_accumulation_steps=64 --sharding=fsdp
 Go on with a run that was stopped, with its own settings:
 $ python train.py --init_from=resume --out_dir=out/gpt2_cosine
 
@@ -110,6 +112,7 @@ seed = 1337 # of initial weights, data order and dropout
 device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = "auto" # 'float32', 'bfloat16', 'float16' (with loss scaling); auto: bfloat16 where a GPU has it, else float32
 threads = 0 # of torch on the CPU, 0: its own choice
+sharding = "none" # every rank has the whole model (DDP), or 'fsdp': a share of it, without torch.compile; see fsdp.py
 compile = True # torch.compile, where there is a compiler; False: only large losses compile themselves
 triton = True # elementwise distances on a GPU: the kernels of distances_triton.py, given triton; False: compiled tiles
 # -----------------------------------------------------------------------------
@@ -127,7 +130,11 @@ elif scale: # it beats config files, not flags
     chosen = {key: value for key, value in SCALES[scale].items() if sources[key] != "command line"}
     config.update(chosen)
     globals().update(chosen)
-problems += run.check(config, model=FAMILIES, optimizer=("adamw", "muon"))
+problems += run.check(config, model=FAMILIES, optimizer=("adamw", "muon"), sharding=("none", "fsdp"))
+is_sharded = sharding == "fsdp"
+if is_sharded: # what this needs of torch takes a second to import
+    import fsdp
+    problems += fsdp.problems(config)
 device, device_type, dtype = run.choose_device(device, dtype, problems) # "auto" no more
 family = FAMILIES.get(model, FAMILIES["gpt"])
 pretrained = init_from not in ("scratch", "resume")
@@ -143,6 +150,9 @@ if saved and saved["config"].get("optimizer", "adamw") != optimizer: # which old
                     f"here it is {optimizer}")
 if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
     problems.append(f"optimizer is 'muon', which torch has from 2.9 on, here it is {torch.__version__}: use adamw")
+if saved and saved["config"].get("sharding", "none") != sharding:
+    problems.append(f"cannot resume {out_dir}: it has sharding={saved['config'].get('sharding', 'none')}, "
+                    f"here it is {sharding}")
 if gradient_accumulation_steps % world_size:
     lower = gradient_accumulation_steps // world_size * world_size
     nearest = f"{lower + world_size} or {lower}" if lower > 0 else world_size
@@ -213,6 +223,11 @@ if isinstance(raw_model.head.core, Tiles):
     raw_model.head.core.triton = triton
 # to validate waits for the device; Blocks checks the ids, and the run stops at a loss that is not finite
 raw_model.head.validate = False
+try:
+    if is_sharded:
+        fsdp.shard(raw_model, device, dtype)
+except ValueError as e:
+    raise SystemExit(str(e)) from None
 raw_model.to(device)
 groups = run.parameter_groups(raw_model, weight_decay)
 adam = dict(lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
@@ -221,6 +236,8 @@ opt = MuonAdamW(raw_model, groups, **adam) if optimizer == "muon" else torch.opt
 step, best_val_loss, best_step, resumed_at, evaluated_at = 0, float("inf"), 0, None, None
 if init_from == "resume":
     ckpt = run.load_checkpoint(out_dir, raw_model, config, data_hash)
+    if is_sharded:
+        fsdp.load(out_dir, ckpt, raw_model, opt)
     run.load_optimizer(opt, ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"])
     step, best_val_loss, best_step = ckpt["step"], ckpt["best_val_loss"], ckpt["best_step"]
@@ -274,10 +291,10 @@ def val_batch(first, count):
 
 
 batch = train_batch(step * micro_steps) # the first one, also to try the compiler with
-if compile:
+if compile and not is_sharded:
     run.try_compile(raw_model, batch, autocast)
 ddp_model = raw_model
-if ddp:
+if ddp and not is_sharded:
     ddp_model = DDP(raw_model, device_ids=[local_rank] if device_type == "cuda" else None)
 
 
@@ -293,12 +310,18 @@ def evaluate():
     """
     raw_model.eval()
     losses, probe = [], []
-    for first in range(rank * batch_size, num_val, world_size * batch_size):
+    for of_all in range(0, num_val, world_size * batch_size):
+        first = of_all + rank * batch_size
         count = min(batch_size, num_val - first)
-        x, y, *positions = val_batch(first, count)
+        is_idle = count < 1
+        if is_idle and not is_sharded:
+            break
+        x, y, *positions = val_batch(0, 1) if is_idle else val_batch(first, count)
         with run.forward_pass(autocast, stop_non_finite):
             h = raw_model.features(x, *positions) # (B, T, D)
             loss = raw_model.head.loss(h, y)
+        if is_idle: # sharded ranks need each other's forward passes, nobody needs this one's loss
+            break
         losses.append((first, count, loss)) # on the device: no batch waits for it
         if model != "bert":
             h, y = h[:, -1:], y[:, -1:]
@@ -324,20 +347,35 @@ def get_lr(step):
     return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
 
-def save(name):
-    safe.save(os.path.join(out_dir, name), {
-        "model": raw_model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(),
-        "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "best_step": best_step,
-        "evaluated_at": evaluated_at, "model_args": about["model_args"], "config": config,
+def clip_gradients(max_norm):
+    """Shrink the gradients to max_norm, and return their norm before. All ranks call it."""
+    if is_sharded:
+        return fsdp.clip_gradients(raw_model, max_norm)
+    return torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
+
+
+def save(*names):
+    """Write these checkpoints. All ranks call it."""
+    state = {
+        "scaler": scaler.state_dict(), "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss,
+        "best_step": best_step, "evaluated_at": evaluated_at, "model_args": about["model_args"], "config": config,
         "data_hash": data_hash,
-    }, keep=name == "ckpt.pt")
+    }
+    if is_sharded:
+        fsdp.save(out_dir, names, state, raw_model, opt)
+    elif master:
+        state.update(model=raw_model.state_dict(), optimizer=opt.state_dict())
+        for name in names:
+            safe.save(os.path.join(out_dir, name), state, keep=name == "ckpt.pt")
 
 
 def stop_non_finite(loss, norm, at=None):
     """End the run at a step, by default the one that is made. The weights are those before it if log_interval is 1."""
     at = step + 1 if at is None else at
-    with torch.no_grad(), autocast:
-        h = raw_model.features(batch[0][:1])[0].float() # (T, D)
+    h = None
+    if not is_sharded:
+        with torch.no_grad(), autocast:
+            h = raw_model.features(batch[0][:1])[0].float() # (T, D)
     advice = "a lower learning_rate, a longer warmup_iters, or dtype=float32"
     run.stop_non_finite(out_dir, raw_model.head, opt, at, loss, norm, advice, h)
 
@@ -387,14 +425,13 @@ while True:
         if master:
             print0(f"step {step:>{width}}/{max_iters} | val loss {val_loss:.4f} | "
                    f"best {best_val_loss:.4f} at step {best_step}{run.energy_text(energy)}")
+        probed = run.probe(raw_model.head, *probe) if is_new and (master or is_sharded) else {}
         if master and is_new:
             run.log(out_dir, dict(
                 kind="eval", step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss,
-                n=run.exponent(raw_model.head), **run.probe(raw_model.head, *probe), **energy), wandb_run)
-            if step > 0 and step == best_step:
-                save("best.pt")
-            if step > 0:
-                save("ckpt.pt") # last: what it tells is there
+                n=run.exponent(raw_model.head), **probed, **energy), wandb_run)
+        if is_new and step > 0: # ckpt.pt last: what it tells is there
+            save(*["best.pt"] * (step == best_step), "ckpt.pt")
         t0 = time.time() # evaluation is not part of a step's time
     if step == max_iters:
         break
@@ -408,7 +445,7 @@ while True:
         index = step * micro_steps + micro_step
         # dropout belongs to the micro-batch: resuming or more ranks change nothing
         torch.manual_seed(hash((seed, index * world_size + rank)))
-        if ddp: # the last micro-step synchronises; the flag must be set before the forward pass
+        if ddp and not is_sharded: # the last micro-step synchronises; the flag must be set before the forward pass
             ddp_model.require_backward_grad_sync = micro_step == micro_steps - 1
         with run.forward_pass(autocast, stop_non_finite):
             loss = ddp_model(*batch)[1] / micro_steps
@@ -416,7 +453,7 @@ while True:
         scaler.scale(loss).backward()
         loss_sum += loss.detach()
     scaler.unscale_(opt)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    norm = clip_gradients(grad_clip or math.inf)
     pending.append(torch.stack([loss_sum.float(), norm.float()]))
 
     # for a log line the numbers are read, one wait for the device, and have to be finite before the weights move
@@ -446,8 +483,7 @@ while True:
                 ms=seconds * 1000, tokens_per_s=tokens_per_s, mfu=mfu), wandb_run)
         emissions.note(step)
     if is_last:
-        if master:
-            save("ckpt.pt")
+        save("ckpt.pt")
         halt.end(step, out_dir)
 
 

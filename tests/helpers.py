@@ -141,14 +141,20 @@ def fork(script="train.py", *args, env=(), kill_at=0, log="log", **settings):
     return process
 
 
-def fork_ranks(count, script="train.py", *args, **settings):
-    """What `torchrun --nproc_per_node=count script *args` begins: the processes, whose logs are in log0, log1, ..."""
+def rank_environments(count, nodes=1):
+    """The environment variables of each process that `torchrun --nproc_per_node=...` begins on so many nodes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [fork(script, *args, env=dict(RANK=str(i), LOCAL_RANK=str(i), **common), log=f"log{i}", **settings)
-            for i in range(count)]
+    common = dict(WORLD_SIZE=count, LOCAL_WORLD_SIZE=count // nodes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    of_each = [dict(RANK=i, LOCAL_RANK=i % (count // nodes), **common) for i in range(count)]
+    return [{key: str(value) for key, value in env.items()} for env in of_each]
+
+
+def fork_ranks(count, script="train.py", *args, nodes=1, **settings):
+    """What `torchrun --nproc_per_node=count script *args` begins: the processes, whose logs are in log0, log1, ..."""
+    return [fork(script, *args, env=env, log=f"log{i}", **settings)
+            for i, env in enumerate(rank_environments(count, nodes))]
 
 
 def ended(ranks, *codes):

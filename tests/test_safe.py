@@ -358,7 +358,7 @@ def test_a_time_limit_ends_a_run_again_and_again(here):
 
 def a_study(folder):
     study.script, study.settings = "train.py", " ".join(flags(**LONG))
-    study.run_one(folder, [])
+    study.begin(folder, []).join()
 
 
 def test_a_run_whose_study_is_killed_ends_after_a_whole_step(here):
