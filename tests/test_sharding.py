@@ -324,6 +324,7 @@ def test_a_new_run_takes_away_the_shares_of_a_former_one(here, one_rank):
     (dict(sharding="zero"), "sharding is 'zero': use none, fsdp"),
     (dict(sharding="fsdp"), "splits a model between the ranks that torchrun starts"),
     (dict(sharding="fsdp", dtype="float16"), "use bfloat16 or float32"),
+    (dict(sharding="fsdp", optimizer="muon"), "sharding=fsdp has not been made for"),
     (dict(sharding="fsdp", distance="mahalanobis", variant="covariance"), "use another variant of mahalanobis")])
 def test_refused(settings, message, here):
     assert message in refused(**{**SETTINGS, **settings})
