@@ -31,7 +31,6 @@ from operator import itemgetter
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import configurator
 import metrics
@@ -39,7 +38,6 @@ import safe
 from configurator import fail
 from data import replacing
 from distances import DistanceHead, parse_head
-from distances_parallel import ParallelHead
 from emissions import Emissions, grid_factor
 from safe import print0, ranks, read_metrics
 
@@ -447,11 +445,11 @@ def probe(head, h, y):
     is defined in metrics.py, and None where it has no value; h_grad_norm is the mean over the samples of
     |d(-log p_y)/dh|, prototype_norm the mean of |w_k|. A single sample has no variance: what is made of it is left out.
     """
-    training, sharded = head.training, isinstance(head, ParallelHead) # which has no scores
+    training = head.training
     head.eval() # in training it may update its statistics, or add noise
     with torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
         h = h.detach().float().requires_grad_()
-        nll = head.loss(h, y, reduction="none") if sharded else F.cross_entropy(head(h), y, reduction="none") # (N,)
+        nll = head.loss(h, y, reduction="none") # (N,)
         norms = torch.autograd.grad(nll.sum(), h)[0].norm(dim=1) # (N,)
     head.train(training)
     features = h.detach().cpu().numpy()
