@@ -168,14 +168,15 @@ net.to(device)
 if loss == "head":
     net.head.validate = False # it waits for the device; labels are checked, and a loss that is not finite stops the run
 groups = run.parameter_groups(net, weight_decay)
-moments = dict(betas=(beta1, beta2))
-opt = torch.optim.AdamW(groups, lr=learning_rate, **moments, fused=device_type != "mps")
+opt = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
 
 step, resumed_at, evaluated_at = 0, None, None
 if init_from == "resume":
     fixed_settings = ("seed", "val_fraction", "held_out", "batch_size", "classes_per_batch")
     ckpt = run.load_checkpoint(out_dir, net, config, images.hash, fixed_settings)
-    run.load_optimizer(opt, ckpt["optimizer"], weight_decay, lr=learning_rate, **moments)
+    run.load_optimizer(opt, ckpt["optimizer"])
+    for group in opt.param_groups: # there is no schedule that would set it
+        group["lr"] = learning_rate
     scaler.load_state_dict(ckpt["scaler"])
     step, evaluated_at = ckpt["step"], ckpt["evaluated_at"]
     resumed_at = step
