@@ -306,11 +306,13 @@ class Halt:
             self.code = max(self.code, 124)
         if self.study and not self.study.is_alive():
             self.code = max(self.code, 129)
-        if torch.distributed.is_initialized():
-            code = torch.tensor(self.code) # on the CPU: the GPUs work on
-            torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
+        if not torch.distributed.is_initialized():
+            return self.code > 0
+        code = torch.tensor(self.code) # on the CPU: the GPUs work on
+        torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
+        if code.item() > 0: # else a signal that came meanwhile, which the others have not heard of, waits for a step
             self.code = code.item()
-        return self.code > 0
+        return code.item() > 0
 
     def end(self, step, out_dir):
         """Leave with the exit code of the reason; raises SystemExit. All ranks call it, rank 0 after it has saved."""

@@ -416,6 +416,18 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_step(here):
     assert_close_runs("whole", "out")
 
 
+def test_a_signal_that_comes_while_ranks_agree_is_not_lost(monkeypatch):
+    halt = safe.Halt()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda code, op: halt.receive(signal.SIGTERM, None))
+    try:
+        assert not halt.asked() # nor is it for this rank, as the others have not heard of it
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda code, op: None)
+        assert halt.asked() and halt.code == 143
+    finally:
+        halt.forget()
+
+
 def test_torchrun_is_stopped_by_sigterm(here):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                os.path.join(ROOT, "train.py"), *flags(**{**LONG, "out_dir": "out", "eval_interval": 10 ** 9})]
