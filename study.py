@@ -189,10 +189,13 @@ def is_in_use(folder):
     return False
 
 
-def recipe(flags):
-    """Return what a run is made with, the script and its arguments; the run's folder keeps it in arguments.json."""
+def recipe(script, shared, flags):
+    """
+    Return what a run is made with, the script and its arguments: those that runs share, as a line, and the run's own.
+    The run's folder keeps it in arguments.json.
+    """
     threads = [] if _HAS_GPU else ["--threads=1"] # the last flag counts: settings may say otherwise
-    return [script, *threads, *shlex.split(base), *shlex.split(settings), *flags]
+    return [script, *threads, *shlex.split(shared), *flags]
 
 
 def saved_recipe(folder):
@@ -210,11 +213,11 @@ def saved_recipe(folder):
     return saved
 
 
-def arguments(folder, flags):
-    """Return the arguments with which the training script begins a run, or goes on with it from its checkpoint."""
+def arguments(folder, made_with):
+    """Return the arguments with which a recipe's script begins a run, or goes on with it from its checkpoint."""
     if os.path.exists(os.path.join(folder, "ckpt.pt")):
         return ["--init_from=resume", f"--out_dir={folder}"]
-    return [*recipe(flags)[1:], f"--out_dir={folder}", "--overwrite=true"]
+    return [*made_with[1:], f"--out_dir={folder}", "--overwrite=true"]
 
 
 def write(path, text):
@@ -273,10 +276,10 @@ def claim(folder):
     return f
 
 
-def begin(folder, flags):
+def begin(folder, made_with):
     """
-    Return the process of a run that begins, or None where another process makes it, or has made it since this study
-    began. Raises OSError where the folder cannot be written.
+    Return the process of a run of this recipe that begins, or None where another process makes it, or has made it since
+    this study began. Raises OSError where the folder cannot be written.
     """
     if is_in_use(folder):
         return None
@@ -293,8 +296,9 @@ def begin(folder, flags):
     if os.path.exists(log) and state(folder) != "stopped": # one that goes on adds to its log
         os.remove(log)
     sys.stdout.flush() # what is still in the buffer would be the child's too
-    write(os.path.join(folder, "arguments.json"), json.dumps(recipe(flags)))
-    process = CONTEXT.Process(target=child, args=(os.path.join(_ROOT, script), arguments(folder, flags), folder))
+    write(os.path.join(folder, "arguments.json"), json.dumps(made_with))
+    path = os.path.join(_ROOT, made_with[0])
+    process = CONTEXT.Process(target=child, args=(path, arguments(folder, made_with), folder))
     process.start()
     process.claimed = claimed
     return process
@@ -346,9 +350,9 @@ def read_shard():
 def refuse_other_recipes(runs):
     """Raise SystemExit that names the first folders whose runs were made with other arguments."""
     problems = []
-    for folder, flags in runs:
+    for folder, made_with in runs:
         saved = None if state(folder) == "damaged" else saved_recipe(folder)
-        if saved not in (None, recipe(flags)):
+        if saved not in (None, made_with):
             problems.append(f"{folder} was made with other arguments ({shlex.join(saved)}): "
                             "use another --out_dir, or delete it")
     if len(problems) > 5:
@@ -372,8 +376,8 @@ def import_ahead():
 
 def run_all(todo, at_once):
     """
-    Run them, so many at once, and return ({folder: reason} of those that broke, how many have ended). Raises SystemExit
-    on Ctrl-C or SIGTERM, and on a full disk, after the runs have stopped.
+    Run them, pairs of a folder and a recipe, so many at once, and return ({folder: reason} of those that broke, how
+    many have ended). Raises SystemExit on Ctrl-C or SIGTERM, and on a full disk, after the runs have stopped.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler) # no run must outlive the study
     os.environ["RUNS_AT_ONCE"] = str(at_once) # for config.json: their energy is shared
@@ -393,8 +397,8 @@ def run_all(todo, at_once):
         while waiting or running:
             over = []
             if waiting and len(running) < at_once:
-                folder, flags = waiting.popleft()
-                process = attempt(begin, folder, flags)
+                folder, made_with = waiting.popleft()
+                process = attempt(begin, folder, made_with)
                 if process is None:
                     over.append(folder)
                 else:
@@ -463,21 +467,22 @@ def main():
     except (ImportError, ValueError) as e:
         problems.append(str(e))
     fail(problems)
-    runs = [(os.path.join(out_dir, name), flags) for name, flags in named[i - 1::k]]
+    shared = f"{base} {settings}"
+    runs = [(os.path.join(out_dir, name), recipe(script, shared, flags)) for name, flags in named[i - 1::k]]
     refuse_other_recipes(runs)
 
     # what there is to do
     states = {folder: state(folder) for folder, _ in runs}
     skipped = ("damaged", "ended") if retry else ("damaged", "ended", "broken")
-    todo = [(folder, flags) for folder, flags in runs if states[folder] not in skipped]
+    todo = [(folder, made_with) for folder, made_with in runs if states[folder] not in skipped]
     count, every = Counter(states.values()), ("ended", "stopped", "broken", "damaged", "new")
     counts = ", ".join(f"{count[word]} {word}" for word in every if count[word])
     part = f", shard {shard}" if k > 1 else ""
     at_once = min(jobs or (1 if _HAS_GPU else cores()), max(len(todo), 1))
     print(f"{len(runs)} runs in {out_dir}{part}: {counts}; {len(todo)} to run, {at_once} at once")
     if dry_run:
-        for folder, flags in runs:
-            print(f"{states[folder]:>8}  python {script} {shlex.join(arguments(folder, flags))}")
+        for folder, made_with in runs:
+            print(f"{states[folder]:>8}  python {script} {shlex.join(arguments(folder, made_with))}")
         return
 
     # do it

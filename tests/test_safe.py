@@ -357,8 +357,7 @@ def test_a_time_limit_ends_a_run_again_and_again(here):
 
 
 def a_study(folder):
-    study.script, study.settings = "train.py", " ".join(flags(**LONG))
-    study.begin(folder, []).join()
+    study.begin(folder, study.recipe("train.py", "", flags(**LONG))).join()
 
 
 def test_a_run_whose_study_is_killed_ends_after_a_whole_step(here):

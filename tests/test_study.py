@@ -193,15 +193,15 @@ def test_two_studies_at_once_run_nothing_twice(here):
 def test_a_run_that_has_ended_since_the_study_began_is_not_made_again(here, monkeypatch):
     begin, folders = study.begin, []
 
-    def others_first(folder, flags): # what another study does in the meantime
+    def others_first(folder, made_with): # what another study does in the meantime
         if folder not in folders:
             folders.append(folder)
             os.makedirs(folder)
             with open(os.path.join(folder, "arguments.json"), "w") as f:
-                json.dump(study.recipe(flags), f)
+                json.dump(made_with, f)
             with open(os.path.join(folder, "summary.json"), "w") as f:
                 f.write("{}")
-        return begin(folder, flags)
+        return begin(folder, made_with)
 
     monkeypatch.setattr(study, "begin", others_first)
     assert "2 of 2 have ended" in here("--heads=baseline", "--seeds=1,2") and not ran()
