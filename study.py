@@ -444,7 +444,8 @@ def run_all(todo, at_once):
                 bar.update()
             bar.set_description(", ".join(os.path.basename(folder) for folder, _ in running.values()))
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN) # a second one ends the runs at once, but not who waits for them
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN) # a second one ends the runs at once, but not who waits for them
         raise SystemExit(f"stopped after {done} of {len(todo)} runs: the same command goes on") from None
     finally:
         stop([process for _, process in running.values()])
