@@ -46,7 +46,8 @@ class Runs(submitit.helpers.Checkpointable):
                 raise KeyboardInterrupt
         signal.signal(signal.SIGURG, stop)
         cpus = os.cpu_count()
-        at_once = at_once or cpus // int(os.environ.get("SLURM_CPUS_ON_NODE", cpus)) # tasks that fit on this node
+        fit = cpus // int(os.environ.get("SLURM_CPUS_ON_NODE", cpus)) # such tasks on this node
+        at_once = at_once or max(fit, 1)
         broken = {}
         try:
             for run in todo:
@@ -77,5 +78,5 @@ def send(launcher, slurm, todo, at_once, folder):
                                       "slurm_additional_parameters": {"requeue": True}, **read(slurm)})
         first, *_ = executor.map_array(Runs(), [[run] for run in todo], [0] * len(todo))
         return first.job_id.split("_")[0]
-    except (RuntimeError, ValueError, NameError) as e: # no srun, another value, another key; sbatch refuses
+    except Exception as e: # no srun, another key or value, no such folder; sbatch refuses
         raise SystemExit(f"nothing was sent with slurm={slurm!r}: {' '.join(str(e).split())[:400]}") from None
