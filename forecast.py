@@ -12,8 +12,10 @@ Images are tested at the end, which counts as one more evaluation. A run that wa
 power is that of this machine over what was measured, as emissions.py counts it, and is counted once, whatever runs
 beside each other.
 """
+import contextlib
 import csv
 import heapq
+import io
 import json
 import os
 import tempfile
@@ -108,7 +110,8 @@ def forecast(todo, at_once, minutes):
         flags = ["--track_emissions=true", "--wandb_log=false", "--log_interval=5", f"--time_limit={minutes}"]
         tried = [(os.path.join(scratch, str(i)), [*group[0][1], *flags]) for i, group in enumerate(groups)]
         study.import_ahead()
-        broken, _ = study.run_all(tried, at_once)
+        with contextlib.redirect_stdout(io.StringIO()): # it would say how to go on
+            broken, _ = study.run_all(tried, at_once)
         for (folder, recipe), group in zip(tried, groups):
             name = os.path.basename(group[0][0])
             try:

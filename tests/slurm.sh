@@ -47,7 +47,7 @@ mkdir "$work/state" "$work/spool"
 
 stop() {
     scancel --user=root 2> /dev/null || true
-    pkill -P "${reference:-none}" 2> /dev/null || true # its study
+    pkill -P "${reference:-none},${beside:-none}" 2> /dev/null || true # their studies
     for _ in $(seq 30); do
         [ -n "$(squeue -h 2> /dev/null)" ] || break
         sleep 1
@@ -105,13 +105,17 @@ say "four tasks, their cards:"
 scontrol show job -d "$id" | grep -o 'IDX:[0-7]' | sort | tee gpus.log
 [ "$(sort -u gpus.log | wc -l)" = 4 ] || fail "two tasks have one card"
 
+say "meanwhile a study without Slurm on the same folder: who comes first to a run makes it"
+study --heads=cosine --seeds=2 --out_dir=out --jobs=1 > beside.log 2>&1 &
+beside=$!
+
 say "preempted, all four: a job of a partition with a higher priority wants the node"
 sbatch --partition=urgent --exclusive --output=/dev/null --wrap "sleep 20" 
 wait_for "in_queue | grep -c '${id}_.* PD' | grep -q 4"
 say "stopped at:"; where; in_queue
 all_train 0 || fail "a run has no checkpoint"
 
-wait_for "in_queue | grep -c '${id}_.* R ' | grep -q 4"
+wait_for "in_queue | grep -c '${id}_[012] R ' | grep -q 3"
 wait_for "all_train $((20 * epochs / 3))"
 say "task 0: scontrol requeue"; where
 scontrol requeue "${id}_0"
@@ -119,9 +123,6 @@ say "task 1: the signal before a time limit"
 scancel --signal=URG "${id}_1"
 say "task 2: kill -9 of all its processes"
 scontrol listpids "$(squeue -h --job="${id}_2" -o %A)" | awk '$3 == 0 {print $1}' | xargs -t kill -9
-say "meanwhile a study of this machine on the same folder"
-study --heads=cosine --seeds=2 --out_dir=out --jobs=1 2>&1 | tee beside.log
-grep -q "left alone: out/cosine_stable_s2: another process makes it" beside.log || fail "it was not left alone"
 say "and the same array once more, beside the first one"
 send | tee again.log
 wait_for "[ -z \"\$(in_queue)\" ]"
@@ -132,6 +133,8 @@ study --out_dir=out | tail -n 2
 
 say "each run, beside the undisturbed one"
 wait $reference || fail "$(cat reference.log)"
+wait $beside || fail "$(cat beside.log)"
+grep -hE "left alone|have ended" beside.log
 for name in $runs; do
     "$PYTHON" - "$name" <<'CHECK' || fail "$name differs"
 import json, sys
@@ -144,9 +147,10 @@ for folder in ("reference", "out"):
     found.append(([(row["step"], row["val_loss"]) for row in evals], summary["step"], summary["test_loss"]))
 with open(f"out/{name}/log.txt") as f:
     log = f.read()
-print(f"  {name}: {len(found[1][0])} evaluations, step {found[1][1]}, test loss {found[1][2]}; "
-      f"went on {log.count('stopped by')} times after a save: equal {found[0] == found[1]}")
-sys.exit(found[0] != found[1])
+begun, saved, killed = log.count(" steps of "), log.count("stopped by SIGTERM after"), name == "baseline_s2"
+print(f"  {name}: begun {begun} times, saved and stopped {saved} times; {len(found[1][0])} evaluations, step "
+      f"{found[1][1]}, test loss {found[1][2]}, equal: {found[0] == found[1]}")
+sys.exit(found[0] != found[1] or begun != 1 + saved + killed)
 CHECK
 done
 say "nothing lost, nothing doubled"

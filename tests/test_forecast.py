@@ -130,6 +130,7 @@ def test_a_dry_run_that_measures(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "measuring one run of each of 2 kinds, 0.02 minutes each" in done.stdout
     assert "s x 2  baseline_s1: 20,000 steps of " in done.stdout and ", 1002 evaluations of " in done.stdout
+    assert "goes on" not in done.stdout + done.stderr
     assert "forecast: " in done.stdout and done.stdout.rstrip().endswith(" kWh") and os.listdir(tmp_path) == []
     done = measured("--heads=baseline", "--settings=--dataset=mnist")
     assert done.returncode == 1 and "no forecast: baseline_s1, to be measured, " in done.stderr
