@@ -5,5 +5,5 @@ max_iters = 400
 warmup_iters = max_iters // 8
 min_lr = learning_rate / 10
 eval_interval = max_iters
-eval_iters = -1 # the whole validation split
+eval_iters = 35 # the first half of the validation split: the other one is for the end
 log_interval = 20
