@@ -25,14 +25,13 @@ OPTIONAL = {"metric", "primary", "equal", "log", "question"}
 def crossing(bound, looks):
     """
     The probability that a random walk of standard normal steps is outside +-bound after one of these numbers of steps.
-    The walk's density within the bounds is carried from look to look by quadrature (Armitage, McPherson and Rowe
-    1969), which is the multivariate normal probability without its random numbers.
+    The density within them goes from look to look by quadrature (Armitage, McPherson and Rowe 1969).
     """
     x_before, mass, before = np.zeros(1), np.ones(1), 0 # all of it starts at 0
     for n in looks:
         scale = min(bound, 9 * n ** 0.5) # beyond 9 standard deviations there is nothing to resolve
-        x = scale * NODES
-        density = stats.norm.pdf(x[:, None], x_before, (n - before) ** 0.5) @ mass
+        x, variance = scale * NODES, n - before
+        density = np.exp((x[:, None] - x_before) ** 2 / (-2 * variance)) @ mass / (2 * math.pi * variance) ** 0.5
         x_before, mass, before = x, scale * WEIGHTS * density, n
     return 1 - mass.sum()
 
@@ -66,6 +65,7 @@ def holm(p_values):
     return adjusted
 
 
+@lru_cache
 def detectable(df, level, power):
     """The mean in standard errors that the two-sided t test finds on its side with this power (noncentral t)."""
     critical = stats.t.isf(level / 2, df)
