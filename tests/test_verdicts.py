@@ -175,7 +175,7 @@ def study():
             r["accuracy"] = math.inf # it ended, but diverged
     lost = {("plain", "one", 3), ("plain", "one", 9)}
     rows = [r for r in rows if (r["setting"], r["head"], r["seed"]) not in lost]
-    rows.append(row("plain", "three", 99, stage="tune", accuracy=0.0, loss=9, seconds=1, spread=1))
+    rows.append(row("plain", "three", 1, stage="tune", accuracy=0.0, loss=9, seconds=1, spread=1)) # of another kind
     heads = {head: {} for head in [*means, "shifted", "slow"]}
     return dict(confidence=0.95, power=0.9, heads=heads, settings=settings, claims=claims()), rows
 
@@ -201,6 +201,7 @@ def claims():
         claim("what failed has no spread", "split", {"fails": 1, "zero": -1}, 0.01, metric="spread"),
         claim("no spread at all", "split", {"slow": 1, "zero": -1}, 0.01, metric="spread"),
         claim("one look", "once", {"slow": 1, "zero": -1}, -0.02, primary=True),
+        claim("less than it says", "once", {"three": 1, "zero": -1}, 0.031, metric="accuracy"),
         claim("ratio", "once", {"slow": 1, "zero": -1}, math.log(1.1), metric="seconds", log=True),
         claim("not yet", "late", {"three": 1, "zero": -1}, 0.01, primary=True)]
 
@@ -217,8 +218,10 @@ def test_a_second_computation_gives_the_same_verdicts():
     assert judged["small"]["look"] == 1 and judged["small"]["run"] == 10 # two seeds are missing: the others wait
     assert judged["effect"]["look"] == 2 and judged["split"]["look"] == 3 and judged["split"]["seeds"] == 24
     assert judged["failures"]["failed"] == 4 and judged["failures"]["std"] > 0.2 # chance counts against the head
+    assert "may be smaller" in judged["less than it says"]["why"]
     assert judged["diverged"]["failed"] == 1
     assert judged["what failed has no spread"]["seeds"] == 20
+    assert judged["what failed has no spread"]["why"].endswith(" 4 seeds lack the number.")
     assert "same difference" in judged["tie"]["why"] and judged["tie"]["estimate"] == pytest.approx(0.25)
     assert "3 of the 4" in judged["not yet"]["why"] and judged["not yet"]["estimate"] is not None
     assert "would have shown" in judged["not surely equal"]["why"]
