@@ -1,7 +1,8 @@
 """
-The verdicts of a study of claims, as pure functions of its design (config/claims.toml, read by tomllib) and of its runs
-(rows of runs.csv: dicts of numbers or of their texts). They read no files.
+The verdicts of a study of claims, as pure functions of its design (config/claims.toml) and of its runs (rows of
+runs.csv: dicts of numbers or of their texts). They read no files.
 
+    design = load(text)                # the text of a design
     verdicts = judge(design, rows)     # a dict per claim: supported, refuted or inconclusive, and by what numbers
     answers = across(design, verdicts) # a dict per question that is asked in several settings; needs statsmodels
 
@@ -10,6 +11,7 @@ decided where the design says that one may look (O'Brien and Fleming 1979), by t
 family is corrected by Holm (1979). All of it is standard; to apply it here is our choice. Needs scipy.
 """
 import math
+import tomllib
 from functools import lru_cache
 
 import numpy as np
@@ -70,6 +72,23 @@ def detectable(df, level, power):
     """The mean in standard errors that the two-sided t test finds on its side with this power (noncentral t)."""
     critical = stats.t.isf(level / 2, df)
     return float(optimize.brentq(lambda d: stats.nct.sf(critical, df, d) - power, 0, 10 * critical + 10, xtol=1e-12))
+
+
+def load(text):
+    """
+    The design in a text of TOML, where a claim with `effects`, by setting, becomes one claim for each of them,
+    joined by the claim's name as a question. Raises ValueError for a text that is no TOML or has no such claim.
+    """
+    design, claims = tomllib.loads(text), []
+    for claim in design.get("claims", []):
+        if "effects" not in claim:
+            claims.append(claim)
+            continue
+        shared = {key: value for key, value in claim.items() if key not in ("name", "effects")}
+        for setting, effect in claim["effects"].items():
+            name = claim.get("name")
+            claims.append(dict(name=f"{name}, {setting}", setting=setting, effect=effect, question=name, **shared))
+    return {**design, "claims": claims}
 
 
 def check(design):

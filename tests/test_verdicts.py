@@ -256,12 +256,11 @@ def test_a_second_computation_agrees_on_claims_at_the_margin(seed):
 
 
 def test_a_second_computation_agrees_on_the_study_of_claims():
-    tomllib = pytest.importorskip("tomllib")
     path = os.path.join(ROOT, "assets", "claims", "runs.csv")
     if not os.path.exists(path):
         pytest.skip("no runs of the study of claims here")
-    with open(os.path.join(ROOT, "config", "claims.toml"), "rb") as f:
-        design = tomllib.load(f)
+    with open(os.path.join(ROOT, "config", "claims.toml"), encoding="utf-8") as f:
+        design = verdicts.load(f.read())
     with open(path, newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     if not any(r["stage"] == "confirm" for r in rows) or not design.get("claims"):
@@ -306,6 +305,24 @@ def test_a_design_that_is_not_one_is_refused(change, message):
     design["claims"][0] = {**design["claims"][0], **change}
     with pytest.raises(ValueError, match=message):
         verdicts.judge(design, rows)
+
+
+def test_a_claim_with_effects_is_one_for_each_setting():
+    text = """
+        [[claims]]
+        name = "better"
+        says = "It is."
+        contrast = { a = 1, b = -1 }
+        effects = { here = 0.1, there = -2 }
+        primary = true
+        [[claims]]
+        name = "alone"
+        setting = "here"
+    """
+    shared = dict(says="It is.", contrast=dict(a=1, b=-1), primary=True, question="better")
+    assert verdicts.load(text)["claims"] == [
+        dict(name="better, here", setting="here", effect=0.1, **shared),
+        dict(name="better, there", setting="there", effect=-2, **shared), dict(name="alone", setting="here")]
 
 
 def test_bad_runs_are_refused():
