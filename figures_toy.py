@@ -312,9 +312,9 @@ def two_layer(out_dir, groups):
 
 def two_layer_table(groups):
     rows = []
-    for (model, _), runs in groups.items():
+    for (model, label), runs in groups.items():
         rows.append({
-            "net": model, "seeds": len(runs), "epochs": runs[0].summary["epoch"],
+            "net": label, "seeds": len(runs), "epochs": runs[0].summary["epoch"],
             "test %": mean(runs, "test_accuracy", 100), "std": deviation(runs, "test_accuracy", 100),
             "+- 95%": half_interval(runs, "test_accuracy", 100), "published % (MNIST)": PUBLISHED_ACCURACY[model],
             "train %": mean(runs, "train_accuracy", 100),

@@ -318,6 +318,7 @@ def test_folders_that_differ_in_a_setting_are_told_apart_on_one_page(tmp_path):
     with open(tmp_path / "two_layer.csv") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 8 and {row["seeds"] for row in rows} == {"2"}
+    assert {row["net"] for row in rows} >= {"relu, inputs raw", "relu, inputs standard", "abs_bias, inputs raw"}
     with open(tmp_path / "two_layer_tests.csv") as f:
         found = {row["contrast"]: row for row in csv.DictReader(f)}
     assert len(found) == 4
