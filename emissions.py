@@ -27,7 +27,7 @@ import io
 import os
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from types import SimpleNamespace
 
@@ -217,7 +217,7 @@ class Emissions:
         interval["energy_kwh"] = sum(interval[f"{part}_kwh"] for part in PARTS)
         interval["emissions_g"] = interval["energy_kwh"] * self.factor
         self.step, self.seen = step, now
-        timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        timestamp = datetime.now(UTC).isoformat(timespec="seconds")
         row = {"step": step, "timestamp": timestamp, "g_per_kwh": self.factor}
         row.update({f"{part}_source": self.sources[part] for part in PARTS})
         for q in QUANTITIES:

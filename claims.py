@@ -1,0 +1,258 @@
+"""
+Runs the study of claims: a design says which heads, settings and comparisons there are. Every head is tuned for itself,
+by validation, and then judged on seeds that tuning has not seen. What report.py shows of it opens with the verdicts.
+
+$ python claims.py                                  # all settings of config/claims.toml: hundreds of hours on a CPU
+$ python claims.py gpt mnist_cnn                    # these settings only
+$ python claims.py gpt --stage=tune                 # tuning alone; or --stage=confirm; --stage=table runs nothing
+$ python claims.py --design=config/claims_small.toml --out_dir=out/claims_small    # ten minutes on 2 cores
+$ python report.py out/claims
+
+Tuning is by successive halving: short runs of a grid of learning rate and scale, then the best few at full length, then
+what lies beyond an edge of the grid at which the best one lies, until it lies inside. Confirmation goes seed by seed,
+so that whenever it stops all heads have the same seeds; a run that fails scores chance. As with study.py, what has
+ended is not run again, Ctrl-C stops, and the same command goes on. The folder keeps the design that its first run of
+confirmation was made for, and refuses another one. runs.csv there has a row a run; each has its own folder.
+"""
+import json
+import math
+import os
+import shlex
+import sys
+from collections import namedtuple
+
+import results
+import study
+import verdicts
+from configurator import configure, fail, find
+from metrics import METRICS
+from page import write_csv
+from run_folder import Damaged
+
+# -----------------------------------------------------------------------------
+# defaults
+design = "config/claims.toml"
+out_dir = "out/claims"
+stage = "all" # or 'tune', 'confirm', or 'table': only runs.csv is written, from the runs that there are
+jobs = 0 # how many run at once; 0: one for each core, with a GPU one
+# -----------------------------------------------------------------------------
+STAGES = ("all", "tune", "confirm", "table")
+ROUNDS = 12 # of suggestions at most
+# rung: of tuning, from 1 on; point: {flag: value} of what is tuned
+Run = namedtuple("Run", "setting head stage rung seed point folder recipe")
+
+
+# -----------------------------------------------------------------------------
+# the runs
+
+def make_run(plan, name, head, stage, seed, point, rung=None):
+    """Return the Run of a head at one point of tuning, of the setting of this name."""
+    setting = plan["settings"][name]
+    values = [f"--{key}={value:.6g}" for key, value in sorted(point.items())]
+    shorter = setting["rungs"][rung - 1] if rung else ""
+    flags = [*shlex.split(shorter), *shlex.split(plan["heads"][head]["flags"]), *values, f"--seed={seed}"]
+    words = [f"{key}{value:.4g}" for key, value in sorted(point.items())]
+    last = f"rung{rung}" if rung else f"s{seed}"
+    folder = os.path.join(out_dir, name, stage, head, "_".join([*words, last]))
+    recipe = study.recipe(setting["script"], setting["arguments"], flags)
+    return Run(name, head, stage, rung, seed, point, folder, recipe)
+
+
+def make(runs):
+    """Make those runs that are new or have been stopped."""
+    todo = [(run.folder, run.recipe) for run in runs if study.state(run.folder) in ("new", "stopped")]
+    if todo:
+        print(f"{todo[0][0]} and so on: {len(todo)} of {len(runs)} runs to make")
+        study.run_all(todo, jobs or study.cores())
+
+
+def list_only(runs):
+    """Make nothing: what takes this in the place of make() finds the runs that there are."""
+
+
+def score(run, setting):
+    """Return what tuning judges a run by, the lower the better: infinity where it failed or has not ended."""
+    try:
+        with open(os.path.join(run.folder, "summary.json"), encoding="utf-8") as f:
+            value = json.load(f)[setting["tuned_by"]]
+    except (OSError, ValueError, KeyError):
+        return math.inf
+    return value if setting["lower"] else -value
+
+
+# -----------------------------------------------------------------------------
+# tuning
+
+def grid(head, setting):
+    """Return the points of the first rung."""
+    points = []
+    for rate in setting["learning_rate"]:
+        points += [{"learning_rate": rate, head["scale"]: scale} for scale in setting[head["scale"]]]
+    return points
+
+
+def neighbours(values, value):
+    """Return the values beside this one, or where it is the least or the most the next of its geometric series."""
+    values = sorted(set(values))
+    i = values.index(value)
+    ratio = values[1] / values[0] if i == 0 and len(values) > 1 else value / values[i - 1]
+    below = values[i - 1] if i > 0 else value / ratio
+    above = values[i + 1] if i + 1 < len(values) else value * ratio
+    return [float(f"{x:.3g}") for x in (below, above)]
+
+
+def suggestions(head, setting, best, tried):
+    """
+    Return the points that the best one asks for: those beside it that were tried at no length, so that it lies at no
+    edge, or where there are none its neighbours in what is refined, by factors of two.
+    """
+    points, of_grid = [], ("learning_rate", head["scale"])
+    seen = [tuple(point[key] for key in of_grid) for point in tried]
+    for key in of_grid:
+        values = [point[key] for point in tried]
+        if len(set(values)) > 1:
+            points += [{**best, key: value} for value in neighbours(values, best[key])]
+    points = [point for point in points if tuple(point[key] for key in of_grid) not in seen]
+    if points:
+        return points
+    for key, default in setting.get("refined", {}).items():
+        if key != head["scale"]:
+            value = best.get(key, default)
+            points += [{**best, key: value / 2}, {**best, key: value * 2}]
+    return points
+
+
+def tune(plan, name, make):
+    """Tune the heads of a setting, all side by side. Returns ({head: the Run of its best point}, all Runs)."""
+    setting = plan["settings"][name]
+    heads = {head: about for head, about in plan["heads"].items() if "like" not in about}
+    points = {head: grid(about, setting) for head, about in heads.items()}
+    done = {head: [] for head in heads} # its Runs
+    last = len(setting["rungs"])
+
+    def run(rung):
+        """Make the points, and return for each head its Runs so far at full length, the best one first."""
+        new = {head: [make_run(plan, name, head, "tune", setting["seed"], point, rung) for point in points[head]]
+               for head in heads}
+        make([run for runs in new.values() for run in runs])
+        ranked = {}
+        for head, runs in new.items():
+            done[head] += runs
+            ranked[head] = sorted((run for run in done[head] if run.rung == rung), key=lambda run: score(run, setting))
+        return ranked
+
+    for rung in range(1, last + 1):
+        ranked = run(rung)
+        if rung < last:
+            points = {head: [run.point for run in runs[:setting["kept"]]] for head, runs in ranked.items()}
+    for _ in range(ROUNDS):
+        for head, about in heads.items():
+            best, tried = ranked[head][0], [run.point for run in done[head]]
+            full = [run.point for run in ranked[head]]
+            points[head] = [point for point in suggestions(about, setting, best.point, tried) if point not in full]
+            if math.isinf(score(best, setting)):
+                points[head] = []
+        if not any(points.values()):
+            break
+        ranked = run(last)
+    chosen = {head: runs[0] for head, runs in ranked.items() if math.isfinite(score(runs[0], setting))}
+    return chosen, [run for runs in done.values() for run in runs]
+
+
+# -----------------------------------------------------------------------------
+# confirmation
+
+def confirm(plan, name, chosen, make):
+    """Make the runs that judge each head at its best point, seed by seed. Returns them all."""
+    seeds = range(1, plan["settings"][name]["looks"][-1] + 1)
+    runs = []
+    for seed in seeds:
+        for head, about in plan["heads"].items():
+            tuned = chosen.get(about.get("like", head))
+            if tuned and name in about.get("settings", [name]):
+                runs.append(make_run(plan, name, head, "confirm", seed, tuned.point))
+    make(runs)
+    return runs
+
+
+# -----------------------------------------------------------------------------
+# the table
+
+def row_of(run, chosen):
+    """Return a run as a row of runs.csv, or None where it has not been made."""
+    state = study.state(run.folder)
+    if state not in ("ended", "broken"):
+        return None
+    best = chosen.get(run.head)
+    row = dict(setting=run.setting, head=run.head, stage=run.stage, rung=run.rung, seed=run.seed,
+               learning_rate=run.point["learning_rate"], n=run.point.get("n"),
+               feature_scale=run.point.get("feature_scale"), chosen=run == best,
+               status="ended" if state == "ended" else "failed", git=None, folder=os.path.relpath(run.folder, out_dir))
+    if state == "ended":
+        try:
+            read = results.measure(results.read_run(run.folder))
+        except Damaged as e:
+            print(e)
+            return None
+        row.update({key: read.values.get(key) for key in METRICS}, git=read.info.get("git"))
+    return row
+
+
+def table(plan):
+    """Write runs.csv, of all settings, and return its rows."""
+    rows = []
+    for name in plan["settings"]:
+        chosen, runs = tune(plan, name, list_only)
+        runs += confirm(plan, name, chosen, list_only)
+        rows += [row for run in runs if (row := row_of(run, chosen))]
+    write_csv(os.path.join(out_dir, "runs.csv"), rows)
+    return rows
+
+
+def freeze(text):
+    """Keep the design in out_dir. Raises SystemExit where another one is kept there."""
+    path = os.path.join(out_dir, "claims.toml")
+    if not os.path.exists(path):
+        study.write(path, text)
+        return
+    with open(path, encoding="utf-8") as f:
+        if f.read() != text:
+            raise SystemExit(f"{design} is not the design that {path} is: {out_dir} has runs of confirmation that were "
+                             "made for that one. use another --out_dir")
+
+
+def main():
+    names, problems, plan = [arg for arg in sys.argv[1:] if not arg.startswith("-")], [], {"settings": {}}
+    configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith("-")], problems=problems)
+    if stage not in STAGES:
+        problems.append(f"stage is {stage!r}: use {', '.join(STAGES)}")
+    if jobs < 0:
+        problems.append(f"jobs is {jobs}, it must be >= 0")
+    try:
+        with open(find(design), encoding="utf-8") as f:
+            text = f.read()
+        plan = verdicts.load(text)
+        verdicts.check(plan)
+        legal = ", ".join(plan["settings"])
+        problems += [f"{design} has no setting {name!r} (legal: {legal})" for name in names
+                     if name not in plan["settings"]]
+    except (OSError, ValueError, KeyError) as e:
+        problems += [f"the design {design!r} cannot be read ({type(e).__name__})", *str(e).splitlines()]
+    fail(problems)
+
+    os.makedirs(out_dir, exist_ok=True)
+    if stage != "table":
+        study.import_ahead()
+        for name in names or plan["settings"]:
+            chosen, _ = tune(plan, name, make if stage != "confirm" else list_only)
+            if stage != "tune":
+                freeze(text)
+                confirm(plan, name, chosen, make)
+            table(plan)
+    rows = table(plan)
+    print(f"{len(rows)} runs: {os.path.join(out_dir, 'runs.csv')}")
+    print(f"python report.py {out_dir}")
+
+
+if __name__ == "__main__":
+    main()
