@@ -360,9 +360,11 @@ def test_a_run_without_its_data_goes_without_a_tokenizer():
 # -----------------------------------------------------------------------------
 # other tools, and the way back
 
-def test_lm_evaluation_harness(run, here):
+def test_lm_evaluation_harness(run, here, monkeypatch):
     """A task of three questions from a local file, through its command line. Given "abc", the alphabet goes on."""
     pytest.importorskip("lm_eval")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"): # else it asks the hub for each file, again and again
+        monkeypatch.setenv(name, "1")
     pytest.importorskip("accelerate") # of lm_eval[hf]
     letters = "".join(CHARS)
     questions = [dict(start=letters[i:i + 5], choices=[letters[i + 5:i + 8], letters[i - 20:i - 17]])
