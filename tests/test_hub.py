@@ -385,7 +385,7 @@ metric_list: [{{metric: acc}}]
     arguments = f"pretrained={run}/hf,trust_remote_code=True,prefix_token_id=95" # characters have no end of text
     command = ["-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", "alphabet",
                "--include_path", str(here), "--device", "cpu", "--batch_size", "2"]
-    (code, out, err), = processes(here, command)
+    (code, out, err), = processes(here, command, timeout=400) # its imports alone take long
     assert code == 0 and re.search(r"\|alphabet\|.*\|acc +\|.*\| +1\|", out), out + err
 
 
