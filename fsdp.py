@@ -44,8 +44,6 @@ def problems(config):
                      "torchrun --nproc_per_node=8 train.py ...")
     if config["dtype"] == "float16":
         found.append("dtype is 'float16', which sharding=fsdp does not scale: use bfloat16 or float32")
-    if config["optimizer"] == "muon":
-        found.append("optimizer is 'muon', which sharding=fsdp has not been made for: use adamw")
     if config["variant"] == "covariance":
         found.append("variant is 'covariance', whose estimate needs what no rank has with sharding=fsdp: "
                      "use another variant of mahalanobis")

@@ -284,13 +284,13 @@ class BERT(LanguageModel):
 
     def to_hf(self):
         """
-        Make a transformers BertForMaskedLM that gives the same scores. Where [MASK] and padding have ids of their
-        own, they are the last two of its vocabulary. Raises ValueError for a distance head, ImportError without
-        transformers.
+        Make a transformers BertForMaskedLM that gives the same scores and loss. Where [MASK] and padding have ids of
+        their own, they are the last two of its vocabulary, and a bias keeps them out of p, as here. Raises ValueError
+        for a distance head, ImportError without transformers.
         """
         self.refuse_distance_head()
         transformers, c = import_transformers("to_hf makes a model of transformers"), self.config
-        return self.copy_to_hf(transformers.BertForMaskedLM(transformers.BertConfig(
+        hf_model = self.copy_to_hf(transformers.BertForMaskedLM(transformers.BertConfig(
             max_position_embeddings=c.block_size,
             vocab_size=self.num_ids,
             num_hidden_layers=c.n_layer,
@@ -302,6 +302,9 @@ class BERT(LanguageModel):
             pad_token_id=self.pad_id,
             tie_word_embeddings=c.tie_weights,
         )))
+        with torch.no_grad():
+            hf_model.get_output_embeddings().bias[c.vocab_size:] = -1e4 # which half precision has, too
+        return hf_model
 
     def hf_weights(self, name, theirs):
         return [theirs[part] for part in hf_names(name)]

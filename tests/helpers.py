@@ -85,13 +85,13 @@ def refused(*args, script="train.py", **settings):
     return e.value.code
 
 
-def processes(cwd, *commands):
-    """Run them side by side: [(exit code, stdout, stderr)]. None may hang."""
+def processes(cwd, *commands, timeout=120):
+    """Run them side by side: [(exit code, stdout, stderr)]. None may hang, or take that many seconds."""
     env = {**os.environ, "WANDB_DIR": str(cwd), "PYTHONPATH": ""} # the scripts find their own imports
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started = [subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, **pipes) for command in commands]
     try:
-        results = [p.communicate(timeout=120) for p in started]
+        results = [p.communicate(timeout=timeout) for p in started]
     finally:
         for p in started:
             p.kill()

@@ -360,9 +360,11 @@ def test_a_run_without_its_data_goes_without_a_tokenizer():
 # -----------------------------------------------------------------------------
 # other tools, and the way back
 
-def test_lm_evaluation_harness(run, here):
+def test_lm_evaluation_harness(run, here, monkeypatch):
     """A task of three questions from a local file, through its command line. Given "abc", the alphabet goes on."""
     pytest.importorskip("lm_eval")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"): # else it asks the hub for each file, again and again
+        monkeypatch.setenv(name, "1")
     pytest.importorskip("accelerate") # of lm_eval[hf]
     letters = "".join(CHARS)
     questions = [dict(start=letters[i:i + 5], choices=[letters[i + 5:i + 8], letters[i - 20:i - 17]])
@@ -383,7 +385,7 @@ metric_list: [{{metric: acc}}]
     arguments = f"pretrained={run}/hf,trust_remote_code=True,prefix_token_id=95" # characters have no end of text
     command = ["-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", "alphabet",
                "--include_path", str(here), "--device", "cpu", "--batch_size", "2"]
-    (code, out, err), = processes(here, command)
+    (code, out, err), = processes(here, command, timeout=400) # its imports alone take long
     assert code == 0 and re.search(r"\|alphabet\|.*\|acc +\|.*\| +1\|", out), out + err
 
 
