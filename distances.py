@@ -6,7 +6,7 @@ distance:
     link "harmonic":  z = -n log d,  so that p_k is proportional to d^-n    ("Non-Euclidean Harmonic Losses", Eq. 1)
     link "softmin":   z = -n d                                              (the same paper's appendix B)
 
-n is defined on d, never on d squared, for every distance alike. `baseline` is the linear head z = W h.
+n is defined on d, never on d squared, for every distance alike. `baseline` is the linear head z = n W h, n = 1.
 
 This file needs torch and nothing else; copy it into any project.
 
@@ -1209,7 +1209,7 @@ class DistanceHead(nn.Module):
     distance, variant, params: see DISTANCES (`python distances.py` lists them); "baseline" is the linear head itself.
     link: "harmonic" (z = -n log d) or "softmin" (z = -n d).
     n: > 0; learn_n=True learns log n. 1 to 4 suits ten classes. A vocabulary needs about sqrt(in_features) or more, on
-        features of unit norm: language_model_head in model.py gives both.
+        features of unit norm: language_model_head in model.py gives both. The linear head is z = n W h.
     eps: bounds -n log d at h = w; where it enters is part of each formula.
     num_classes: rows of the weight from there on are padding (50,257 tokens in 50,304 rows), masked out of p.
     bias: a learned offset per class in z.
@@ -1239,7 +1239,7 @@ class DistanceHead(nn.Module):
         for name, make in spec.buffers.items():
             self.register_buffer(name, make(num_prototypes, in_features))
         if distance == "baseline":
-            self.link, n, learn_n = "softmin", 1.0, False
+            self.link = "softmin"
         self.fixed_n = None if learn_n else float(n)
         if learn_n:
             self.log_n = nn.Parameter(torch.tensor(math.log(n)))
@@ -1319,12 +1319,22 @@ class DistanceHead(nn.Module):
     def extra_repr(self):
         padding = f" of {self.num_prototypes}" if self.num_classes < self.num_prototypes else ""
         words = [f"{self.in_features} -> {self.num_classes}{padding}, {self.distance}"]
+        learned = " learned" if self.fixed_n is None else ""
+        n = f"n={torch.as_tensor(self.n).item():.4g}{learned}"
         if self.distance != "baseline":
-            learned = " learned" if self.fixed_n is None else ""
-            n = f"n={torch.as_tensor(self.n).item():.4g}{learned}"
             words = [f"{words[0]} ({self.variant})", self.link, n, f"eps={self.eps:g}"]
+        elif self.fixed_n != 1:
+            words.append(n)
         numbers = {**self.spec.params, **self.params}
-        return ", ".join([*words, *(f"{name}={value}" for name, value in numbers.items())])
+        words += [f"{name}={value}" for name, value in numbers.items()]
+        if self.bias is not None:
+            words.append("bias")
+        return ", ".join(words)
+
+    @property
+    def is_linear(self):
+        """Whether the scores are those of nn.Linear without a bias, z = W h and nothing else: the baseline."""
+        return self.kind == "linear" and self.fixed_n == 1 and self.bias is None
 
     @property
     def n(self):
@@ -1556,6 +1566,19 @@ def parse_head(text, variant="", params=""):
             message = f"distance_params must read name=number, comma separated, such as p=3, got {params!r}"
             raise ValueError(message) from None
     return arguments
+
+
+# DistanceHead's arguments that are settings of the scripts by the same name; their `head_bias` is its bias, as a model
+# has a bias of its own
+OF_EVERY_HEAD = "link", "n", "learn_n", "eps"
+
+
+def head_arguments(settings):
+    """DistanceHead's arguments in a dict of settings, which may hold others and need not have all. Raises ValueError as
+    parse_head does."""
+    arguments = parse_head(settings["distance"], settings["variant"], settings["distance_params"])
+    arguments.update({name: settings[name] for name in OF_EVERY_HEAD if name in settings})
+    return {**arguments, "bias": settings.get("head_bias", False)}
 
 
 if __name__ == "__main__":

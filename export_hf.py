@@ -179,7 +179,7 @@ def model_card(model, step, info, note):
     energy = read_emissions(out_dir)
     _, evals, _ = read_rows(out_dir, "train.py")
     settings, head, auto, name = info["config"], model.head, auto_class(model), os.path.basename(os.path.normpath(to))
-    is_linear = head.distance == "baseline"
+    is_linear = head.is_linear
     losses = [row["val_loss"] for row in evals if row["step"] == step]
     sequences = settings["batch_size"] * settings["gradient_accumulation_steps"]
     facts = {
@@ -219,7 +219,7 @@ def main():
         problems.append(f"{to} exists: name another folder")
     fail(problems)
     model, settings, step = load_run(out_dir, checkpoint, "cpu")
-    is_linear = model.config.distance == "baseline"
+    is_linear = model.head.is_linear
     try:
         transformers = import_transformers("export_hf.py writes a folder for transformers")
         info = read_config(out_dir)

@@ -309,7 +309,7 @@ def style(head):
     i = variants.index(head.variant) % 4 if head.variant in variants else 0
     colour = COLOURS.get(head.distance, "#777777")
     face = "w" if head.link == "softmin" else colour
-    width = 2.2 if head.distance == "baseline" else 1.6
+    width = 2.2 if head.is_baseline else 1.6
     return dict(color=colour, ls=("-", "--", ":", "-.")[i], lw=width, marker="os^D"[i], ms=5, mfc=face)
 
 

@@ -41,6 +41,7 @@ class BERTConfig:
     n: float = 0.0 # exponent; 0: the distance's default
     learn_n: bool = False
     eps: float = 1e-4
+    head_bias: bool = False
     feature_scale: float = 0.0 # hidden states are multiplied by it; 0: the distance's default
 
 

@@ -85,9 +85,10 @@ distance = "baseline"
 variant = "" # '': the distance's default
 distance_params = "" # such as 'p=3'
 link = "harmonic" # p proportional to d^-n, or 'softmin': to exp(-n d)
-n = 0.0 # the exponent; 0: the distance's default, a multiple of sqrt(n_embd)
+n = 0.0 # the exponent; 0: the distance's default, a multiple of sqrt(n_embd), and 1 for the linear head's z = n W h
 learn_n = False # learn log n, from n
 eps = 1e-4 # where it enters is part of each distance's formula
+head_bias = False # a learned offset of each score
 feature_scale = 0.0 # hidden states are multiplied by it before the head; 0: the distance's default
 # optimizer
 optimizer = "adamw" # or 'muon': Muon for the matrices of the blocks, AdamW for all else, see muon.py

@@ -69,9 +69,10 @@ distance = "baseline"
 variant = "" # '': the distance's default
 distance_params = "" # such as 'p=3'
 link = "harmonic" # p proportional to d^-n, or 'softmin': to exp(-n d)
-n = 1.0 # the exponent (paper, Table 8)
+n = 1.0 # the exponent (paper, Table 8); the linear head is z = n W h
 learn_n = False # learn log n, from n
 eps = 1e-4 # where it enters is part of each distance's formula
+head_bias = False # a learned offset of each score
 feature_scale = 1.0 # features are multiplied by it before the head
 # optimizer
 optimizer = "adam" # 'adam', 'adamw', 'sgd'
