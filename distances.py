@@ -892,14 +892,56 @@ def link_scores(d, n, link, squared=False):
     return -n * (d.sqrt() if squared else d)
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How distances become scores, and what a row of scores costs."""
+    link: str
+    n: float | None              # None where it is learned: one of the terms then
+    softcap: float = 0.0         # z goes through c tanh(z / c); 0: it stays
+    # of the loss in training only, 0 in evaluation
+    z_loss: float = 0.0          # that many times log(sum exp z)^2
+    label_smoothing: float = 0.0 # that share of the target's 1 is spread over all classes
+
+    def scores(self, d, terms, squared=False):
+        """z (N, V) of distances d, or of their squares, and of the dict of terms n and bias (V,), where there are."""
+        z = link_scores(d, terms.get("n", self.n), self.link, squared)
+        if "bias" in terms:
+            z = z + terms["bias"]
+        if self.softcap:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z
+
+    @property
+    def adds(self):
+        """Whether the loss is more than -log p_y."""
+        return bool(self.z_loss or self.label_smoothing)
+
+    def cost(self, nll, z, num_classes):
+        """The loss (c,) of scores z (c, V), whose columns from num_classes on are -inf, and of -log p_y (c,)."""
+        if self.label_smoothing:
+            log_p = z.log_softmax(1)[:, :num_classes]
+            nll = (1 - self.label_smoothing) * nll - self.label_smoothing * log_p.mean(1)
+        if self.z_loss:
+            nll = nll + self.z_loss * z.logsumexp(1) ** 2
+        return nll
+
+    def slope(self, p, is_target, z, num_classes):
+        """The gradient of that by z; the columns from num_classes on do not matter."""
+        wanted = is_target.to(z.dtype)
+        if self.label_smoothing:
+            wanted = (1 - self.label_smoothing) * wanted + self.label_smoothing / num_classes
+        if self.z_loss:
+            p = p * (1 + 2 * self.z_loss * z.logsumexp(1)[:, None])
+        return p - wanted # softmax less one-hot
+
+
 @dataclass
 class Plan:
     """What a call of DistanceHead.loss has decided before it looks at numbers."""
     core: Core
     spec: Distance
     o: Options                # eps and the distance's numbers
-    link: str
-    n: float | None           # None where it is learned: an input then
+    rule: Rule
     num_classes: int
     chunk: int                # rows of h at a time
     matmul_dtype: torch.dtype # of the operands of matrix products
@@ -919,9 +961,7 @@ class Plan:
     def scores(self, s, terms):
         """z (c, V) of s (c, V)."""
         d = self.spec.finish(s, terms.get("a"), terms.get("b"), self.o)
-        z = link_scores(d, terms.get("n", self.n), self.link, self.spec.squared)
-        if "bias" in terms:
-            z = z + terms["bias"]
+        z = self.rule.scores(d, terms, self.spec.squared)
         if self.num_classes == z.shape[1]:
             return z
         padding = torch.arange(z.shape[1], device=z.device) >= self.num_classes # prototypes of nothing
@@ -953,14 +993,15 @@ def of_targets(x, is_target, targets):
 KEEP_NOTHING = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
 
 
-def chunk_loss_of(core, scores, vjp):
+def chunk_loss_of(core, plan, vjp):
     """The function chunk_loss: all that a chunk of rows needs besides matrix products and tiles, in one piece, so that
     torch.compile makes a few passes over the chunk of it."""
+    scores, rule, num_classes = plan.scores, plan.rule, plan.num_classes
 
     def chunk_loss(s, s_target, ds, h, precomputed, targets, weights, terms, constants, differentiate):
-        """-log p_y (c,), and the gradients of sum(weights * -log p_y) by the targets' s (c,) and by every tensor of
-        terms; constants are terms that ask for none. At last (c,), below 0 where a pair that is no target is close, so
-        that all this is not precise enough; None for a core that is always precise.
+        """The loss (c,), and the gradients of sum(weights * loss) by the targets' s (c,) and by every tensor of terms;
+        constants are terms that ask for none. At last (c,), below 0 where a pair that is no target is close, so that
+        all this is not precise enough; None for a core that is always precise.
 
         s (c, V) comes from core.forward. s_target (c,) comes from core.value and takes the place of the targets'
         entries. The gradient by all other entries of s is written into ds (c, V), or into s where ds is None."""
@@ -975,10 +1016,10 @@ def chunk_loss_of(core, scores, vjp):
         else:
             z = scores(s, {**terms, **constants})
         log_p = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
-        nll = -of_targets(log_p, is_target, targets)
+        nll = rule.cost(-of_targets(log_p, is_target, targets), z, num_classes)
         if not differentiate:
             return nll, None, {}, margin
-        dz = (log_p.exp() - is_target.to(z.dtype)) * weights[:, None] # softmax less one-hot
+        dz = rule.slope(log_p.exp(), is_target, z, num_classes) * weights[:, None]
         ds_all, dterms = pull(dz)
         written.copy_(ds_all.masked_fill(is_target, 0))
         return nll, of_targets(ds_all, is_target, targets), dterms, margin
@@ -986,7 +1027,7 @@ def chunk_loss_of(core, scores, vjp):
 
 
 def chunked_loss(plan, h, w, terms, constants, targets, weights):
-    """-log p_y per row (N,), and the gradients of sum(weights * -log p_y) by h, by w, and by every tensor of the dict
+    """The loss per row (N,), and the gradients of sum(weights * loss) by h, by w, and by every tensor of the dict
     terms, if they are made at once.
 
     One chunk of rows at a time: nothing is larger than chunk x V. The target's own term, value and gradient, is
@@ -1062,7 +1103,7 @@ def refined_chunk_loss(plan, h, w, gradients, s, s_target, written, h_matmul, pr
     pairs = pairs[pairs[:, 1] != targets[pairs[:, 0]]] # the targets' own are done already
     core.refine(h, w, s, pairs)
     ds = torch.empty_like(s)
-    chunk_loss = chunk_loss_of(Core(), plan.scores, local_vjp) # of an s that is whole
+    chunk_loss = chunk_loss_of(Core(), plan, local_vjp) # of an s that is whole
     *results, _ = chunk_loss(s, s_target, ds, h_matmul, precomputed, targets, *arguments)
     if gradients:
         core.backward_of_pairs(h, w, s, ds, pairs, *gradients)
@@ -1080,12 +1121,13 @@ def dense_loss(plan, inputs, targets, weights):
     """The loss by operations that autograd differentiates as often as one likes; it holds N x V x D."""
     h, w, terms = plan.prepare(inputs)
     z = plan.scores(plan.core.dense(h, w), terms)
-    nll = weights * nn.functional.cross_entropy(z, targets, reduction="none")
-    return nll if plan.per_row else nll.sum()
+    nll = nn.functional.cross_entropy(z, targets, reduction="none")
+    loss = weights * plan.rule.cost(nll, z, plan.num_classes)
+    return loss if plan.per_row else loss.sum()
 
 
 class _Loss(torch.autograd.Function):
-    """sum(weights * -log p_y), or the vector of its terms with plan.per_row. The gradients of the sum are made in the
+    """sum(weights * loss), or the vector of its terms with plan.per_row. The gradients of the sum are made in the
     forward pass, chunk by chunk, and only scaled in the backward pass. The backward pass starts anew for a vector,
     whose upstream gradient it needs, for a second time, and where checkpoint or the like would have kept the gradients.
 
@@ -1129,7 +1171,7 @@ class _Loss(torch.autograd.Function):
 
 
 def loss_of(plan, inputs, targets, weights):
-    """sum(weights * -log p_y), or the vector of its terms with plan.per_row, of inputs by name."""
+    """sum(weights * loss), or the vector of its terms with plan.per_row, of inputs by name."""
     with full_fp32(inputs["h"]):
         h, w, terms = plan.prepare(inputs)
     return _Loss.apply(plan, targets, weights, tuple(inputs), tuple(terms), *inputs.values(), h, w, *terms.values())
@@ -1213,14 +1255,19 @@ class DistanceHead(nn.Module):
     eps: bounds -n log d at h = w; where it enters is part of each formula.
     num_classes: rows of the weight from there on are padding (50,257 tokens in 50,304 rows), masked out of p.
     bias: a learned offset per class in z.
+    softcap: c > 0 makes c tanh(z / c) of the scores (Gemma 2: 30, with linear heads 15 to 20 are in use too).
+    z_loss, label_smoothing: in training the loss is (1 - s) (-log p_y) + s mean_k(-log p_k) + c log(sum exp z)^2, with
+        s = label_smoothing and c = z_loss (PaLM: 1e-4). In evaluation it is -log p_y, whatever these are.
     device, dtype: of all parameters, as in nn.Linear.
 
     Prototypes start as nn.Linear's weight does (kaiming_uniform, a = sqrt 5: +-1/sqrt D), the bias of a linear head as
     its bias does, that of a distance at 0. Raises ValueError for illegal values."""
 
     def __init__(self, in_features, num_prototypes, distance="euclidean", variant=None, link="harmonic", n=1.0,
-                 learn_n=False, eps=1e-4, num_classes=None, bias=False, device=None, dtype=None, **params):
+                 learn_n=False, eps=1e-4, num_classes=None, bias=False, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
+                 device=None, dtype=None, **params):
         super().__init__()
+        self.softcap, self.z_loss, self.label_smoothing = softcap, z_loss, label_smoothing
         self.in_features, self.num_prototypes = in_features, num_prototypes
         self.num_classes = num_prototypes if num_classes is None else num_classes
         self.distance, self.link, self.eps, self.params = distance, one_of("link", link, LINKS), eps, params
@@ -1229,6 +1276,9 @@ class DistanceHead(nn.Module):
             raise ValueError(f"num_classes must lie in 1..{num_prototypes} (the prototypes), got {num_classes}")
         if not n > 0 or not math.isfinite(n):
             raise ValueError(f"n must be > 0 and finite, got {n}")
+        for name, end in dict(softcap=math.inf, z_loss=math.inf, label_smoothing=1).items():
+            if not 0 <= getattr(self, name) < end:
+                raise ValueError(f"{name} must lie in [0, {end}), got {getattr(self, name)}")
         for name in (*spec.tensors, *spec.buffers):
             if name in params:
                 raise ValueError(f"{name} belongs to the head (head.{name}), it is not an argument")
@@ -1329,12 +1379,15 @@ class DistanceHead(nn.Module):
         words += [f"{name}={value}" for name, value in numbers.items()]
         if self.bias is not None:
             words.append("bias")
+        for name in ("softcap", "z_loss", "label_smoothing"):
+            if getattr(self, name):
+                words.append(f"{name}={getattr(self, name):g}")
         return ", ".join(words)
 
     @property
     def is_linear(self):
         """Whether the scores are those of nn.Linear without a bias, z = W h and nothing else: the baseline."""
-        return self.kind == "linear" and self.fixed_n == 1 and self.bias is None
+        return self.kind == "linear" and self.fixed_n == 1 and self.bias is None and not self.softcap
 
     @property
     def n(self):
@@ -1365,8 +1418,14 @@ class DistanceHead(nn.Module):
             return self._scores(*self._inputs(h)).reshape(*h.shape[:-1], self.num_classes)
 
     def _scores(self, *inputs):
-        z = link_scores(self._distances(*inputs), self.n, self.link)
-        return z if self.bias is None else z + self.bias[:self.num_classes].to(z.dtype)
+        d, terms = self._distances(*inputs), {"n": self.n}
+        if self.bias is not None:
+            terms["bias"] = self.bias[:self.num_classes].to(d.dtype)
+        return self._rule().scores(d, terms)
+
+    def _rule(self):
+        in_training = (self.z_loss, self.label_smoothing) if self.training else ()
+        return Rule(self.link, self.fixed_n, self.softcap, *in_training)
 
     def _distances(self, h, weight, tensors):
         if isinstance(self.core, Tiles):
@@ -1398,7 +1457,8 @@ class DistanceHead(nn.Module):
 
     @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
     def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None):
-        """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory. Value and gradients are equal
+        """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory; in training, what z_loss and
+        label_smoothing make of it. Value and gradients are equal
         but for rounding, however close h comes to a prototype. A distance that transforms h and w first (cosine,
         Mahalanobis, Hamming, normalized Bray-Curtis) rounds them: at a gap |h - w| = e |h| in fp32 a gradient is right
         to some 3e-7 / e.
@@ -1433,7 +1493,8 @@ class DistanceHead(nn.Module):
             if self.spec.buffers and self.training:
                 self._update_covariance(h.detach()[counts], targets[counts])
             differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (h, *self.parameters()))
-            if chunk is None and self._is_small(h) and not self._is_compiled(h, differentiate):
+            is_plain = not self._rule().adds and not self._is_compiled(h, differentiate)
+            if chunk is None and self._is_small(h) and is_plain:
                 z = self._scores(h, weight, tensors)
                 loss = nn.functional.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
                 return loss.reshape(shape) if reduction == "none" else loss
@@ -1493,14 +1554,14 @@ class DistanceHead(nn.Module):
             matmul_dtype = self.mm_dtype or automatic
         differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values())
         compiled = self._is_compiled(h, differentiate)
-        link, n, num_classes = self.link, self.fixed_n, self.num_classes
+        rule, num_classes = self._rule(), self.num_classes
         at_once = differentiate and not per_row and not saved_tensor_hooks()
-        plan = Plan(core, self.spec, o, link, n, num_classes, chunk, matmul_dtype, per_row, at_once, compiled)
-        key = link, n, num_classes, compiled
+        plan = Plan(core, self.spec, o, rule, num_classes, chunk, matmul_dtype, per_row, at_once, compiled)
+        key = rule, num_classes, compiled
         if key not in self._chunk_losses:
             vjp = torch.func.vjp if compiled else local_vjp # the compiler takes the one, hooks allow the other
-            scores = replace(plan, o=self.options).scores # what is kept must not hold this call's noise
-            chunk_loss = chunk_loss_of(core, scores, vjp)
+            kept = replace(plan, o=self.options) # it must not hold this call's noise
+            chunk_loss = chunk_loss_of(core, kept, vjp)
             options = KEEP_NOTHING if h.is_cuda else None
             self._chunk_losses[key] = with_own_cache(chunk_loss, options=options) if compiled else chunk_loss
         plan.chunk_loss = self._chunk_losses[key]
@@ -1570,7 +1631,7 @@ def parse_head(text, variant="", params=""):
 
 # DistanceHead's arguments that are settings of the scripts by the same name; their `head_bias` is its bias, as a model
 # has a bias of its own
-OF_EVERY_HEAD = "link", "n", "learn_n", "eps"
+OF_EVERY_HEAD = "link", "n", "learn_n", "eps", "softcap", "z_loss", "label_smoothing"
 
 
 def head_arguments(settings):

@@ -29,6 +29,9 @@ def local(x):
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+NOT_SPLIT = "z_loss", "label_smoothing" # what a DistanceHead adds to the loss in training, and this one refuses
+
+
 def has_rows(head, name):
     """Whether that parameter of a head has a row for each prototype, and is split with them."""
     if name in ("weight", "bias"):
@@ -77,6 +80,8 @@ class ParallelHead(DistanceHead):
         return False # the compiler would have to see what lies between ranks
 
     def _plan(self, inputs, o, chunk, autocast_dtype, per_row):
+        if self._rule().adds:
+            raise ValueError(f"a head that is split between ranks has no {' and no '.join(NOT_SPLIT)}")
         on_cpu, on_gpu = self.of_one_chunk
         rows = max(1, (on_gpu if inputs["h"].is_cuda else on_cpu) // len(inputs["weight"]))
         plan = super()._plan(inputs, o, chunk or rows, autocast_dtype, per_row)

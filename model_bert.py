@@ -42,6 +42,9 @@ class BERTConfig:
     learn_n: bool = False
     eps: float = 1e-4
     head_bias: bool = False
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
     feature_scale: float = 0.0 # hidden states are multiplied by it; 0: the distance's default
 
 

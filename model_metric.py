@@ -141,6 +141,9 @@ class MetricConfig:
     learn_n: bool = False
     eps: float = 1e-4
     head_bias: bool = False
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
     feature_scale: float = 1.0
 
 

@@ -405,6 +405,9 @@ class VisionConfig:
     learn_n: bool = False
     eps: float = 1e-4
     head_bias: bool = False
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
     feature_scale: float = 1.0 # features are multiplied by it
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 
 import safe
-from distances import find, parse_head
+from distances import OF_EVERY_HEAD, find, parse_head
 
 SCRIPTS = ("train.py", "train_vision.py", "train_metric.py", "train_toy.py")
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", dict: "a dict",
@@ -176,9 +176,10 @@ def read_prototypes(folder):
 # -----------------------------------------------------------------------------
 # the head of a run, by what its config.json says
 
+OF_ANY_AGE = "link", "n", "learn_n", "eps"
 # settings that name a head where they are on; runs from before they were there have them off
-EXTRAS = ("head_bias",)
-HEAD_KEYS = ("loss", "distance", "variant", "distance_params", "link", "n", "learn_n", "eps", "feature_scale", *EXTRAS)
+EXTRAS = ("head_bias", *(name for name in OF_EVERY_HEAD if name not in OF_ANY_AGE))
+HEAD_KEYS = ("loss", "distance", "variant", "distance_params", "feature_scale", *OF_ANY_AGE, *EXTRAS)
 
 
 class Head(namedtuple("Head", "distance variant params link setting n eps feature_scale extras", defaults=("",))):
@@ -218,7 +219,7 @@ def head_of(info):
 
 
 def extras_of(config):
-    """The settings of EXTRAS that are on, in words: "head_bias"."""
+    """The settings of EXTRAS that are on, in words: "head_bias, softcap=15"."""
     words = []
     for name in EXTRAS:
         value = config.get(name, False)

@@ -130,8 +130,8 @@ def own_settings(parts):
     Return {setting: its value as a flag has it} of what follows a head in `heads`, such as ["head_bias", "n=2"].
     Raises ValueError for what is no setting of a head.
     """
-    from run_folder import HEAD_KEYS
-    legal, found = [key for key in HEAD_KEYS if key not in ("loss", "distance", "variant", "distance_params")], {}
+    from distances import OF_EVERY_HEAD
+    legal, found = (*OF_EVERY_HEAD, "head_bias", "feature_scale"), {}
     for part in parts:
         key, _, value = part.partition("=")
         if key not in legal:

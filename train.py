@@ -89,6 +89,10 @@ n = 0.0 # the exponent; 0: the distance's default, a multiple of sqrt(n_embd), a
 learn_n = False # learn log n, from n
 eps = 1e-4 # where it enters is part of each distance's formula
 head_bias = False # a learned offset of each score
+softcap = 0.0 # c tanh(z / c) in place of the scores z; 0: z as they are
+# in training only, so that what is reported in an evaluation stays -log p
+z_loss = 0.0 # that many times log(sum exp z)^2 is added; PaLM has 1e-4
+label_smoothing = 0.0 # that share of the target's 1 is spread over all classes
 feature_scale = 0.0 # hidden states are multiplied by it before the head; 0: the distance's default
 # optimizer
 optimizer = "adamw" # or 'muon': Muon for the matrices of the blocks, AdamW for all else, see muon.py

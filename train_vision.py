@@ -73,6 +73,10 @@ n = 1.0 # the exponent (paper, Table 8); the linear head is z = n W h
 learn_n = False # learn log n, from n
 eps = 1e-4 # where it enters is part of each distance's formula
 head_bias = False # a learned offset of each score
+softcap = 0.0 # c tanh(z / c) in place of the scores z; 0: z as they are
+# in training only, so that what is reported in an evaluation stays -log p
+z_loss = 0.0 # that many times log(sum exp z)^2 is added; PaLM has 1e-4
+label_smoothing = 0.0 # that share of the target's 1 is spread over all classes
 feature_scale = 1.0 # features are multiplied by it before the head
 # optimizer
 optimizer = "adam" # 'adam', 'adamw', 'sgd'

@@ -4,17 +4,18 @@ settings of the scripts; and in tables, where they are told apart from the basel
 
 $ pytest tests/test_controls.py
 """
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SETTINGS, load, metrics, refused, run_script, train
+from helpers import flags, load, metrics, refused, run_script, train
 
 import distances
+import fsdp
 import results
 import study
 from distances import SMALL, DistanceHead
+from distances_parallel import NOT_SPLIT, ParallelHead
 from run_folder import head_of, read_config
 
 D, V = 6, 9
@@ -83,18 +84,99 @@ def test_the_linear_head_as_it_is():
 
 
 # -----------------------------------------------------------------------------
+# softcap, z-loss, label smoothing
+
+@pytest.mark.parametrize("distance", ["baseline", "cosine", "manhattan"])
+def test_softcap(distance, monkeypatch):
+    head = make(distance, softcap=1.5, bias=True, learn_n=True)
+    uncapped = make(distance, bias=True, learn_n=True)
+    uncapped.load_state_dict(head.state_dict())
+    z = uncapped(batch()[0])
+    torch.testing.assert_close(head(batch()[0]), 1.5 * (z / 1.5).tanh())
+    assert (z.abs() > 1.5).any() # so that it matters
+
+    def per_row(h, y):
+        for name, p in head.named_parameters():
+            uncapped.get_parameter(name).data = p.data
+        parameters = dict(head.named_parameters())
+        z = torch.func.functional_call(uncapped, parameters, h)
+        return nll(1.5 * torch.tanh(z / 1.5), y)
+    assert_loss(head, per_row, monkeypatch)
+
+
+def smoothed(z, y, s):
+    """Cross-entropy with (1 - s) one-hot + s / V, written out."""
+    log_p = z - z.exp().sum(1, keepdim=True).log()
+    return -(1 - s) * log_p[torch.arange(len(y)), y.clamp_min(0)] - s * log_p.sum(1) / z.shape[1]
+
+
+@pytest.mark.parametrize("distance", ["baseline", "cosine", "manhattan", "euclidean"])
+@pytest.mark.parametrize("z_loss, label_smoothing", [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
+def test_z_loss_and_label_smoothing(distance, z_loss, label_smoothing, monkeypatch):
+    head = make(distance, z_loss=z_loss, label_smoothing=label_smoothing, bias=True, softcap=5.0)
+
+    def per_row(h, y):
+        z = head(h)
+        return smoothed(z, y, label_smoothing) + z_loss * z.exp().sum(1).log() ** 2
+    assert_loss(head, per_row, monkeypatch)
+    h, y = batch()
+    if not z_loss: # torch has it too
+        torch.testing.assert_close(head.loss(h, y), F.cross_entropy(head(h), y, label_smoothing=label_smoothing))
+    torch.testing.assert_close(head.eval().loss(h, y), F.cross_entropy(head(h), y)) # what is reported
+
+
+def test_label_smoothing_leaves_padding_out():
+    head = make("euclidean", label_smoothing=0.2, z_loss=0.1, num_classes=V - 3)
+    h, y = batch()
+    y = y.clamp_max(V - 4)
+    oracle = F.cross_entropy(head(h), y, label_smoothing=0.2) + 0.1 * head(h)[y >= 0].logsumexp(1).square().mean()
+    found, wanted = (torch.autograd.grad(x, [h, head.weight], retain_graph=True) for x in (head.loss(h, y), oracle))
+    torch.testing.assert_close(head.loss(h, y), oracle)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_second_derivatives_of_what_training_adds(monkeypatch):
+    monkeypatch.setattr(distances, "SMALL", {name: -1 for name in SMALL})
+    head = make("cosine", z_loss=0.3, label_smoothing=0.2, softcap=3.0)
+    h, y = batch(3)
+    assert torch.autograd.gradgradcheck(lambda h: head.loss(h, y), h)
+
+
+def test_compiled_training_is_that_of_the_formula():
+    head = make(z_loss=0.3, label_smoothing=0.2, softcap=3.0)
+    h, y = batch()
+    eager = torch.autograd.grad(head.loss(h, y, chunk=4), [h, head.weight])
+    head.compile_loss()
+    torch.testing.assert_close(torch.autograd.grad(head.loss(h, y, chunk=4), [h, head.weight]), eager)
+
+
+@pytest.mark.parametrize("name", ["z_loss", "label_smoothing"])
+def test_a_split_head_refuses_what_it_does_not_add(name):
+    config = dict(dtype="float32", optimizer="adamw", variant="", **{**dict.fromkeys(NOT_SPLIT, 0), name: 0.1})
+    assert any(f"{name} is 0.1, which the loss over split prototypes does not have" in x for x in fsdp.problems(config))
+    head = make(**{name: 0.1})
+    head.__class__ = ParallelHead
+    with pytest.raises(ValueError, match=f"a head that is split between ranks has no .*{name}"):
+        head.loss(*batch())
+
+
+# -----------------------------------------------------------------------------
 # as settings
 
+def text(**settings):
+    return train(out_dir="out", overwrite=True, max_iters=1, log_interval=1, **settings)
+
+
 def vision(**settings):
-    args = [f"--{key}={value}" for key, value in dict(
-        epochs=1, plots=False, track_emissions=False, threads=1, out_dir="out", overwrite=True, **settings).items()]
-    return run_script("train_vision.py", *args)
+    settings = dict(epochs=1, plots=False, track_emissions=False, threads=1, overwrite=True, **settings)
+    return run_script("train_vision.py", "--out_dir=out", *flags(**settings))
 
 
 def test_settings_reach_the_head_and_its_name(here):
-    for settings, words in ((dict(), "baseline"), (dict(n=2), "baseline, n=2"), (dict(learn_n=True),
-                            "baseline, learned n"), (dict(head_bias=True), "baseline, head_bias")):
-        train(out_dir="out", overwrite=True, max_iters=1, distance="baseline", **settings)
+    for settings, words in ((dict(), "baseline"), (dict(n=2), "baseline, n=2"),
+                            (dict(learn_n=True, softcap=15), "baseline, learned n, softcap=15"),
+                            (dict(head_bias=True), "baseline, head_bias")):
+        text(**settings)
         of_text = head_of(read_config("out"))
         vision(**settings)
         of_images = head_of(read_config("out"))
@@ -104,10 +186,23 @@ def test_settings_reach_the_head_and_its_name(here):
         assert ("head.log_n" in load("out")["model"]) == ("learned" in words)
 
 
+def test_evaluations_report_the_loss_without_what_training_adds(here):
+    """At step 0 the weights are those of a run without it, and so is what is reported."""
+    for run_one in (text, vision):
+        rows = []
+        for added in (dict(), dict(z_loss=0.5, label_smoothing=0.3)):
+            run_one(**added)
+            rows.append((metrics("out", "eval")[0]["val_loss"], metrics("out", "train")[0]["loss"]))
+        (val, loss), (val_with, loss_with) = rows
+        assert val == val_with and loss_with > loss + 0.1
+    assert "softcap must lie in [0, inf), got -1.0" in refused(script="train_vision.py", softcap=-1)
+
+
 def test_a_checkpoint_from_before_a_setting_goes_on(here):
     train(out_dir="out", max_iters=2)
     ckpt = load("out")
-    del ckpt["model_args"]["head_bias"]
+    for name in ("head_bias", "softcap"):
+        del ckpt["model_args"][name]
     torch.save(ckpt, "out/ckpt.pt")
     run_script("train.py", "--init_from=resume", "--out_dir=out", "--max_iters=3")
     assert load("out")["step"] == 3
