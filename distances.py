@@ -5,6 +5,7 @@ distance:
 
     link "harmonic":  z = -n log d,  so that p_k is proportional to d^-n    ("Non-Euclidean Harmonic Losses", Eq. 1)
     link "softmin":   z = -n d                                              (the same paper's appendix B)
+    link "gaussian":  z = -n d^2                                            (prototypical networks, Snell et al. 2017)
 
 n is defined on d, never on d squared, for every distance alike. `baseline` is the linear head z = n W h, n = 1.
 
@@ -173,7 +174,7 @@ DISTANCES = {
 }
 # The linear head in the same clothes: z = -d with d = -h.w.
 BASELINE = Distance(lambda o: Dot(), lambda s, a, b, o: -s, formula="z = W h, the linear head (cross-entropy)")
-LINKS = ("harmonic", "softmin")
+LINKS = ("harmonic", "softmin", "gaussian")
 
 
 class _Unit(torch.autograd.Function):
@@ -889,6 +890,8 @@ def link_scores(d, n, link, squared=False):
     """z (N, V) of distances d, or of their squares."""
     if link == "harmonic":
         return -(d.log() * (n / 2 if squared else n)) # so written, torch.compile makes one pass less of a softmax
+    if link == "gaussian":
+        return -n * (d if squared else d.square())
     return -n * (d.sqrt() if squared else d)
 
 
@@ -1249,7 +1252,7 @@ class DistanceHead(nn.Module):
     """An output layer of prototypes, in place of nn.Linear(in_features, num_prototypes, bias=False).
 
     distance, variant, params: see DISTANCES (`python distances.py` lists them); "baseline" is the linear head itself.
-    link: "harmonic" (z = -n log d) or "softmin" (z = -n d).
+    link: "harmonic" (z = -n log d), "softmin" (z = -n d) or "gaussian" (z = -n d^2).
     n: > 0; learn_n=True learns log n. 1 to 4 suits ten classes. A vocabulary needs about sqrt(in_features) or more, on
         features of unit norm: language_model_head in model.py gives both. The linear head is z = n W h.
     eps: bounds -n log d at h = w; where it enters is part of each formula.

@@ -149,7 +149,7 @@ that it is not made for them (`_supports_attention_backend = False`, which vLLM 
 There is no key-value cache: `use_cache` is taken and has no effect, each token costs a full forward pass. In training,
 `labels` give the loss alone, which then never holds tokens x vocabulary; in evaluation the logits come too.
 """
-LOGITS = {"harmonic": "z_k = -n log d(h, w_k)", "softmin": "z_k = -n d(h, w_k)"}
+LOGITS = {"harmonic": "z_k = -n log d(h, w_k)", "softmin": "z_k = -n d(h, w_k)", "gaussian": "z_k = -n d(h, w_k)^2"}
 
 
 def front_matter(model, settings, info, energy):

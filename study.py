@@ -52,7 +52,7 @@ models = "" # comma separated, such as 'mlp,cnn'; '': the config's
 # comma separated distance[:variant][:name=value], such as 'cosine,minkowski:p=3', and with train_metric.py losses, such
 # as 'triplet'; all: every one there is. A head's own settings follow it, as in 'baseline+head_bias+n=2,cosine+learn_n'
 heads = "all"
-links = "harmonic" # comma separated: harmonic, softmin
+links = "harmonic" # comma separated: harmonic, softmin, gaussian
 # comma separated: numbers, 'default' (the config's), 'learn' (learn_n, from the default); of distances, as the baseline
 # is the linear head without any
 ns = "default"

@@ -84,7 +84,7 @@ mask_id = -1 # bert: the id of [MASK]; -1: the tokenizer's own, or where it has 
 distance = "baseline"
 variant = "" # '': the distance's default
 distance_params = "" # such as 'p=3'
-link = "harmonic" # p proportional to d^-n, or 'softmin': to exp(-n d)
+link = "harmonic" # p proportional to d^-n; 'softmin': to exp(-n d), 'gaussian': to exp(-n d^2)
 n = 0.0 # the exponent; 0: the distance's default, a multiple of sqrt(n_embd), and 1 for the linear head's z = n W h
 learn_n = False # learn log n, from n
 eps = 1e-4 # where it enters is part of each distance's formula

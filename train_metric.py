@@ -89,7 +89,7 @@ ccl_weight = 1.0 # of the distance to the own centre
 distance = "baseline"
 variant = "" # '': the distance's default
 distance_params = "" # such as 'p=3'
-link = "harmonic" # p proportional to d^-n, or 'softmin': to exp(-n d)
+link = "harmonic" # p proportional to d^-n; 'softmin': to exp(-n d), 'gaussian': to exp(-n d^2)
 n = 1.0 # the exponent; the linear head is z = n W h
 learn_n = False # learn log n, from n
 eps = 1e-4 # where it enters is part of each distance's formula

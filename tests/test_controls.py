@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import flags, load, metrics, refused, run_script, train
+from torch.distributions import MultivariateNormal
 
 import distances
 import fsdp
@@ -81,6 +82,19 @@ def test_the_linear_head_as_it_is():
     head = DistanceHead(D, V, "baseline")
     assert head.is_linear and head.n == 1 and head.extra_repr() == "6 -> 9, baseline"
     assert torch.equal(head(torch.eye(D)), head.weight.T)
+
+
+# -----------------------------------------------------------------------------
+# links
+
+def test_the_gaussian_link_is_the_posterior_of_normal_classes(monkeypatch):
+    """z = -n d^2 with Euclid: equal normal densities around the prototypes, of variance 1 / (2 n), by Bayes' rule."""
+    head = make("euclidean", link="gaussian", n=0.7)
+    h, y = batch()
+    of_classes = [MultivariateNormal(w, torch.eye(D).double() / (2 * 0.7)) for w in head.weight]
+    density = torch.stack([of_class.log_prob(h).exp() for of_class in of_classes], 1) # (N, V)
+    torch.testing.assert_close(head(h).softmax(1), density / density.sum(1, keepdim=True))
+    assert_loss(head, lambda h, y: nll(-0.7 * (h[:, None] - head.weight).square().sum(-1), y), monkeypatch)
 
 
 # -----------------------------------------------------------------------------
