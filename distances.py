@@ -96,6 +96,8 @@ LAMBDA = dict(reg_lambda=1e-2)
 DISTANCES = {
     "euclidean": {
         "standard": Distance(lambda o: SquaredL2(), plus_eps2, squared=True, formula="sqrt(sum (h-w)^2 + eps^2)"),
+        "unit": Distance(lambda o: SquaredL2(), plus_eps2, lambda h, w, o: (unit(h), unit(w)), squared=True,
+                         formula="the same of h/|h| and w/|w|"),
     },
     "manhattan": {
         "standard": Distance(lambda o: l1(), formula="sum |h-w| + eps"),
@@ -174,6 +176,7 @@ DISTANCES = {
 }
 # The linear head in the same clothes: z = -d with d = -h.w.
 BASELINE = Distance(lambda o: Dot(), lambda s, a, b, o: -s, formula="z = W h, the linear head (cross-entropy)")
+UNIT_BASELINE = replace(BASELINE, prep=lambda h, w, o: (unit(h), unit(w)), formula="z = <h/|h|, w/|w|>")
 LINKS = ("harmonic", "softmin", "gaussian")
 
 
@@ -904,10 +907,32 @@ class Rule:
     # of the loss in training only, 0 in evaluation
     z_loss: float = 0.0          # that many times log(sum exp z)^2
     label_smoothing: float = 0.0 # that share of the target's 1 is spread over all classes
+    margin: float = 0.0          # the target's d is larger by it
+    angular_margin: float = 0.0  # the angle (radians) of the target's cosine distance is larger by it
 
-    def scores(self, d, terms, squared=False):
-        """z (N, V) of distances d, or of their squares, and of the dict of terms n and bias (V,), where there are."""
+    @property
+    def has_margin(self):
+        return bool(self.margin or self.angular_margin)
+
+    def with_margin(self, d, squared, eps):
+        """What becomes of distances to the targets, or of their squares. Beyond pi - m, where cos(angle + m) would rise
+        again, ArcFace's code goes on with cos(angle) - m sin(m)."""
+        d, m = d.sqrt() if squared else d, self.angular_margin
+        if m:
+            x = (d - eps).clamp(torch.finfo(d.dtype).tiny, 2) # 1 - cos
+            turned = 1 - (1 - x) * math.cos(m) + (x * (2 - x)).clamp_min(1e-30).sqrt() * math.sin(m)
+            d = torch.where(x <= 1 + math.cos(m), turned, x + m * math.sin(m)) + eps
+        d = d + self.margin
+        return d.square() if squared else d
+
+    def scores(self, d, terms, squared=False, is_target=None, eps=0.0):
+        """z (N, V) of distances d, or of their squares, and of the dict of terms n, scale and bias (V,), where there
+        are. is_target (N, V) says where margins apply, None: nowhere."""
+        if is_target is not None and self.has_margin:
+            d = torch.where(is_target, self.with_margin(d, squared, eps), d)
         z = link_scores(d, terms.get("n", self.n), self.link, squared)
+        if "scale" in terms:
+            z = z * terms["scale"]
         if "bias" in terms:
             z = z + terms["bias"]
         if self.softcap:
@@ -917,7 +942,7 @@ class Rule:
     @property
     def adds(self):
         """Whether the loss is more than -log p_y."""
-        return bool(self.z_loss or self.label_smoothing)
+        return bool(self.z_loss or self.label_smoothing or self.has_margin)
 
     def cost(self, nll, z, num_classes):
         """The loss (c,) of scores z (c, V), whose columns from num_classes on are -inf, and of -log p_y (c,)."""
@@ -959,12 +984,13 @@ class Plan:
         holds h, weight, the learned tensors and n by name."""
         o = self.o.updated(**inputs)
         h, w, terms = prepared(self.spec, o, inputs["h"], inputs["weight"])
-        return h, w, {**terms, **{name: inputs[name] for name in ("n", "bias") if name in inputs}}
+        return h, w, {**terms, **{name: inputs[name] for name in ("n", "bias", "scale", "eps") if name in inputs}}
 
-    def scores(self, s, terms):
-        """z (c, V) of s (c, V)."""
-        d = self.spec.finish(s, terms.get("a"), terms.get("b"), self.o)
-        z = self.rule.scores(d, terms, self.spec.squared)
+    def scores(self, s, terms, is_target=None):
+        """z (c, V) of s (c, V), with the margin where is_target (c, V)."""
+        o = self.o.updated(eps=terms["eps"]) if "eps" in terms else self.o
+        d = self.spec.finish(s, terms.get("a"), terms.get("b"), o)
+        z = self.rule.scores(d, terms, self.spec.squared, is_target, o.eps)
         if self.num_classes == z.shape[1]:
             return z
         padding = torch.arange(z.shape[1], device=z.device) >= self.num_classes # prototypes of nothing
@@ -1015,9 +1041,9 @@ def chunk_loss_of(core, plan, vjp):
             margin = core.margin(s, precomputed).masked_fill(is_target, math.inf).amin(1) # with the passes over rows
         s = torch.where(is_target, s_target[:, None], s)
         if differentiate:
-            z, pull = vjp(lambda s, terms: scores(s, {**terms, **constants}), s, terms)
+            z, pull = vjp(lambda s, terms: scores(s, {**terms, **constants}, is_target), s, terms)
         else:
-            z = scores(s, {**terms, **constants})
+            z = scores(s, {**terms, **constants}, is_target)
         log_p = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
         nll = rule.cost(-of_targets(log_p, is_target, targets), z, num_classes)
         if not differentiate:
@@ -1123,7 +1149,8 @@ def of_rows(terms, rows):
 def dense_loss(plan, inputs, targets, weights):
     """The loss by operations that autograd differentiates as often as one likes; it holds N x V x D."""
     h, w, terms = plan.prepare(inputs)
-    z = plan.scores(plan.core.dense(h, w), terms)
+    is_target = torch.arange(len(w), device=targets.device) == targets[:, None]
+    z = plan.scores(plan.core.dense(h, w), terms, is_target)
     nll = nn.functional.cross_entropy(z, targets, reduction="none")
     loss = weights * plan.rule.cost(nll, z, plan.num_classes)
     return loss if plan.per_row else loss.sum()
@@ -1192,11 +1219,14 @@ def one_of(what, name, legal):
 
 
 def find(distance, variant=None):
-    """(the variant's name, its entry in DISTANCES); variant None or "" is the default one, the baseline has none.
+    """(the variant's name, its entry in DISTANCES); variant None or "" is the default one, of which the baseline's has
+    no name.
     Raises ValueError with the legal names."""
     if distance == "baseline":
+        if variant == "unit":
+            return variant, UNIT_BASELINE
         if variant:
-            raise ValueError(f"baseline has no variants, got {variant!r}")
+            raise ValueError(f"baseline has no variants, got {variant!r}, but for unit")
         return None, BASELINE
     variants = DISTANCES[one_of("distance", distance, ["baseline", *DISTANCES])]
     variant = one_of(f"{distance} variant", variant or next(iter(variants)), list(variants))
@@ -1225,6 +1255,16 @@ def checked_options(spec, distance, in_features, eps, params):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
     return o
+
+
+def core_takes_eps(spec, o):
+    """Whether a distance's core has eps inside, as a number, and so no gradient by it."""
+    others = {name: x for name, x in o.__dict__.items() if name != "eps"}
+    try:
+        spec.core(Options(**others))
+    except AttributeError:
+        return True
+    return False
 
 
 def pairwise(h, weight, distance, variant=None, eps=1e-4, **params):
@@ -1257,10 +1297,14 @@ class DistanceHead(nn.Module):
         features of unit norm: language_model_head in model.py gives both. The linear head is z = n W h.
     eps: bounds -n log d at h = w; where it enters is part of each formula.
     num_classes: rows of the weight from there on are padding (50,257 tokens in 50,304 rows), masked out of p.
+    learn_eps: learn log eps, from eps. Not for distances whose core has eps inside (Canberra, signed Bray-Curtis).
     bias: a learned offset per class in z.
+    learn_scale: a learned factor per class of z, before the bias, from 1: the exponent n s_k of a harmonic head.
     softcap: c > 0 makes c tanh(z / c) of the scores (Gemma 2: 30, with linear heads 15 to 20 are in use too).
     z_loss, label_smoothing: in training the loss is (1 - s) (-log p_y) + s mean_k(-log p_k) + c log(sum exp z)^2, with
         s = label_smoothing and c = z_loss (PaLM: 1e-4). In evaluation it is -log p_y, whatever these are.
+    margin, angular_margin: in training the target's distance is larger by margin, or its angle by so many radians (of
+        cosine only). With cosine, softmin and n the scale, these are CosFace's and ArcFace's margins.
     device, dtype: of all parameters, as in nn.Linear.
 
     Prototypes start as nn.Linear's weight does (kaiming_uniform, a = sqrt 5: +-1/sqrt D), the bias of a linear head as
@@ -1268,9 +1312,10 @@ class DistanceHead(nn.Module):
 
     def __init__(self, in_features, num_prototypes, distance="euclidean", variant=None, link="harmonic", n=1.0,
                  learn_n=False, eps=1e-4, num_classes=None, bias=False, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
-                 device=None, dtype=None, **params):
+                 margin=0.0, angular_margin=0.0, learn_scale=False, learn_eps=False, device=None, dtype=None, **params):
         super().__init__()
         self.softcap, self.z_loss, self.label_smoothing = softcap, z_loss, label_smoothing
+        self.margin, self.angular_margin = margin, angular_margin
         self.in_features, self.num_prototypes = in_features, num_prototypes
         self.num_classes = num_prototypes if num_classes is None else num_classes
         self.distance, self.link, self.eps, self.params = distance, one_of("link", link, LINKS), eps, params
@@ -1279,13 +1324,22 @@ class DistanceHead(nn.Module):
             raise ValueError(f"num_classes must lie in 1..{num_prototypes} (the prototypes), got {num_classes}")
         if not n > 0 or not math.isfinite(n):
             raise ValueError(f"n must be > 0 and finite, got {n}")
-        for name, end in dict(softcap=math.inf, z_loss=math.inf, label_smoothing=1).items():
+        ends = dict(softcap=math.inf, z_loss=math.inf, label_smoothing=1, margin=math.inf, angular_margin=math.pi)
+        for name, end in ends.items():
             if not 0 <= getattr(self, name) < end:
-                raise ValueError(f"{name} must lie in [0, {end}), got {getattr(self, name)}")
+                raise ValueError(f"{name} must lie in [0, {end:.4g}), got {getattr(self, name)}")
+        if angular_margin and distance != "cosine":
+            raise ValueError(f"angular_margin is one of angles, which cosine has, got {distance}: use margin")
+        if margin and distance == "baseline":
+            raise ValueError("margin is one of distances, of which a linear head has none: use cosine, softmin")
         for name in (*spec.tensors, *spec.buffers):
             if name in params:
                 raise ValueError(f"{name} belongs to the head (head.{name}), it is not an argument")
         self.options = checked_options(spec, distance, in_features, eps, params)
+        if learn_eps and (distance == "baseline" or core_takes_eps(spec, self.options)):
+            raise ValueError(f"learn_eps is for distances to which eps is added at the end, got {distance}")
+        if learn_eps and not eps > 0:
+            raise ValueError(f"learn_eps begins with eps, which must be > 0 then, got {eps}")
         self.weight = nn.Parameter(torch.empty(num_prototypes, in_features))
         for name, make in spec.tensors.items():
             self.register_parameter(name, nn.Parameter(make(num_prototypes, in_features)))
@@ -1297,6 +1351,8 @@ class DistanceHead(nn.Module):
         if learn_n:
             self.log_n = nn.Parameter(torch.tensor(math.log(n)))
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_prototypes)) if bias else None)
+        self.register_parameter("scale", nn.Parameter(torch.ones(num_prototypes)) if learn_scale else None)
+        self.register_parameter("log_eps", nn.Parameter(torch.tensor(math.log(eps))) if learn_eps else None)
         self.compiled = None # see compile_loss
         self.mm_dtype = None # of the loss's matrix products; None: bf16 on a GPU under autocast to bf16, else as h is
         self.validate = True # check h and targets at every call: it waits for the device, a training loop may skip it
@@ -1317,6 +1373,8 @@ class DistanceHead(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        for name in ("scale", "log_eps"): # which a pickle of an earlier version does not have
+            self._parameters.setdefault(name, None)
         if self.distance not in DISTANCES and self.distance != "baseline":
             raise ValueError(f"this head has the distance {self.distance!r}, which DISTANCES does not hold here: "
                              "register it before the head is loaded, as was done where it was made")
@@ -1330,7 +1388,7 @@ class DistanceHead(nn.Module):
     def kind(self):
         """What the head is, in words that two heads share only if the same weights give the same distances and link."""
         if self.distance == "baseline":
-            return "linear"
+            return " ".join(["linear", *filter(None, [self.variant])])
         numbers = {name: x for name, x in {**self.spec.params, **self.params}.items() if name != "momentum"}
         words = [f"{name}={x:g}" for name, x in sorted(numbers.items())]
         return " ".join([self.distance, self.variant, self.link, *words])
@@ -1338,7 +1396,7 @@ class DistanceHead(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The state dict gets the kind too, as bytes: a linear layer refuses it."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.distance != "baseline":
+        if self.kind != "linear":
             destination[f"{prefix}kind"] = torch.tensor(list(self.kind.encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -1356,9 +1414,9 @@ class DistanceHead(nn.Module):
         """Change the number of prototypes, in place: the first ones stay, new ones start as those of a new head do. The
         parameters are new ones, which the optimizer has to be told. Returns self, for
         model.set_output_embeddings(head.resize(n))."""
-        arguments = dict(self.params, bias=self.bias is not None)
+        arguments = dict(self.params, bias=self.bias is not None, learn_scale=self.scale is not None)
         fresh = DistanceHead(self.in_features, num_prototypes, self.distance, self.variant, **arguments)
-        for name in ("weight", "bias", *self.spec.tensors):
+        for name in ("weight", "bias", "scale", *self.spec.tensors):
             old, new = getattr(self, name), getattr(fresh, name)
             if old is None or old.shape == new.shape:
                 continue
@@ -1376,13 +1434,17 @@ class DistanceHead(nn.Module):
         n = f"n={torch.as_tensor(self.n).item():.4g}{learned}"
         if self.distance != "baseline":
             words = [f"{words[0]} ({self.variant})", self.link, n, f"eps={self.eps:g}"]
-        elif self.fixed_n != 1:
-            words.append(n)
+            if self.log_eps is not None:
+                words[-1] = f"eps={self.log_eps.exp().item():g} learned"
+        else:
+            words += [self.variant] * (self.variant is not None) + [n] * (self.fixed_n != 1)
         numbers = {**self.spec.params, **self.params}
         words += [f"{name}={value}" for name, value in numbers.items()]
         if self.bias is not None:
             words.append("bias")
-        for name in ("softcap", "z_loss", "label_smoothing"):
+        if self.scale is not None:
+            words.append("learned scale")
+        for name in ("softcap", "z_loss", "label_smoothing", "margin", "angular_margin"):
             if getattr(self, name):
                 words.append(f"{name}={getattr(self, name):g}")
         return ", ".join(words)
@@ -1390,7 +1452,8 @@ class DistanceHead(nn.Module):
     @property
     def is_linear(self):
         """Whether the scores are those of nn.Linear without a bias, z = W h and nothing else: the baseline."""
-        return self.kind == "linear" and self.fixed_n == 1 and self.bias is None and not self.softcap
+        is_bare = self.bias is None and self.scale is None and not self.softcap
+        return self.kind == "linear" and self.fixed_n == 1 and is_bare
 
     @property
     def n(self):
@@ -1422,12 +1485,15 @@ class DistanceHead(nn.Module):
 
     def _scores(self, *inputs):
         d, terms = self._distances(*inputs), {"n": self.n}
-        if self.bias is not None:
-            terms["bias"] = self.bias[:self.num_classes].to(d.dtype)
+        for name in ("bias", "scale"):
+            if getattr(self, name) is not None:
+                terms[name] = getattr(self, name)[:self.num_classes].to(d.dtype)
         return self._rule().scores(d, terms)
 
     def _rule(self):
-        in_training = (self.z_loss, self.label_smoothing) if self.training else ()
+        in_training = ()
+        if self.training:
+            in_training = self.z_loss, self.label_smoothing, self.margin, self.angular_margin
         return Rule(self.link, self.fixed_n, self.softcap, *in_training)
 
     def _distances(self, h, weight, tensors):
@@ -1437,7 +1503,8 @@ class DistanceHead(nn.Module):
         return d[:, :self.num_classes]
 
     def _inputs(self, h):
-        """h (..., D) -> (N, D), the weight, and the learned tensors by name, all in fp32 (fp64 stays)."""
+        """h (..., D) -> (N, D), the weight, and the learned tensors by name, with eps if it is one, all in fp32 (fp64
+        stays)."""
         if h.shape[-1] != self.in_features:
             raise ValueError(f"the head takes features of size {self.in_features}, got {tuple(h.shape)}")
         h = h.reshape(-1, self.in_features)
@@ -1448,7 +1515,10 @@ class DistanceHead(nn.Module):
                 raise ValueError(f"h is not finite: {wrong.sum().item()} of {h.numel()} values, the first in row {row}")
         dtype = at_least_fp32(h.dtype, self.weight.dtype)
         h, weight = h.to(dtype), self.weight.to(dtype)
-        return h, weight, {name: getattr(self, name).to(dtype) for name in self.spec.tensors}
+        tensors = {name: getattr(self, name).to(dtype) for name in self.spec.tensors}
+        if self.log_eps is not None:
+            tensors["eps"] = self.log_eps.to(dtype).exp()
+        return h, weight, tensors
 
     def _options(self, h, weight):
         """The options of this call, with the estimates and a sample of the noise, as the backward pass may need
@@ -1460,11 +1530,11 @@ class DistanceHead(nn.Module):
 
     @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
     def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None):
-        """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory; in training, what z_loss and
-        label_smoothing make of it. Value and gradients are equal
-        but for rounding, however close h comes to a prototype. A distance that transforms h and w first (cosine,
-        Mahalanobis, Hamming, normalized Bray-Curtis) rounds them: at a gap |h - w| = e |h| in fp32 a gradient is right
-        to some 3e-7 / e.
+        """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory; in training, what z_loss,
+        label_smoothing and margins make of it. Value and gradients are equal
+        but for rounding, however close h comes to a prototype. A distance that transforms h and w first (of unit
+        vectors, Mahalanobis, Hamming, normalized Bray-Curtis) rounds them: at a gap |h - w| = e |h| in fp32 a gradient
+        is right to some 3e-7 / e.
 
         h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction:
         "mean" over the targets that count, "sum", or "none", per target, whose backward pass computes the distances
@@ -1505,8 +1575,9 @@ class DistanceHead(nn.Module):
             inputs = {"h": h, "weight": weight, **tensors}
             if self.fixed_n is None:
                 inputs["n"] = self.n.to(h.dtype)
-            if self.bias is not None:
-                inputs["bias"] = self.bias.to(h.dtype)
+            for name in ("bias", "scale"):
+                if getattr(self, name) is not None:
+                    inputs[name] = getattr(self, name).to(h.dtype)
             weights = counts.to(h.dtype)
             if reduction == "mean":
                 weights = weights / counts.sum().clamp_min(1)
@@ -1634,7 +1705,8 @@ def parse_head(text, variant="", params=""):
 
 # DistanceHead's arguments that are settings of the scripts by the same name; their `head_bias` is its bias, as a model
 # has a bias of its own
-OF_EVERY_HEAD = "link", "n", "learn_n", "eps", "softcap", "z_loss", "label_smoothing"
+OF_EVERY_HEAD = ("link", "n", "learn_n", "eps", "learn_eps", "learn_scale", "softcap", "z_loss", "label_smoothing",
+                 "margin", "angular_margin")
 
 
 def head_arguments(settings):
@@ -1649,7 +1721,7 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL) # `python distances.py | head` ends without a word
     print(f"{'distance':<12}{'variant':<11}{'parameters':<33}d(h, w)")
-    for distance, variants in {"baseline": {"": BASELINE}, **DISTANCES}.items():
+    for distance, variants in {"baseline": {"": BASELINE, "unit": UNIT_BASELINE}, **DISTANCES}.items():
         for variant, spec in variants.items():
             numbers = [f"{name}={value:g}" for name, value in spec.params.items()]
             params = ", ".join([*numbers, *(f"{name} (learned)" for name in spec.tensors)])

@@ -29,12 +29,13 @@ def local(x):
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-NOT_SPLIT = "z_loss", "label_smoothing" # what a DistanceHead adds to the loss in training, and this one refuses
+# what a DistanceHead adds to the loss in training, and this one refuses
+NOT_SPLIT = "z_loss", "label_smoothing", "margin", "angular_margin"
 
 
 def has_rows(head, name):
     """Whether that parameter of a head has a row for each prototype, and is split with them."""
-    if name in ("weight", "bias"):
+    if name in ("weight", "bias", "scale"):
         return True
     make = head.spec.tensors.get(name)
     return make is not None and make(1, 1).shape != make(2, 1).shape

@@ -135,7 +135,7 @@ def hf_tokenizer(data_dir, model, data_hash=None):
 # the model card
 
 _DISTANCE_HEAD = """
-## Its output layer is a distance, not a dot product
+## Its output layer is not a plain dot product
 
 `{head}`: each token k has a prototype w_k, and softmax of the logits {z} of a hidden state h is the probability, with
 
@@ -202,7 +202,10 @@ def model_card(model, step, info, note):
               f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})', f"```\n{note}"]
     if not is_linear:
         z = LOGITS.get(head.link, f"of the link {head.link}")
-        parts.append(_DISTANCE_HEAD.format(head=head.extra_repr(), z=z, formula=head.spec.formula))
+        about = dict(head=head.extra_repr(), z=z, formula=head.spec.formula)
+        if head.distance == "baseline":
+            about["formula"] = "-<h, w>, of unit vectors" if head.variant else "-<h, w>"
+        parts.append(_DISTANCE_HEAD.format(**about))
     own = {key: value for key, value in settings.items() if key not in ("out_dir", "data_dir")}
     parts.append(f"## All settings\n\n```json\n{json.dumps(own, indent=1)}\n```\n")
     return "\n".join(parts)

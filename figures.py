@@ -304,8 +304,8 @@ COLOURS = dict(baseline="#000000", euclidean="#d55e00", manhattan="#14397d", che
 
 
 def style(head):
-    """Colour by distance, line and marker by variant, hollow markers for the softmin link, grey ones for the gaussian: the
-    same in every figure."""
+    """Colour by distance, line and marker by variant, hollow markers for the softmin link, grey for gaussian: the same
+    in every figure."""
     variants = list(DISTANCES.get(head.distance, ()))
     i = variants.index(head.variant) % 4 if head.variant in variants else 0
     colour = COLOURS.get(head.distance, "#777777")

@@ -140,7 +140,9 @@ class MetricConfig:
     n: float = 1.0
     learn_n: bool = False
     eps: float = 1e-4
+    learn_eps: bool = False
     head_bias: bool = False
+    learn_scale: bool = False
     softcap: float = 0.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0

@@ -404,10 +404,14 @@ class VisionConfig:
     n: float = 1.0 # exponent, the paper's (Table 8)
     learn_n: bool = False
     eps: float = 1e-4
+    learn_eps: bool = False
     head_bias: bool = False
+    learn_scale: bool = False
     softcap: float = 0.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    margin: float = 0.0
+    angular_margin: float = 0.0
     feature_scale: float = 1.0 # features are multiplied by it
 
 

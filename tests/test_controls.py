@@ -5,10 +5,16 @@ settings of the scripts; and in tables, where they are told apart from the basel
 $ pytest tests/test_controls.py
 """
 
+import math
+import re
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import flags, load, metrics, refused, run_script, train
+from scipy.stats import multivariate_t
 from torch.distributions import MultivariateNormal
 
 import distances
@@ -95,6 +101,159 @@ def test_the_gaussian_link_is_the_posterior_of_normal_classes(monkeypatch):
     density = torch.stack([of_class.log_prob(h).exp() for of_class in of_classes], 1) # (N, V)
     torch.testing.assert_close(head(h).softmax(1), density / density.sum(1, keepdim=True))
     assert_loss(head, lambda h, y: nll(-0.7 * (h[:, None] - head.weight).square().sum(-1), y), monkeypatch)
+
+
+# -----------------------------------------------------------------------------
+# unit vectors: NormFace, nGPT, IsoMax+, CosFace, ArcFace
+
+def cosines(h, w):
+    return (h / h.norm(dim=1, keepdim=True)) @ (w / w.norm(dim=1, keepdim=True)).T
+
+
+def test_normface(monkeypatch):
+    head = make("cosine", link="softmin", n=4.0, learn_n=True)
+    assert_loss(head, lambda h, y: nll(head.log_n.exp() * cosines(h, head.weight), y), monkeypatch)
+
+
+@pytest.mark.parametrize("num_classes", [V, V - 2])
+def test_ngpt(num_classes, monkeypatch):
+    """z = s_z <h, w> of unit vectors; n s_k is its s_z."""
+    head = make("baseline", variant="unit", n=3.0, learn_scale=True, num_classes=num_classes)
+
+    def per_row(h, y):
+        return nll((3.0 * head.scale * cosines(h, head.weight))[:, :num_classes], y)
+    monkeypatch.setattr(torch, "randint", partial(limited, torch.randint, num_classes))
+    assert_loss(head, per_row, monkeypatch)
+    assert head.kind == "linear unit" and not head.is_linear
+    with pytest.raises(RuntimeError, match="those of a linear unit head, this is a linear head"):
+        DistanceHead(D, V, "baseline", learn_scale=True).load_state_dict(head.state_dict())
+    assert head.resize(V + 2).scale.shape == (V + 2,)
+
+
+def limited(randint, high, *args, **kwargs):
+    return randint(*args, **kwargs).clamp_max(high - 1)
+
+
+def test_a_scale_per_prototype_is_an_exponent_of_its_own(monkeypatch):
+    head = make("manhattan", n=3.0, learn_n=True, learn_scale=True, bias=True, eps=1e-3)
+
+    def per_row(h, y):
+        d = (h[:, None] - head.weight).abs().sum(-1) + 1e-3
+        return nll(-head.log_n.exp() * head.scale * d.log() + head.bias, y)
+    assert_loss(head, per_row, monkeypatch)
+
+
+def test_isomax_plus(monkeypatch):
+    """softmax(-E |s| |h/|h| - w/|w||), E = 10 and s = 1 at the start: n is E |s|."""
+    head = make("euclidean", variant="unit", link="softmin", n=10.0, learn_n=True, eps=1e-9)
+
+    def per_row(h, y):
+        s = head.log_n.exp() / 10
+        distances = s.abs() * torch.cdist(F.normalize(h), F.normalize(head.weight))
+        return nll(-10 * distances, y)
+    assert_loss(head, per_row, monkeypatch)
+
+
+def margins(distance="cosine", **arguments):
+    return make(distance, link="softmin", n=8.0, eps=1e-7, **arguments)
+
+
+def test_cosface(monkeypatch):
+    head = margins(margin=0.35)
+
+    def per_row(h, y):
+        cos = cosines(h, head.weight)
+        return nll(8 * (cos - 0.35 * F.one_hot(y.clamp_min(0), V).double()), y)
+    assert_loss(head, per_row, monkeypatch)
+    h, y = batch()
+    torch.testing.assert_close(head.eval().loss(h, y), F.cross_entropy(head(h), y)) # what is reported
+    torch.testing.assert_close(head(h), head.train()(h)) # scores have no margin
+
+
+@pytest.mark.parametrize("m", [0.5, 2.0])
+def test_arcface(m, monkeypatch):
+    head = margins(angular_margin=m)
+
+    def per_row(h, y):
+        cos, of_target = cosines(h, head.weight), F.one_hot(y.clamp_min(0), V).bool()
+        angle = cos.acos()
+        turned = torch.where(angle <= math.pi - m, (angle + m).cos(), cos - m * math.sin(m))
+        return nll(8 * torch.where(of_target, turned, cos), y)
+    h, y = batch()
+    beyond = cosines(h, head.weight)[torch.arange(7), y.clamp_min(0)].acos() > math.pi - m
+    assert beyond.any() == (m == 2.0) # both branches are there
+    assert_loss(head, per_row, monkeypatch)
+
+
+@pytest.mark.parametrize("m", [0.2, 0.5])
+def test_margins_are_those_of_pytorch_metric_learning(m):
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    h, y = batch()
+    h, y = h[y >= 0].detach().requires_grad_(), y[y >= 0]
+    for theirs, ours in ((losses.CosFaceLoss(V, D, margin=m, scale=8), margins(margin=m)),
+                         (losses.ArcFaceLoss(V, D, margin=math.degrees(m), scale=8), margins(angular_margin=m))):
+        theirs.W.data = ours.weight.data.T.clone()
+        loss, oracle = ours.loss(h, y), theirs(h, y)
+        torch.testing.assert_close(loss, oracle, rtol=1e-6, atol=1e-6)
+        mine = torch.autograd.grad(loss, [h, ours.weight])
+        other = torch.autograd.grad(oracle, [h, theirs.W])
+        torch.testing.assert_close(mine, (other[0], other[1].T), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("distance, link", [("euclidean", "harmonic"), ("manhattan", "softmin")])
+def test_a_margin_of_any_distance(distance, link, monkeypatch):
+    head = make(distance, link=link, n=2.0, margin=0.7, z_loss=0.1)
+
+    def per_row(h, y):
+        d = head.distances(h) + 0.7 * F.one_hot(y.clamp_min(0), V).double()
+        z = -2 * d.log() if link == "harmonic" else -2 * d
+        return nll(z, y) + 0.1 * z.exp().sum(1).log() ** 2
+    assert_loss(head, per_row, monkeypatch)
+    h, y = batch(3)
+    assert torch.autograd.gradgradcheck(lambda h: head.loss(h, y), h)
+
+
+# -----------------------------------------------------------------------------
+# eps
+
+def test_harmonic_euclid_with_a_learned_eps_is_a_student_t(monkeypatch):
+    """Bayes' rule for equal shares of multivariate t classes: n - D degrees of freedom, scale eps / sqrt(n - D)."""
+    head = make("euclidean", n=D + 3.0, eps=0.8, learn_eps=True)
+    h, y = batch()
+    eps = head.log_eps.exp()
+    shape = eps.item() ** 2 / 3 * np.eye(D)
+    density = [multivariate_t(w, shape, df=3).pdf(h.detach().numpy()) for w in head.weight.detach().numpy()]
+    density = torch.tensor(np.stack(density, 1))
+    torch.testing.assert_close(head(h).softmax(1), density / density.sum(1, keepdim=True))
+
+    def per_row(h, y):
+        eps = head.log_eps.exp()
+        return nll(-(D + 3) / 2 * ((h[:, None] - head.weight).square().sum(-1) + eps ** 2).log(), y)
+    assert_loss(head, per_row, monkeypatch)
+
+
+@pytest.mark.parametrize("distance, variant", [("bray_curtis", "normalized"), ("hamming", "soft"), ("cosine", "stable"),
+                                               ("mahalanobis", "standard"), ("chebyshev", "cosh")])
+def test_a_learned_eps_of_other_distances(distance, variant, monkeypatch):
+    head = make(distance, variant=variant, n=3.0, eps=0.3, learn_eps=True)
+
+    def per_row(h, y): # the small way is autograd's, of the formula that test_distances.py checks
+        plain = DistanceHead(D, V, distance, variant, n=3.0, eps=1.0).double()
+        tensors = {name: p for name, p in head.named_parameters() if name != "log_eps"}
+        plain.options = plain.options.updated(eps=head.log_eps.exp())
+        plain.core = plain.spec.core(plain.options)
+        return nll(torch.func.functional_call(plain, tensors, h), y)
+    assert_loss(head, per_row, monkeypatch)
+
+
+@pytest.mark.parametrize("message, arguments", [
+    ("learn_eps is for distances to which eps is added at the end, got canberra", dict(distance="canberra")),
+    ("added at the end, got bray_curtis", dict(distance="bray_curtis", variant="signed")),
+    ("added at the end, got baseline", dict(distance="baseline")),
+    ("must be > 0 then, got 0", dict(distance="euclidean", eps=0.0))])
+def test_an_eps_that_cannot_be_learned(message, arguments):
+    with pytest.raises(ValueError, match=message):
+        DistanceHead(D, V, learn_eps=True, **arguments)
 
 
 # -----------------------------------------------------------------------------
@@ -200,6 +359,16 @@ def test_settings_reach_the_head_and_its_name(here):
         assert ("head.log_n" in load("out")["model"]) == ("learned" in words)
 
 
+def test_settings_of_images_and_of_text_reach_the_head(here):
+    vision(distance="cosine", link="softmin", margin=0.35, angular_margin=0.1, learn_scale=True)
+    words = "cosine, softmin, learn_scale, margin=0.35, angular_margin=0.1"
+    assert results.label(head_of(read_config("out")), {}) == words
+    assert metrics("out", "train")[0]["loss"] > metrics("out", "eval")[0]["val_loss"] # with the margins, and without
+    text(distance="euclidean", learn_eps=True)
+    assert results.label(head_of(read_config("out")), {}) == "euclidean, learn_eps"
+    assert {"head.log_eps", "head.weight", "head.kind"} == {name for name in load("out")["model"] if "head." in name}
+
+
 def test_evaluations_report_the_loss_without_what_training_adds(here):
     """At step 0 the weights are those of a run without it, and so is what is reported."""
     for run_one in (text, vision):
@@ -221,6 +390,15 @@ def test_a_checkpoint_from_before_a_setting_goes_on(here):
     run_script("train.py", "--init_from=resume", "--out_dir=out", "--max_iters=3")
     assert load("out")["step"] == 3
     assert "head_bias is True here, False" in refused("--init_from=resume", "--out_dir=out", "--head_bias=true")
+
+
+def test_such_heads_are_exported_with_their_code(here):
+    pytest.importorskip("transformers")
+    settings = dict(distance="baseline", softcap=2, head_bias=True, learn_scale=True, n=5)
+    train(out_dir="out", max_iters=2, learning_rate=0.1, **settings)
+    printed, _ = run_script("export_hf.py", "--out_dir=out", "--checkpoint=ckpt.pt", "--to=hf")
+    assert float(re.search("logits differ by at most (.*)", printed)[1]) < 1e-5 and "DistanceHeadForCausalLM" in printed
+    assert "baseline, n=5, bias, learned scale, softcap=2" in open("hf/README.md").read()
 
 
 def test_a_study_tells_such_heads_apart(monkeypatch):

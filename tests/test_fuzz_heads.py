@@ -192,7 +192,7 @@ def cancelling_slopes(case, head, h, name):
         size = head.options.alpha * d
     elif distance == "canberra":
         size = (1 / (h.abs()[:, None] + w.abs() + case["eps"])).norm(dim=-1)
-    elif distance in ("cosine", "bray_curtis"):
+    elif distance in ("cosine", "bray_curtis") or variant == "unit":
         size = D ** 0.5 * (1 / h.norm(dim=1, keepdim=True).clamp_min(1e-12) + 1 / w.norm(dim=1).clamp_min(1e-12))
     elif distance == "mahalanobis" and name not in ("h", "weight"): # by its matrix, which multiplies h and w apart
         centred = copy.deepcopy(head)

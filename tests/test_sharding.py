@@ -47,7 +47,10 @@ from model_qwen2 import Qwen2, Qwen2Config
 # -----------------------------------------------------------------------------
 # every head, in one process and in several, in fp64: there a slope of |h - w| jumps where no rounding comes
 
-HEADS = [dict(distance="baseline"), dict(distance="baseline", bias=True)]
+HEADS = [dict(distance="baseline"), dict(distance="baseline", bias=True),
+         dict(distance="baseline", variant="unit", learn_n=True, learn_scale=True, head_bias=True, softcap=2.0),
+         dict(distance="euclidean", variant="unit", link="gaussian", learn_scale=True, learn_eps=True),
+         dict(distance="bray_curtis", variant="normalized", learn_eps=True)]
 for distance, variant in EVERY_DISTANCE:
     if variant != "covariance": # refused, see below
         HEADS += [dict(distance=distance, variant=variant, link=link, learn_n=link == "softmin")
