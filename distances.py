@@ -30,6 +30,7 @@ import math
 import os
 import signal
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -977,6 +978,7 @@ class Plan:
     at_once: bool             # the gradients are made in the forward pass
     compiled: bool
     chunk_loss: Callable = None
+    measures: tuple | None = None # of vectors (N,) that are filled: see Measures
     careful: bool = False     # on a GPU too, each chunk is asked whether it has close pairs
 
     def prepare(self, inputs):
@@ -1022,15 +1024,15 @@ def of_targets(x, is_target, targets):
 KEEP_NOTHING = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
 
 
-def chunk_loss_of(core, plan, vjp):
+def chunk_loss_of(core, plan, vjp, is_measured):
     """The function chunk_loss: all that a chunk of rows needs besides matrix products and tiles, in one piece, so that
     torch.compile makes a few passes over the chunk of it."""
     scores, rule, num_classes = plan.scores, plan.rule, plan.num_classes
 
     def chunk_loss(s, s_target, ds, h, precomputed, targets, weights, terms, constants, differentiate):
         """The loss (c,), and the gradients of sum(weights * loss) by the targets' s (c,) and by every tensor of terms;
-        constants are terms that ask for none. At last (c,), below 0 where a pair that is no target is close, so that
-        all this is not precise enough; None for a core that is always precise.
+        constants are terms that ask for none. Then Measures, or None. At last (c,), below 0 where a pair that is no
+        target is close, so that all this is not precise enough; None for a core that is always precise.
 
         s (c, V) comes from core.forward. s_target (c,) comes from core.value and takes the place of the targets'
         entries. The gradient by all other entries of s is written into ds (c, V), or into s where ds is None."""
@@ -1045,14 +1047,25 @@ def chunk_loss_of(core, plan, vjp):
         else:
             z = scores(s, {**terms, **constants}, is_target)
         log_p = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
-        nll = rule.cost(-of_targets(log_p, is_target, targets), z, num_classes)
+        nll, measured = rule.cost(-of_targets(log_p, is_target, targets), z, num_classes), None
+        if is_measured:
+            measured = measures_of(z, log_p)
         if not differentiate:
-            return nll, None, {}, margin
+            return nll, None, {}, measured, margin
         dz = rule.slope(log_p.exp(), is_target, z, num_classes) * weights[:, None]
         ds_all, dterms = pull(dz)
         written.copy_(ds_all.masked_fill(is_target, 0))
-        return nll, of_targets(ds_all, is_target, targets), dterms, margin
+        return nll, of_targets(ds_all, is_target, targets), dterms, measured, margin
     return chunk_loss
+
+
+Measures = namedtuple("Measures", "predicted entropy") # the class of the largest p, and -sum p log p in nats
+
+
+def measures_of(z, log_p):
+    """The Measures (c,) of scores z (c, V), of which those of padding are -inf."""
+    finite = log_p.clamp_min(torch.finfo(z.dtype).min) # 0 times -inf would be nan
+    return Measures(z.argmax(1), -(log_p.exp() * finite).sum(1))
 
 
 def chunked_loss(plan, h, w, terms, constants, targets, weights):
@@ -1096,14 +1109,17 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights):
             written = None if ds is s else ds[j]
             arguments = (s_target[j], written, h_matmul[j], precomputed, targets[rows], weights[rows],
                          of_rows(terms, rows), of_rows(constants, rows), differentiate)
-            nll_block, ds_block, dterms_block, margin = plan.chunk_loss(s[j], *arguments)
+            nll_block, ds_block, dterms_block, measured, margin = plan.chunk_loss(s[j], *arguments)
             if margin is not None and h.is_cuda and not plan.careful:
                 margins.append(margin)
             elif margin is not None and margin.amin() < 0:
                 core.forward(h_matmul[j], w_matmul, precomputed, s[j])
                 gradients = (dh_c[j], dw) if differentiate else None
-                nll_block, ds_block, dterms_block = refined_chunk_loss(plan, h_c[j], w, gradients, s[j], *arguments)
+                results = refined_chunk_loss(plan, h_c[j], w, gradients, s[j], *arguments)
+                nll_block, ds_block, dterms_block, measured = results
             nll[rows] = nll_block
+            for all_rows, x in zip(plan.measures or (), measured or ()):
+                all_rows[rows] = x
             if differentiate:
                 ds_target[j] = ds_block
             for name, total in of_rows(dterms, rows).items():
@@ -1132,7 +1148,7 @@ def refined_chunk_loss(plan, h, w, gradients, s, s_target, written, h_matmul, pr
     pairs = pairs[pairs[:, 1] != targets[pairs[:, 0]]] # the targets' own are done already
     core.refine(h, w, s, pairs)
     ds = torch.empty_like(s)
-    chunk_loss = chunk_loss_of(Core(), plan, local_vjp) # of an s that is whole
+    chunk_loss = chunk_loss_of(Core(), plan, local_vjp, plan.measures is not None) # of an s that is whole
     *results, _ = chunk_loss(s, s_target, ds, h_matmul, precomputed, targets, *arguments)
     if gradients:
         core.backward_of_pairs(h, w, s, ds, pairs, *gradients)
@@ -1195,7 +1211,7 @@ class _Loss(torch.autograd.Function):
 
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in inputs]
-            plan = replace(ctx.plan, per_row=False, at_once=True)
+            plan = replace(ctx.plan, per_row=False, at_once=True, measures=None)
             loss = loss_of(plan, dict(zip(names, inputs)), targets, weights * g)
         return *nothing, *torch.autograd.grad(loss, inputs), *[None] * (2 + ctx.num_terms)
 
@@ -1529,7 +1545,7 @@ class DistanceHead(nn.Module):
         return self.options.updated(validate=self.validate, **changing)
 
     @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
-    def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None):
+    def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None, weights=None, measures=False):
         """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory; in training, what z_loss,
         label_smoothing and margins make of it. Value and gradients are equal
         but for rounding, however close h comes to a prototype. A distance that transforms h and w first (of unit
@@ -1540,6 +1556,10 @@ class DistanceHead(nn.Module):
         "mean" over the targets that count, "sum", or "none", per target, whose backward pass computes the distances
         again. chunk: rows at a time, by default 256 (elementwise 128), or 1024 on a GPU, and more where a buffer stays
         below 8 MB (4 MB; 256 MB on a GPU).
+
+        weights (...): how much each target counts, without a gradient; "mean" divides by their sum. measures: return
+        (loss, Measures) of the same pass, with predicted (...), so that (predicted == targets) is token accuracy, and
+        entropy (...) of p, in nats, both without a gradient, and in training with the target's margin if there is one.
 
         Everything runs in fp32 with autocast off, but for the operands of matrix products (mm_dtype), and gradients of
         the weight accumulate in fp32. Second derivatives are right, and hold N x V x D. torch.compile runs the loss
@@ -1557,6 +1577,9 @@ class DistanceHead(nn.Module):
         autocast_dtype = torch.get_autocast_dtype("cuda") if h.is_cuda and torch.is_autocast_enabled("cuda") else None
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if weights is not None and weights.shape != targets.shape:
+            raise ValueError(f"weights {tuple(weights.shape)} and targets {tuple(targets.shape)} do not fit: each "
+                             "target has one")
         shape, targets = targets.shape, targets.reshape(-1).long()
         counts = targets != ignore_index
         if self.validate:
@@ -1566,11 +1589,12 @@ class DistanceHead(nn.Module):
             if self.spec.buffers and self.training:
                 self._update_covariance(h.detach()[counts], targets[counts])
             differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (h, *self.parameters()))
-            is_plain = not self._rule().adds and not self._is_compiled(h, differentiate)
+            is_plain = weights is None and not self._rule().adds and not self._is_compiled(h, differentiate)
             if chunk is None and self._is_small(h) and is_plain:
                 z = self._scores(h, weight, tensors)
                 loss = nn.functional.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
-                return loss.reshape(shape) if reduction == "none" else loss
+                loss, z = loss.reshape(shape) if reduction == "none" else loss, z.detach()
+                return with_measures(loss, shape, measures_of(z, z.log_softmax(1))) if measures else loss
             o = self._options(h, weight)
             inputs = {"h": h, "weight": weight, **tensors}
             if self.fixed_n is None:
@@ -1578,11 +1602,16 @@ class DistanceHead(nn.Module):
             for name in ("bias", "scale"):
                 if getattr(self, name) is not None:
                     inputs[name] = getattr(self, name).to(h.dtype)
-            weights = counts.to(h.dtype)
+            given, weights = weights, counts.to(h.dtype)
+            if given is not None:
+                weights = weights * given.detach().reshape(-1).to(h.dtype)
             if reduction == "mean":
-                weights = weights / counts.sum().clamp_min(1)
+                weights = weights / (counts.sum().clamp_min(1) if given is None else weights.sum())
             targets = targets.where(counts, torch.zeros_like(targets))
-            plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
+            filled = None
+            if measures:
+                filled = Measures(torch.empty_like(targets), h.new_empty(len(h)))
+            plan = self._plan(inputs, o, chunk, autocast_dtype, reduction == "none", filled)
             try:
                 loss = self._loss_of(plan, inputs, targets, weights)
             except Exception as e:
@@ -1592,13 +1621,13 @@ class DistanceHead(nn.Module):
                 reason = repr(e)[:200]
                 warnings.warn(f"torch.compile does not work here, large batches take longer: {reason}", stacklevel=2)
                 self.compile_loss(False)
-                plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
+                plan = self._plan(inputs, o, chunk, autocast_dtype, reduction == "none", filled)
                 loss = self._loss_of(plan, inputs, targets, weights)
         if reduction == "none":
-            return loss.reshape(shape)
+            loss = loss.reshape(shape)
         if reduction == "mean": # the mean of nothing, as F.cross_entropy has it, with gradients of 0
-            return loss.where(counts.any(), torch.nan)
-        return loss
+            loss = loss.where(counts.any(), torch.nan)
+        return with_measures(loss, shape, filled) if measures else loss
 
     def _is_small(self, h):
         return self.mm_dtype is None and len(h) * self.num_prototypes <= SMALL["N x V"]
@@ -1615,7 +1644,7 @@ class DistanceHead(nn.Module):
             raise ValueError(f"target {illegal[0].item()} is out of range: the head has classes "
                              f"0..{self.num_classes - 1} (ignore_index={ignore_index})")
 
-    def _plan(self, inputs, o, chunk, autocast_dtype, per_row):
+    def _plan(self, inputs, o, chunk, autocast_dtype, per_row, measures=None):
         h, core = inputs["h"], self.core
         if chunk is None and h.is_cuda:
             rows = max(1, 2 ** 27 // self.num_prototypes) # 512 MB of scores, and half of that for their gradient
@@ -1631,14 +1660,14 @@ class DistanceHead(nn.Module):
         rule, num_classes = self._rule(), self.num_classes
         at_once = differentiate and not per_row and not saved_tensor_hooks()
         plan = Plan(core, self.spec, o, rule, num_classes, chunk, matmul_dtype, per_row, at_once, compiled)
-        key = rule, num_classes, compiled
+        key = rule, num_classes, compiled, measures is not None
         if key not in self._chunk_losses:
             vjp = torch.func.vjp if compiled else local_vjp # the compiler takes the one, hooks allow the other
             kept = replace(plan, o=self.options) # it must not hold this call's noise
-            chunk_loss = chunk_loss_of(core, kept, vjp)
+            chunk_loss = chunk_loss_of(core, kept, vjp, measures is not None)
             options = KEEP_NOTHING if h.is_cuda else None
             self._chunk_losses[key] = with_own_cache(chunk_loss, options=options) if compiled else chunk_loss
-        plan.chunk_loss = self._chunk_losses[key]
+        plan.chunk_loss, plan.measures = self._chunk_losses[key], measures
         return plan
 
     def _is_compiled(self, h, differentiate):
@@ -1661,6 +1690,10 @@ class DistanceHead(nn.Module):
             torch.distributed.all_reduce(freedom)
         if freedom.item() > 0: # some class was seen twice
             self.covariance.lerp_((scatter / freedom).to(self.covariance.dtype), 1 - self.options.momentum)
+
+
+def with_measures(loss, shape, measures):
+    return loss, Measures(*(x.reshape(shape) for x in measures))
 
 
 class HarmonicLoss(nn.Module):

@@ -80,7 +80,9 @@ class ParallelHead(DistanceHead):
     def _is_compiled(self, h, differentiate):
         return False # the compiler would have to see what lies between ranks
 
-    def _plan(self, inputs, o, chunk, autocast_dtype, per_row):
+    def _plan(self, inputs, o, chunk, autocast_dtype, per_row, measures=None):
+        if measures is not None:
+            raise ValueError("a head that is split between ranks has no measures, only a loss")
         if self._rule().adds:
             raise ValueError(f"a head that is split between ranks has no {' and no '.join(NOT_SPLIT)}")
         on_cpu, on_gpu = self.of_one_chunk

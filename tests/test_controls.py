@@ -5,6 +5,7 @@ settings of the scripts; and in tables, where they are told apart from the basel
 $ pytest tests/test_controls.py
 """
 
+import json
 import math
 import re
 from functools import partial
@@ -331,6 +332,69 @@ def test_a_split_head_refuses_what_it_does_not_add(name):
     head.__class__ = ParallelHead
     with pytest.raises(ValueError, match=f"a head that is split between ranks has no .*{name}"):
         head.loss(*batch())
+
+
+# -----------------------------------------------------------------------------
+# measures, and weights of tokens
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("distance", ["baseline", "euclidean", "cosine", "manhattan"])
+def test_measures(distance, large, monkeypatch):
+    """Predictions and entropy of p, written out, also where h is so close to a prototype that its block is done again;
+    the loss is the one without them, to the last bit."""
+    monkeypatch.setattr(distances, "SMALL", {name: -1 if large else 2 ** 20 for name in SMALL})
+    head = make(distance, num_classes=V - 2, n=3.0)
+    h, y = batch()
+    y = y.clamp_max(V - 3)
+    with torch.no_grad():
+        h[4] = head.weight[5] * (1 + 1e-4)
+    p = head(h).softmax(1)
+    for reduction in ("mean", "none"):
+        loss, measures = head.loss(h, y, reduction=reduction, chunk=3 if large else None, measures=True)
+        assert torch.equal(loss, head.loss(h, y, reduction=reduction, chunk=3 if large else None))
+        assert torch.equal(measures.predicted, p.argmax(1)) and len(measures.predicted.unique()) > 1
+        torch.testing.assert_close(measures.entropy, -(p * p.log()).sum(1))
+        assert not measures.entropy.requires_grad
+        assert torch.isfinite(torch.autograd.grad(loss.sum(), h)[0]).all()
+    loss, measures = head.loss(h[:6].reshape(2, 3, D), y[:6].reshape(2, 3), measures=True)
+    assert measures.predicted.shape == measures.entropy.shape == (2, 3)
+
+
+def test_compiled_measures():
+    head = make("euclidean")
+    h, y = batch()
+    _, expected = head.loss(h, y, measures=True)
+    head.compile_loss()
+    _, measures = head.loss(h, y, measures=True)
+    torch.testing.assert_close(tuple(measures), tuple(expected))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_tokens(reduction):
+    head = make("cosine", z_loss=0.1, n=3.0)
+    h, y = batch()
+    weights = torch.linspace(0, 2, len(y))
+    each = head.loss(h, y, reduction="none")
+    counted = weights * (y != -100)
+    oracle = {"mean": (counted * each).sum() / counted.sum(), "sum": (counted * each).sum(), "none": counted * each}
+    loss = head.loss(h, y, reduction=reduction, weights=weights)
+    torch.testing.assert_close(loss, oracle[reduction])
+    found, wanted = (torch.autograd.grad(x.sum(), [h, head.weight]) for x in (loss, oracle[reduction]))
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(ValueError, match=r"weights \(2,\) and targets \(7,\) do not fit"):
+        head.loss(h, y, weights=torch.ones(2))
+
+
+def test_language_runs_report_accuracy(here):
+    _, script = train(out_dir="out", max_iters=2, distance="cosine", batch_size=5)
+    model, right, count = script["raw_model"].eval(), 0, 0
+    for first in range(0, script["num_val"], 4): # other batches than those of the run
+        x, y = script["val_batch"](first, min(4, script["num_val"] - first))
+        right += (model.head(model.features(x)).argmax(-1) == y).sum().item()
+        count += y.numel()
+    last, summary = metrics("out", "eval")[-1], json.load(open("out/summary.json"))
+    assert last["val_accuracy"] == summary["val_accuracy"] == pytest.approx(right / count, rel=1e-6)
+    assert 0 < right < count
 
 
 # -----------------------------------------------------------------------------
