@@ -1389,8 +1389,10 @@ class DistanceHead(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        for name in ("scale", "log_eps"): # which a pickle of an earlier version does not have
+        for name in ("scale", "log_eps"): # a pickle of an earlier version has neither these
             self._parameters.setdefault(name, None)
+        for name in ("softcap", "z_loss", "label_smoothing", "margin", "angular_margin"): # nor these
+            self.__dict__.setdefault(name, 0.0)
         if self.distance not in DISTANCES and self.distance != "baseline":
             raise ValueError(f"this head has the distance {self.distance!r}, which DISTANCES does not hold here: "
                              "register it before the head is loaded, as was done where it was made")
@@ -1453,7 +1455,8 @@ class DistanceHead(nn.Module):
             if self.log_eps is not None:
                 words[-1] = f"eps={self.log_eps.exp().item():g} learned"
         else:
-            words += [self.variant] * (self.variant is not None) + [n] * (self.fixed_n != 1)
+            words += [] if self.variant is None else [self.variant]
+            words += [] if self.fixed_n == 1 else [n]
         numbers = {**self.spec.params, **self.params}
         words += [f"{name}={value}" for name, value in numbers.items()]
         if self.bias is not None:
@@ -1547,10 +1550,9 @@ class DistanceHead(nn.Module):
     @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
     def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None, weights=None, measures=False):
         """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory; in training, what z_loss,
-        label_smoothing and margins make of it. Value and gradients are equal
-        but for rounding, however close h comes to a prototype. A distance that transforms h and w first (of unit
-        vectors, Mahalanobis, Hamming, normalized Bray-Curtis) rounds them: at a gap |h - w| = e |h| in fp32 a gradient
-        is right to some 3e-7 / e.
+        label_smoothing and margins make of it. Value and gradients are equal but for rounding, however close h comes to
+        a prototype. A distance that transforms h and w first (of unit vectors, Mahalanobis, Hamming, normalized
+        Bray-Curtis) rounds them: at a gap |h - w| = e |h| in fp32 a gradient is right to some 3e-7 / e.
 
         h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction:
         "mean" over the targets that count, "sum", or "none", per target, whose backward pass computes the distances

@@ -360,7 +360,8 @@ def try_compile(model, batch, autocast):
                 module.forward = torch.compiler.disable(module.forward)
         model.features = torch.compile(model.features)
         model.head.compile_loss()
-        model.head.eval() # in training it may update its statistics, from all ranks
+        if model.head.spec.buffers or model.head.spec.noise: # in training it updates its statistics, from all ranks
+            model.head.eval()
         with autocast:
             loss = model(*batch)[1]
         loss.backward()

@@ -334,6 +334,17 @@ def test_a_split_head_refuses_what_it_does_not_add(name):
         head.loss(*batch())
 
 
+def test_a_pickle_from_before_is_the_same_head():
+    head = make("euclidean", learn_n=True)
+    state = head.__getstate__()
+    state["_parameters"] = {name: p for name, p in head._parameters.items() if name not in ("scale", "log_eps")}
+    older = DistanceHead.__new__(DistanceHead)
+    older.__setstate__({name: x for name, x in state.items() if name not in (*NOT_SPLIT, "softcap")})
+    h, y = batch()
+    assert torch.equal(older.loss(h, y), head.loss(h, y)) and repr(older) == repr(head)
+    older.load_state_dict(head.state_dict())
+
+
 # -----------------------------------------------------------------------------
 # measures, and weights of tokens
 
