@@ -385,13 +385,16 @@ def test_a_split_head_is_precise_where_h_comes_close_to_prototypes(distance, one
         h.requires_grad_()
         loss = head.loss(h, y, chunk=5)
         loss.backward()
-        each = head.loss(h, y, reduction="none")
+        each, measures = head.loss(h, y, reduction="none", measures=True)
         by_h, = torch.autograd.grad(each.sum(), h) # of each token alone
         found = {name: p.grad.full_tensor() for name, p in head.named_parameters()}
     finally:
         dist.destroy_process_group()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(each.double(), F.cross_entropy(oracle(x), y, reduction="none"), rtol=1e-4, atol=1e-4)
+    p = oracle(x).softmax(1)
+    torch.testing.assert_close(measures.entropy.double(), -(p * p.log()).sum(1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(measures.predicted, p.argmax(1))
     torch.testing.assert_close(by_h, 11 * h.grad, rtol=1e-5, atol=1e-5)
     for name, p in [("h", x), *oracle.named_parameters()]:
         gradient = h.grad if name == "h" else found[name]
