@@ -5,8 +5,9 @@ distance:
 
     link "harmonic":  z = -n log d,  so that p_k is proportional to d^-n    ("Non-Euclidean Harmonic Losses", Eq. 1)
     link "softmin":   z = -n d                                              (the same paper's appendix B)
+    link "gaussian":  z = -n d^2                                            (prototypical networks, Snell et al. 2017)
 
-n is defined on d, never on d squared, for every distance alike. `baseline` is the linear head z = W h.
+n is defined on d, never on d squared, for every distance alike. `baseline` is the linear head z = n W h, n = 1.
 
 This file needs torch and nothing else; copy it into any project.
 
@@ -29,6 +30,7 @@ import math
 import os
 import signal
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -95,6 +97,8 @@ LAMBDA = dict(reg_lambda=1e-2)
 DISTANCES = {
     "euclidean": {
         "standard": Distance(lambda o: SquaredL2(), plus_eps2, squared=True, formula="sqrt(sum (h-w)^2 + eps^2)"),
+        "unit": Distance(lambda o: SquaredL2(), plus_eps2, lambda h, w, o: (unit(h), unit(w)), squared=True,
+                         formula="the same of h/|h| and w/|w|"),
     },
     "manhattan": {
         "standard": Distance(lambda o: l1(), formula="sum |h-w| + eps"),
@@ -173,7 +177,8 @@ DISTANCES = {
 }
 # The linear head in the same clothes: z = -d with d = -h.w.
 BASELINE = Distance(lambda o: Dot(), lambda s, a, b, o: -s, formula="z = W h, the linear head (cross-entropy)")
-LINKS = ("harmonic", "softmin")
+UNIT_BASELINE = replace(BASELINE, prep=lambda h, w, o: (unit(h), unit(w)), formula="z = <h/|h|, w/|w|>")
+LINKS = ("harmonic", "softmin", "gaussian")
 
 
 class _Unit(torch.autograd.Function):
@@ -889,7 +894,74 @@ def link_scores(d, n, link, squared=False):
     """z (N, V) of distances d, or of their squares."""
     if link == "harmonic":
         return -(d.log() * (n / 2 if squared else n)) # so written, torch.compile makes one pass less of a softmax
+    if link == "gaussian":
+        return -n * (d if squared else d.square())
     return -n * (d.sqrt() if squared else d)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How distances become scores, and what a row of scores costs."""
+    link: str
+    n: float | None              # None where it is learned: one of the terms then
+    softcap: float = 0.0         # z goes through c tanh(z / c); 0: it stays
+    # of the loss in training only, 0 in evaluation
+    z_loss: float = 0.0          # that many times log(sum exp z)^2
+    label_smoothing: float = 0.0 # that share of the target's 1 is spread over all classes
+    margin: float = 0.0          # the target's d is larger by it
+    angular_margin: float = 0.0  # the angle (radians) of the target's cosine distance is larger by it
+
+    @property
+    def has_margin(self):
+        return bool(self.margin or self.angular_margin)
+
+    def with_margin(self, d, squared, eps):
+        """What becomes of distances to the targets, or of their squares. Beyond pi - m, where cos(angle + m) would rise
+        again, ArcFace's code goes on with cos(angle) - m sin(m)."""
+        d, m = d.sqrt() if squared else d, self.angular_margin
+        if m:
+            x = (d - eps).clamp(torch.finfo(d.dtype).tiny, 2) # 1 - cos
+            turned = 1 - (1 - x) * math.cos(m) + (x * (2 - x)).clamp_min(1e-30).sqrt() * math.sin(m)
+            d = torch.where(x <= 1 + math.cos(m), turned, x + m * math.sin(m)) + eps
+        d = d + self.margin
+        return d.square() if squared else d
+
+    def scores(self, d, terms, squared=False, is_target=None, eps=0.0):
+        """z (N, V) of distances d, or of their squares, and of the dict of terms n, scale and bias (V,), where there
+        are. is_target (N, V) says where margins apply, None: nowhere."""
+        if is_target is not None and self.has_margin:
+            d = torch.where(is_target, self.with_margin(d, squared, eps), d)
+        z = link_scores(d, terms.get("n", self.n), self.link, squared)
+        if "scale" in terms:
+            z = z * terms["scale"]
+        if "bias" in terms:
+            z = z + terms["bias"]
+        if self.softcap:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z
+
+    @property
+    def adds(self):
+        """Whether the loss is more than -log p_y."""
+        return bool(self.z_loss or self.label_smoothing or self.has_margin)
+
+    def cost(self, nll, z, num_classes):
+        """The loss (c,) of scores z (c, V), whose columns from num_classes on are -inf, and of -log p_y (c,)."""
+        if self.label_smoothing:
+            log_p = z.log_softmax(1)[:, :num_classes]
+            nll = (1 - self.label_smoothing) * nll - self.label_smoothing * log_p.mean(1)
+        if self.z_loss:
+            nll = nll + self.z_loss * z.logsumexp(1) ** 2
+        return nll
+
+    def slope(self, p, is_target, z, num_classes):
+        """The gradient of that by z; the columns from num_classes on do not matter."""
+        wanted = is_target.to(z.dtype)
+        if self.label_smoothing:
+            wanted = (1 - self.label_smoothing) * wanted + self.label_smoothing / num_classes
+        if self.z_loss:
+            p = p * (1 + 2 * self.z_loss * z.logsumexp(1)[:, None])
+        return p - wanted # softmax less one-hot
 
 
 @dataclass
@@ -898,8 +970,7 @@ class Plan:
     core: Core
     spec: Distance
     o: Options                # eps and the distance's numbers
-    link: str
-    n: float | None           # None where it is learned: an input then
+    rule: Rule
     num_classes: int
     chunk: int                # rows of h at a time
     matmul_dtype: torch.dtype # of the operands of matrix products
@@ -907,6 +978,7 @@ class Plan:
     at_once: bool             # the gradients are made in the forward pass
     compiled: bool
     chunk_loss: Callable = None
+    measures: tuple | None = None # of vectors (N,) that are filled: see Measures
     careful: bool = False     # on a GPU too, each chunk is asked whether it has close pairs
 
     def prepare(self, inputs):
@@ -914,14 +986,13 @@ class Plan:
         holds h, weight, the learned tensors and n by name."""
         o = self.o.updated(**inputs)
         h, w, terms = prepared(self.spec, o, inputs["h"], inputs["weight"])
-        return h, w, {**terms, **{name: inputs[name] for name in ("n", "bias") if name in inputs}}
+        return h, w, {**terms, **{name: inputs[name] for name in ("n", "bias", "scale", "eps") if name in inputs}}
 
-    def scores(self, s, terms):
-        """z (c, V) of s (c, V)."""
-        d = self.spec.finish(s, terms.get("a"), terms.get("b"), self.o)
-        z = link_scores(d, terms.get("n", self.n), self.link, self.spec.squared)
-        if "bias" in terms:
-            z = z + terms["bias"]
+    def scores(self, s, terms, is_target=None):
+        """z (c, V) of s (c, V), with the margin where is_target (c, V)."""
+        o = self.o.updated(eps=terms["eps"]) if "eps" in terms else self.o
+        d = self.spec.finish(s, terms.get("a"), terms.get("b"), o)
+        z = self.rule.scores(d, terms, self.spec.squared, is_target, o.eps)
         if self.num_classes == z.shape[1]:
             return z
         padding = torch.arange(z.shape[1], device=z.device) >= self.num_classes # prototypes of nothing
@@ -953,14 +1024,15 @@ def of_targets(x, is_target, targets):
 KEEP_NOTHING = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
 
 
-def chunk_loss_of(core, scores, vjp):
+def chunk_loss_of(core, plan, vjp, is_measured):
     """The function chunk_loss: all that a chunk of rows needs besides matrix products and tiles, in one piece, so that
     torch.compile makes a few passes over the chunk of it."""
+    scores, rule, num_classes = plan.scores, plan.rule, plan.num_classes
 
     def chunk_loss(s, s_target, ds, h, precomputed, targets, weights, terms, constants, differentiate):
-        """-log p_y (c,), and the gradients of sum(weights * -log p_y) by the targets' s (c,) and by every tensor of
-        terms; constants are terms that ask for none. At last (c,), below 0 where a pair that is no target is close, so
-        that all this is not precise enough; None for a core that is always precise.
+        """The loss (c,), and the gradients of sum(weights * loss) by the targets' s (c,) and by every tensor of terms;
+        constants are terms that ask for none. Then Measures, or None. At last (c,), below 0 where a pair that is no
+        target is close, so that all this is not precise enough; None for a core that is always precise.
 
         s (c, V) comes from core.forward. s_target (c,) comes from core.value and takes the place of the targets'
         entries. The gradient by all other entries of s is written into ds (c, V), or into s where ds is None."""
@@ -971,22 +1043,33 @@ def chunk_loss_of(core, scores, vjp):
             margin = core.margin(s, precomputed).masked_fill(is_target, math.inf).amin(1) # with the passes over rows
         s = torch.where(is_target, s_target[:, None], s)
         if differentiate:
-            z, pull = vjp(lambda s, terms: scores(s, {**terms, **constants}), s, terms)
+            z, pull = vjp(lambda s, terms: scores(s, {**terms, **constants}, is_target), s, terms)
         else:
-            z = scores(s, {**terms, **constants})
+            z = scores(s, {**terms, **constants}, is_target)
         log_p = z.log_softmax(1) # not z - logsumexp: of a z of 100, fp32 keeps 1e-5
-        nll = -of_targets(log_p, is_target, targets)
+        nll, measured = rule.cost(-of_targets(log_p, is_target, targets), z, num_classes), None
+        if is_measured:
+            measured = measures_of(z, log_p)
         if not differentiate:
-            return nll, None, {}, margin
-        dz = (log_p.exp() - is_target.to(z.dtype)) * weights[:, None] # softmax less one-hot
+            return nll, None, {}, measured, margin
+        dz = rule.slope(log_p.exp(), is_target, z, num_classes) * weights[:, None]
         ds_all, dterms = pull(dz)
         written.copy_(ds_all.masked_fill(is_target, 0))
-        return nll, of_targets(ds_all, is_target, targets), dterms, margin
+        return nll, of_targets(ds_all, is_target, targets), dterms, measured, margin
     return chunk_loss
 
 
+Measures = namedtuple("Measures", "predicted entropy") # the class of the largest p, and -sum p log p in nats
+
+
+def measures_of(z, log_p):
+    """The Measures (c,) of scores z (c, V), of which those of padding are -inf."""
+    finite = log_p.clamp_min(torch.finfo(z.dtype).min) # 0 times -inf would be nan
+    return Measures(z.argmax(1), -(log_p.exp() * finite).sum(1))
+
+
 def chunked_loss(plan, h, w, terms, constants, targets, weights):
-    """-log p_y per row (N,), and the gradients of sum(weights * -log p_y) by h, by w, and by every tensor of the dict
+    """The loss per row (N,), and the gradients of sum(weights * loss) by h, by w, and by every tensor of the dict
     terms, if they are made at once.
 
     One chunk of rows at a time: nothing is larger than chunk x V. The target's own term, value and gradient, is
@@ -1026,14 +1109,17 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights):
             written = None if ds is s else ds[j]
             arguments = (s_target[j], written, h_matmul[j], precomputed, targets[rows], weights[rows],
                          of_rows(terms, rows), of_rows(constants, rows), differentiate)
-            nll_block, ds_block, dterms_block, margin = plan.chunk_loss(s[j], *arguments)
+            nll_block, ds_block, dterms_block, measured, margin = plan.chunk_loss(s[j], *arguments)
             if margin is not None and h.is_cuda and not plan.careful:
                 margins.append(margin)
             elif margin is not None and margin.amin() < 0:
                 core.forward(h_matmul[j], w_matmul, precomputed, s[j])
                 gradients = (dh_c[j], dw) if differentiate else None
-                nll_block, ds_block, dterms_block = refined_chunk_loss(plan, h_c[j], w, gradients, s[j], *arguments)
+                results = refined_chunk_loss(plan, h_c[j], w, gradients, s[j], *arguments)
+                nll_block, ds_block, dterms_block, measured = results
             nll[rows] = nll_block
+            for all_rows, x in zip(plan.measures or (), measured or ()):
+                all_rows[rows] = x
             if differentiate:
                 ds_target[j] = ds_block
             for name, total in of_rows(dterms, rows).items():
@@ -1062,7 +1148,7 @@ def refined_chunk_loss(plan, h, w, gradients, s, s_target, written, h_matmul, pr
     pairs = pairs[pairs[:, 1] != targets[pairs[:, 0]]] # the targets' own are done already
     core.refine(h, w, s, pairs)
     ds = torch.empty_like(s)
-    chunk_loss = chunk_loss_of(Core(), plan.scores, local_vjp) # of an s that is whole
+    chunk_loss = chunk_loss_of(Core(), plan, local_vjp, plan.measures is not None) # of an s that is whole
     *results, _ = chunk_loss(s, s_target, ds, h_matmul, precomputed, targets, *arguments)
     if gradients:
         core.backward_of_pairs(h, w, s, ds, pairs, *gradients)
@@ -1079,13 +1165,15 @@ def of_rows(terms, rows):
 def dense_loss(plan, inputs, targets, weights):
     """The loss by operations that autograd differentiates as often as one likes; it holds N x V x D."""
     h, w, terms = plan.prepare(inputs)
-    z = plan.scores(plan.core.dense(h, w), terms)
-    nll = weights * nn.functional.cross_entropy(z, targets, reduction="none")
-    return nll if plan.per_row else nll.sum()
+    is_target = torch.arange(len(w), device=targets.device) == targets[:, None]
+    z = plan.scores(plan.core.dense(h, w), terms, is_target)
+    nll = nn.functional.cross_entropy(z, targets, reduction="none")
+    loss = weights * plan.rule.cost(nll, z, plan.num_classes)
+    return loss if plan.per_row else loss.sum()
 
 
 class _Loss(torch.autograd.Function):
-    """sum(weights * -log p_y), or the vector of its terms with plan.per_row. The gradients of the sum are made in the
+    """sum(weights * loss), or the vector of its terms with plan.per_row. The gradients of the sum are made in the
     forward pass, chunk by chunk, and only scaled in the backward pass. The backward pass starts anew for a vector,
     whose upstream gradient it needs, for a second time, and where checkpoint or the like would have kept the gradients.
 
@@ -1123,13 +1211,13 @@ class _Loss(torch.autograd.Function):
 
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in inputs]
-            plan = replace(ctx.plan, per_row=False, at_once=True)
+            plan = replace(ctx.plan, per_row=False, at_once=True, measures=None)
             loss = loss_of(plan, dict(zip(names, inputs)), targets, weights * g)
         return *nothing, *torch.autograd.grad(loss, inputs), *[None] * (2 + ctx.num_terms)
 
 
 def loss_of(plan, inputs, targets, weights):
-    """sum(weights * -log p_y), or the vector of its terms with plan.per_row, of inputs by name."""
+    """sum(weights * loss), or the vector of its terms with plan.per_row, of inputs by name."""
     with full_fp32(inputs["h"]):
         h, w, terms = plan.prepare(inputs)
     return _Loss.apply(plan, targets, weights, tuple(inputs), tuple(terms), *inputs.values(), h, w, *terms.values())
@@ -1147,11 +1235,14 @@ def one_of(what, name, legal):
 
 
 def find(distance, variant=None):
-    """(the variant's name, its entry in DISTANCES); variant None or "" is the default one, the baseline has none.
+    """(the variant's name, its entry in DISTANCES); variant None or "" is the default one, of which the baseline's has
+    no name.
     Raises ValueError with the legal names."""
     if distance == "baseline":
+        if variant == "unit":
+            return variant, UNIT_BASELINE
         if variant:
-            raise ValueError(f"baseline has no variants, got {variant!r}")
+            raise ValueError(f"baseline has no variants, got {variant!r}, but for unit")
         return None, BASELINE
     variants = DISTANCES[one_of("distance", distance, ["baseline", *DISTANCES])]
     variant = one_of(f"{distance} variant", variant or next(iter(variants)), list(variants))
@@ -1182,6 +1273,16 @@ def checked_options(spec, distance, in_features, eps, params):
     return o
 
 
+def core_takes_eps(spec, o):
+    """Whether a distance's core has eps inside, as a number, and so no gradient by it."""
+    others = {name: x for name, x in o.__dict__.items() if name != "eps"}
+    try:
+        spec.core(Options(**others))
+    except AttributeError:
+        return True
+    return False
+
+
 def pairwise(h, weight, distance, variant=None, eps=1e-4, **params):
     """d(h, w) for all pairs: h (N, D), weight (V, D) -> (N, V). params are the distance's own, learned tensors included
     (mahalanobis A, theta, L or covariance (D, D), offset_l2 alpha (V, D)); left out, they have their initial values.
@@ -1207,20 +1308,30 @@ class DistanceHead(nn.Module):
     """An output layer of prototypes, in place of nn.Linear(in_features, num_prototypes, bias=False).
 
     distance, variant, params: see DISTANCES (`python distances.py` lists them); "baseline" is the linear head itself.
-    link: "harmonic" (z = -n log d) or "softmin" (z = -n d).
+    link: "harmonic" (z = -n log d), "softmin" (z = -n d) or "gaussian" (z = -n d^2).
     n: > 0; learn_n=True learns log n. 1 to 4 suits ten classes. A vocabulary needs about sqrt(in_features) or more, on
-        features of unit norm: language_model_head in model.py gives both.
+        features of unit norm: language_model_head in model.py gives both. The linear head is z = n W h.
     eps: bounds -n log d at h = w; where it enters is part of each formula.
     num_classes: rows of the weight from there on are padding (50,257 tokens in 50,304 rows), masked out of p.
+    learn_eps: learn log eps, from eps. Not for distances whose core has eps inside (Canberra, signed Bray-Curtis).
     bias: a learned offset per class in z.
+    learn_scale: a learned factor per class of z, before the bias, from 1: the exponent n s_k of a harmonic head.
+    softcap: c > 0 makes c tanh(z / c) of the scores (Gemma 2: 30, with linear heads 15 to 20 are in use too).
+    z_loss, label_smoothing: in training the loss is (1 - s) (-log p_y) + s mean_k(-log p_k) + c log(sum exp z)^2, with
+        s = label_smoothing and c = z_loss (PaLM: 1e-4). In evaluation it is -log p_y, whatever these are.
+    margin, angular_margin: in training the target's distance is larger by margin, or its angle by so many radians (of
+        cosine only). With cosine, softmin and n the scale, these are CosFace's and ArcFace's margins.
     device, dtype: of all parameters, as in nn.Linear.
 
     Prototypes start as nn.Linear's weight does (kaiming_uniform, a = sqrt 5: +-1/sqrt D), the bias of a linear head as
     its bias does, that of a distance at 0. Raises ValueError for illegal values."""
 
     def __init__(self, in_features, num_prototypes, distance="euclidean", variant=None, link="harmonic", n=1.0,
-                 learn_n=False, eps=1e-4, num_classes=None, bias=False, device=None, dtype=None, **params):
+                 learn_n=False, eps=1e-4, num_classes=None, bias=False, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
+                 margin=0.0, angular_margin=0.0, learn_scale=False, learn_eps=False, device=None, dtype=None, **params):
         super().__init__()
+        self.softcap, self.z_loss, self.label_smoothing = softcap, z_loss, label_smoothing
+        self.margin, self.angular_margin = margin, angular_margin
         self.in_features, self.num_prototypes = in_features, num_prototypes
         self.num_classes = num_prototypes if num_classes is None else num_classes
         self.distance, self.link, self.eps, self.params = distance, one_of("link", link, LINKS), eps, params
@@ -1229,21 +1340,35 @@ class DistanceHead(nn.Module):
             raise ValueError(f"num_classes must lie in 1..{num_prototypes} (the prototypes), got {num_classes}")
         if not n > 0 or not math.isfinite(n):
             raise ValueError(f"n must be > 0 and finite, got {n}")
+        ends = dict(softcap=math.inf, z_loss=math.inf, label_smoothing=1, margin=math.inf, angular_margin=math.pi)
+        for name, end in ends.items():
+            if not 0 <= getattr(self, name) < end:
+                raise ValueError(f"{name} must lie in [0, {end:.4g}), got {getattr(self, name)}")
+        if angular_margin and distance != "cosine":
+            raise ValueError(f"angular_margin is one of angles, which cosine has, got {distance}: use margin")
+        if margin and distance == "baseline":
+            raise ValueError("margin is one of distances, of which a linear head has none: use cosine, softmin")
         for name in (*spec.tensors, *spec.buffers):
             if name in params:
                 raise ValueError(f"{name} belongs to the head (head.{name}), it is not an argument")
         self.options = checked_options(spec, distance, in_features, eps, params)
+        if learn_eps and (distance == "baseline" or core_takes_eps(spec, self.options)):
+            raise ValueError(f"learn_eps is for distances to which eps is added at the end, got {distance}")
+        if learn_eps and not eps > 0:
+            raise ValueError(f"learn_eps begins with eps, which must be > 0 then, got {eps}")
         self.weight = nn.Parameter(torch.empty(num_prototypes, in_features))
         for name, make in spec.tensors.items():
             self.register_parameter(name, nn.Parameter(make(num_prototypes, in_features)))
         for name, make in spec.buffers.items():
             self.register_buffer(name, make(num_prototypes, in_features))
         if distance == "baseline":
-            self.link, n, learn_n = "softmin", 1.0, False
+            self.link = "softmin"
         self.fixed_n = None if learn_n else float(n)
         if learn_n:
             self.log_n = nn.Parameter(torch.tensor(math.log(n)))
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_prototypes)) if bias else None)
+        self.register_parameter("scale", nn.Parameter(torch.ones(num_prototypes)) if learn_scale else None)
+        self.register_parameter("log_eps", nn.Parameter(torch.tensor(math.log(eps))) if learn_eps else None)
         self.compiled = None # see compile_loss
         self.mm_dtype = None # of the loss's matrix products; None: bf16 on a GPU under autocast to bf16, else as h is
         self.validate = True # check h and targets at every call: it waits for the device, a training loop may skip it
@@ -1264,6 +1389,10 @@ class DistanceHead(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        for name in ("scale", "log_eps"): # a pickle of an earlier version has neither these
+            self._parameters.setdefault(name, None)
+        for name in ("softcap", "z_loss", "label_smoothing", "margin", "angular_margin"): # nor these
+            self.__dict__.setdefault(name, 0.0)
         if self.distance not in DISTANCES and self.distance != "baseline":
             raise ValueError(f"this head has the distance {self.distance!r}, which DISTANCES does not hold here: "
                              "register it before the head is loaded, as was done where it was made")
@@ -1277,7 +1406,7 @@ class DistanceHead(nn.Module):
     def kind(self):
         """What the head is, in words that two heads share only if the same weights give the same distances and link."""
         if self.distance == "baseline":
-            return "linear"
+            return " ".join(["linear", *filter(None, [self.variant])])
         numbers = {name: x for name, x in {**self.spec.params, **self.params}.items() if name != "momentum"}
         words = [f"{name}={x:g}" for name, x in sorted(numbers.items())]
         return " ".join([self.distance, self.variant, self.link, *words])
@@ -1285,7 +1414,7 @@ class DistanceHead(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The state dict gets the kind too, as bytes: a linear layer refuses it."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.distance != "baseline":
+        if self.kind != "linear":
             destination[f"{prefix}kind"] = torch.tensor(list(self.kind.encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -1303,9 +1432,9 @@ class DistanceHead(nn.Module):
         """Change the number of prototypes, in place: the first ones stay, new ones start as those of a new head do. The
         parameters are new ones, which the optimizer has to be told. Returns self, for
         model.set_output_embeddings(head.resize(n))."""
-        arguments = dict(self.params, bias=self.bias is not None)
+        arguments = dict(self.params, bias=self.bias is not None, learn_scale=self.scale is not None)
         fresh = DistanceHead(self.in_features, num_prototypes, self.distance, self.variant, **arguments)
-        for name in ("weight", "bias", *self.spec.tensors):
+        for name in ("weight", "bias", "scale", *self.spec.tensors):
             old, new = getattr(self, name), getattr(fresh, name)
             if old is None or old.shape == new.shape:
                 continue
@@ -1319,12 +1448,31 @@ class DistanceHead(nn.Module):
     def extra_repr(self):
         padding = f" of {self.num_prototypes}" if self.num_classes < self.num_prototypes else ""
         words = [f"{self.in_features} -> {self.num_classes}{padding}, {self.distance}"]
+        learned = " learned" if self.fixed_n is None else ""
+        n = f"n={torch.as_tensor(self.n).item():.4g}{learned}"
         if self.distance != "baseline":
-            learned = " learned" if self.fixed_n is None else ""
-            n = f"n={torch.as_tensor(self.n).item():.4g}{learned}"
             words = [f"{words[0]} ({self.variant})", self.link, n, f"eps={self.eps:g}"]
+            if self.log_eps is not None:
+                words[-1] = f"eps={self.log_eps.exp().item():g} learned"
+        else:
+            words += [] if self.variant is None else [self.variant]
+            words += [] if self.fixed_n == 1 else [n]
         numbers = {**self.spec.params, **self.params}
-        return ", ".join([*words, *(f"{name}={value}" for name, value in numbers.items())])
+        words += [f"{name}={value}" for name, value in numbers.items()]
+        if self.bias is not None:
+            words.append("bias")
+        if self.scale is not None:
+            words.append("learned scale")
+        for name in ("softcap", "z_loss", "label_smoothing", "margin", "angular_margin"):
+            if getattr(self, name):
+                words.append(f"{name}={getattr(self, name):g}")
+        return ", ".join(words)
+
+    @property
+    def is_linear(self):
+        """Whether the scores are those of nn.Linear without a bias, z = W h and nothing else: the baseline."""
+        is_bare = self.bias is None and self.scale is None and not self.softcap
+        return self.kind == "linear" and self.fixed_n == 1 and is_bare
 
     @property
     def n(self):
@@ -1355,8 +1503,17 @@ class DistanceHead(nn.Module):
             return self._scores(*self._inputs(h)).reshape(*h.shape[:-1], self.num_classes)
 
     def _scores(self, *inputs):
-        z = link_scores(self._distances(*inputs), self.n, self.link)
-        return z if self.bias is None else z + self.bias[:self.num_classes].to(z.dtype)
+        d, terms = self._distances(*inputs), {"n": self.n}
+        for name in ("bias", "scale"):
+            if getattr(self, name) is not None:
+                terms[name] = getattr(self, name)[:self.num_classes].to(d.dtype)
+        return self._rule().scores(d, terms)
+
+    def _rule(self):
+        in_training = ()
+        if self.training:
+            in_training = self.z_loss, self.label_smoothing, self.margin, self.angular_margin
+        return Rule(self.link, self.fixed_n, self.softcap, *in_training)
 
     def _distances(self, h, weight, tensors):
         if isinstance(self.core, Tiles):
@@ -1365,7 +1522,8 @@ class DistanceHead(nn.Module):
         return d[:, :self.num_classes]
 
     def _inputs(self, h):
-        """h (..., D) -> (N, D), the weight, and the learned tensors by name, all in fp32 (fp64 stays)."""
+        """h (..., D) -> (N, D), the weight, and the learned tensors by name, with eps if it is one, all in fp32 (fp64
+        stays)."""
         if h.shape[-1] != self.in_features:
             raise ValueError(f"the head takes features of size {self.in_features}, got {tuple(h.shape)}")
         h = h.reshape(-1, self.in_features)
@@ -1376,7 +1534,10 @@ class DistanceHead(nn.Module):
                 raise ValueError(f"h is not finite: {wrong.sum().item()} of {h.numel()} values, the first in row {row}")
         dtype = at_least_fp32(h.dtype, self.weight.dtype)
         h, weight = h.to(dtype), self.weight.to(dtype)
-        return h, weight, {name: getattr(self, name).to(dtype) for name in self.spec.tensors}
+        tensors = {name: getattr(self, name).to(dtype) for name in self.spec.tensors}
+        if self.log_eps is not None:
+            tensors["eps"] = self.log_eps.to(dtype).exp()
+        return h, weight, tensors
 
     def _options(self, h, weight):
         """The options of this call, with the estimates and a sample of the noise, as the backward pass may need
@@ -1387,16 +1548,20 @@ class DistanceHead(nn.Module):
         return self.options.updated(validate=self.validate, **changing)
 
     @torch.compiler.disable # the chunk loop and its own gradients stay out of the compiled graph
-    def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None):
-        """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory. Value and gradients are equal
-        but for rounding, however close h comes to a prototype. A distance that transforms h and w first (cosine,
-        Mahalanobis, Hamming, normalized Bray-Curtis) rounds them: at a gap |h - w| = e |h| in fp32 a gradient is right
-        to some 3e-7 / e.
+    def loss(self, h, targets, ignore_index=-100, reduction="mean", chunk=None, weights=None, measures=False):
+        """-log p_y in nats, F.cross_entropy(head(h), targets) without N x V in memory; in training, what z_loss,
+        label_smoothing and margins make of it. Value and gradients are equal but for rounding, however close h comes to
+        a prototype. A distance that transforms h and w first (of unit vectors, Mahalanobis, Hamming, normalized
+        Bray-Curtis) rounds them: at a gap |h - w| = e |h| in fp32 a gradient is right to some 3e-7 / e.
 
         h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction:
         "mean" over the targets that count, "sum", or "none", per target, whose backward pass computes the distances
         again. chunk: rows at a time, by default 256 (elementwise 128), or 1024 on a GPU, and more where a buffer stays
         below 8 MB (4 MB; 256 MB on a GPU).
+
+        weights (...): how much each target counts, without a gradient; "mean" divides by their sum. measures: return
+        (loss, Measures) of the same pass, with predicted (...), so that (predicted == targets) is token accuracy, and
+        entropy (...) of p, in nats, both without a gradient, and in training with the target's margin if there is one.
 
         Everything runs in fp32 with autocast off, but for the operands of matrix products (mm_dtype), and gradients of
         the weight accumulate in fp32. Second derivatives are right, and hold N x V x D. torch.compile runs the loss
@@ -1414,6 +1579,9 @@ class DistanceHead(nn.Module):
         autocast_dtype = torch.get_autocast_dtype("cuda") if h.is_cuda and torch.is_autocast_enabled("cuda") else None
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if weights is not None and weights.shape != targets.shape:
+            raise ValueError(f"weights {tuple(weights.shape)} and targets {tuple(targets.shape)} do not fit: each "
+                             "target has one")
         shape, targets = targets.shape, targets.reshape(-1).long()
         counts = targets != ignore_index
         if self.validate:
@@ -1423,21 +1591,29 @@ class DistanceHead(nn.Module):
             if self.spec.buffers and self.training:
                 self._update_covariance(h.detach()[counts], targets[counts])
             differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (h, *self.parameters()))
-            if chunk is None and self._is_small(h) and not self._is_compiled(h, differentiate):
+            is_plain = weights is None and not self._rule().adds and not self._is_compiled(h, differentiate)
+            if chunk is None and self._is_small(h) and is_plain:
                 z = self._scores(h, weight, tensors)
                 loss = nn.functional.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
-                return loss.reshape(shape) if reduction == "none" else loss
+                loss, z = loss.reshape(shape) if reduction == "none" else loss, z.detach()
+                return with_measures(loss, shape, measures_of(z, z.log_softmax(1))) if measures else loss
             o = self._options(h, weight)
             inputs = {"h": h, "weight": weight, **tensors}
             if self.fixed_n is None:
                 inputs["n"] = self.n.to(h.dtype)
-            if self.bias is not None:
-                inputs["bias"] = self.bias.to(h.dtype)
-            weights = counts.to(h.dtype)
+            for name in ("bias", "scale"):
+                if getattr(self, name) is not None:
+                    inputs[name] = getattr(self, name).to(h.dtype)
+            given, weights = weights, counts.to(h.dtype)
+            if given is not None:
+                weights = weights * given.detach().reshape(-1).to(h.dtype)
             if reduction == "mean":
-                weights = weights / counts.sum().clamp_min(1)
+                weights = weights / (counts.sum().clamp_min(1) if given is None else weights.sum())
             targets = targets.where(counts, torch.zeros_like(targets))
-            plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
+            filled = None
+            if measures:
+                filled = Measures(torch.empty_like(targets), h.new_empty(len(h)))
+            plan = self._plan(inputs, o, chunk, autocast_dtype, reduction == "none", filled)
             try:
                 loss = self._loss_of(plan, inputs, targets, weights)
             except Exception as e:
@@ -1447,13 +1623,13 @@ class DistanceHead(nn.Module):
                 reason = repr(e)[:200]
                 warnings.warn(f"torch.compile does not work here, large batches take longer: {reason}", stacklevel=2)
                 self.compile_loss(False)
-                plan = self._plan(inputs, o, chunk, autocast_dtype, per_row=reduction == "none")
+                plan = self._plan(inputs, o, chunk, autocast_dtype, reduction == "none", filled)
                 loss = self._loss_of(plan, inputs, targets, weights)
         if reduction == "none":
-            return loss.reshape(shape)
+            loss = loss.reshape(shape)
         if reduction == "mean": # the mean of nothing, as F.cross_entropy has it, with gradients of 0
-            return loss.where(counts.any(), torch.nan)
-        return loss
+            loss = loss.where(counts.any(), torch.nan)
+        return with_measures(loss, shape, filled) if measures else loss
 
     def _is_small(self, h):
         return self.mm_dtype is None and len(h) * self.num_prototypes <= SMALL["N x V"]
@@ -1470,7 +1646,7 @@ class DistanceHead(nn.Module):
             raise ValueError(f"target {illegal[0].item()} is out of range: the head has classes "
                              f"0..{self.num_classes - 1} (ignore_index={ignore_index})")
 
-    def _plan(self, inputs, o, chunk, autocast_dtype, per_row):
+    def _plan(self, inputs, o, chunk, autocast_dtype, per_row, measures=None):
         h, core = inputs["h"], self.core
         if chunk is None and h.is_cuda:
             rows = max(1, 2 ** 27 // self.num_prototypes) # 512 MB of scores, and half of that for their gradient
@@ -1483,17 +1659,17 @@ class DistanceHead(nn.Module):
             matmul_dtype = self.mm_dtype or automatic
         differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values())
         compiled = self._is_compiled(h, differentiate)
-        link, n, num_classes = self.link, self.fixed_n, self.num_classes
+        rule, num_classes = self._rule(), self.num_classes
         at_once = differentiate and not per_row and not saved_tensor_hooks()
-        plan = Plan(core, self.spec, o, link, n, num_classes, chunk, matmul_dtype, per_row, at_once, compiled)
-        key = link, n, num_classes, compiled
+        plan = Plan(core, self.spec, o, rule, num_classes, chunk, matmul_dtype, per_row, at_once, compiled)
+        key = rule, num_classes, compiled, measures is not None
         if key not in self._chunk_losses:
             vjp = torch.func.vjp if compiled else local_vjp # the compiler takes the one, hooks allow the other
-            scores = replace(plan, o=self.options).scores # what is kept must not hold this call's noise
-            chunk_loss = chunk_loss_of(core, scores, vjp)
+            kept = replace(plan, o=self.options) # it must not hold this call's noise
+            chunk_loss = chunk_loss_of(core, kept, vjp, measures is not None)
             options = KEEP_NOTHING if h.is_cuda else None
             self._chunk_losses[key] = with_own_cache(chunk_loss, options=options) if compiled else chunk_loss
-        plan.chunk_loss = self._chunk_losses[key]
+        plan.chunk_loss, plan.measures = self._chunk_losses[key], measures
         return plan
 
     def _is_compiled(self, h, differentiate):
@@ -1516,6 +1692,10 @@ class DistanceHead(nn.Module):
             torch.distributed.all_reduce(freedom)
         if freedom.item() > 0: # some class was seen twice
             self.covariance.lerp_((scatter / freedom).to(self.covariance.dtype), 1 - self.options.momentum)
+
+
+def with_measures(loss, shape, measures):
+    return loss, Measures(*(x.reshape(shape) for x in measures))
 
 
 class HarmonicLoss(nn.Module):
@@ -1558,11 +1738,25 @@ def parse_head(text, variant="", params=""):
     return arguments
 
 
+# DistanceHead's arguments that are settings of the scripts by the same name; their `head_bias` is its bias, as a model
+# has a bias of its own
+OF_EVERY_HEAD = ("link", "n", "learn_n", "eps", "learn_eps", "learn_scale", "softcap", "z_loss", "label_smoothing",
+                 "margin", "angular_margin")
+
+
+def head_arguments(settings):
+    """DistanceHead's arguments in a dict of settings, which may hold others and need not have all. Raises ValueError as
+    parse_head does."""
+    arguments = parse_head(settings["distance"], settings["variant"], settings["distance_params"])
+    arguments.update({name: settings[name] for name in OF_EVERY_HEAD if name in settings})
+    return {**arguments, "bias": settings.get("head_bias", False)}
+
+
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL) # `python distances.py | head` ends without a word
     print(f"{'distance':<12}{'variant':<11}{'parameters':<33}d(h, w)")
-    for distance, variants in {"baseline": {"": BASELINE}, **DISTANCES}.items():
+    for distance, variants in {"baseline": {"": BASELINE, "unit": UNIT_BASELINE}, **DISTANCES}.items():
         for variant, spec in variants.items():
             numbers = [f"{name}={value:g}" for name, value in spec.params.items()]
             params = ", ".join([*numbers, *(f"{name} (learned)" for name in spec.tensors)])

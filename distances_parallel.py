@@ -29,9 +29,13 @@ def local(x):
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+# what a DistanceHead adds to the loss in training, and this one refuses
+NOT_SPLIT = "z_loss", "label_smoothing", "margin", "angular_margin"
+
+
 def has_rows(head, name):
     """Whether that parameter of a head has a row for each prototype, and is split with them."""
-    if name in ("weight", "bias"):
+    if name in ("weight", "bias", "scale"):
         return True
     make = head.spec.tensors.get(name)
     return make is not None and make(1, 1).shape != make(2, 1).shape
@@ -76,10 +80,12 @@ class ParallelHead(DistanceHead):
     def _is_compiled(self, h, differentiate):
         return False # the compiler would have to see what lies between ranks
 
-    def _plan(self, inputs, o, chunk, autocast_dtype, per_row):
+    def _plan(self, inputs, o, chunk, autocast_dtype, per_row, measures=None):
+        if self._rule().adds:
+            raise ValueError(f"a head that is split between ranks has no {' and no '.join(NOT_SPLIT)}")
         on_cpu, on_gpu = self.of_one_chunk
         rows = max(1, (on_gpu if inputs["h"].is_cuda else on_cpu) // len(inputs["weight"]))
-        plan = super()._plan(inputs, o, chunk or rows, autocast_dtype, per_row)
+        plan = super()._plan(inputs, o, chunk or rows, autocast_dtype, per_row, measures)
         first = dist.get_rank(self.group) * len(inputs["weight"])
         own_classes = min(max(self.num_classes - first, 0), len(inputs["weight"])) # the rest of this share is padding
         return replace(plan, num_classes=own_classes)
@@ -171,16 +177,24 @@ def parallel_loss(plan, group, h, w, terms, targets, weights, differentiate):
                 z, pull = local_vjp(plan.scores, s, terms_c)
             else:
                 z = plan.scores(s, terms_c)
-            z_max = z.amax(1)
+            z_max, own_max = z.amax(1), z.amax(1)
+            predicted = z.argmax(1) + rank * len(w) if plan.measures else None
             dist.all_reduce(z_max, dist.ReduceOp.MAX, group)
             z -= z_max[:, None]
             of_targets = z.new_zeros(c).index_put_((i,), z[i, j])
+            of_entropy = [(z.exp() * z.clamp_min(torch.finfo(z.dtype).min)).sum(1)] if plan.measures else []
             p = z.exp_()
-            parts = torch.stack([p.sum(1), of_targets])
+            parts = torch.stack([p.sum(1), of_targets, *of_entropy])
             dist.all_reduce(parts, group=group)
-            total, of_targets = parts
+            total, of_targets, *of_entropy = parts
             if rank == owner:
                 nll[rows] = total.log() - of_targets
+            if plan.measures:
+                predicted[own_max < z_max] = torch.iinfo(predicted.dtype).max # another rank has the largest
+                dist.all_reduce(predicted, dist.ReduceOp.MIN, group)
+                if rank == owner:
+                    plan.measures.predicted[rows] = predicted
+                    plan.measures.entropy[rows] = total.log() - of_entropy[0] / total
             if not differentiate:
                 continue
 

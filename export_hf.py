@@ -135,7 +135,7 @@ def hf_tokenizer(data_dir, model, data_hash=None):
 # the model card
 
 _DISTANCE_HEAD = """
-## Its output layer is a distance, not a dot product
+## Its output layer is not a plain dot product
 
 `{head}`: each token k has a prototype w_k, and softmax of the logits {z} of a hidden state h is the probability, with
 
@@ -149,7 +149,7 @@ that it is not made for them (`_supports_attention_backend = False`, which vLLM 
 There is no key-value cache: `use_cache` is taken and has no effect, each token costs a full forward pass. In training,
 `labels` give the loss alone, which then never holds tokens x vocabulary; in evaluation the logits come too.
 """
-LOGITS = {"harmonic": "z_k = -n log d(h, w_k)", "softmin": "z_k = -n d(h, w_k)"}
+LOGITS = {"harmonic": "z_k = -n log d(h, w_k)", "softmin": "z_k = -n d(h, w_k)", "gaussian": "z_k = -n d(h, w_k)^2"}
 
 
 def front_matter(model, settings, info, energy):
@@ -179,7 +179,7 @@ def model_card(model, step, info, note):
     energy = read_emissions(out_dir)
     _, evals, _ = read_rows(out_dir, "train.py")
     settings, head, auto, name = info["config"], model.head, auto_class(model), os.path.basename(os.path.normpath(to))
-    is_linear = head.distance == "baseline"
+    is_linear = head.is_linear
     losses = [row["val_loss"] for row in evals if row["step"] == step]
     sequences = settings["batch_size"] * settings["gradient_accumulation_steps"]
     facts = {
@@ -202,7 +202,10 @@ def model_card(model, step, info, note):
               f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})', f"```\n{note}"]
     if not is_linear:
         z = LOGITS.get(head.link, f"of the link {head.link}")
-        parts.append(_DISTANCE_HEAD.format(head=head.extra_repr(), z=z, formula=head.spec.formula))
+        about = dict(head=head.extra_repr(), z=z, formula=head.spec.formula)
+        if head.distance == "baseline":
+            about["formula"] = "-<h, w>, of unit vectors" if head.variant else "-<h, w>"
+        parts.append(_DISTANCE_HEAD.format(**about))
     own = {key: value for key, value in settings.items() if key not in ("out_dir", "data_dir")}
     parts.append(f"## All settings\n\n```json\n{json.dumps(own, indent=1)}\n```\n")
     return "\n".join(parts)
@@ -219,7 +222,7 @@ def main():
         problems.append(f"{to} exists: name another folder")
     fail(problems)
     model, settings, step = load_run(out_dir, checkpoint, "cpu")
-    is_linear = model.config.distance == "baseline"
+    is_linear = model.head.is_linear
     try:
         transformers = import_transformers("export_hf.py writes a folder for transformers")
         info = read_config(out_dir)

@@ -304,12 +304,13 @@ COLOURS = dict(baseline="#000000", euclidean="#d55e00", manhattan="#14397d", che
 
 
 def style(head):
-    """Colour by distance, line and marker by variant, hollow markers for the softmin link: the same in every figure."""
+    """Colour by distance, line and marker by variant, hollow markers for the softmin link, grey for gaussian: the same
+    in every figure."""
     variants = list(DISTANCES.get(head.distance, ()))
     i = variants.index(head.variant) % 4 if head.variant in variants else 0
     colour = COLOURS.get(head.distance, "#777777")
-    face = "w" if head.link == "softmin" else colour
-    width = 2.2 if head.distance == "baseline" else 1.6
+    face = {"softmin": "w", "gaussian": "#cccccc"}.get(head.link, colour)
+    width = 2.2 if head.is_baseline else 1.6
     return dict(color=colour, ls=("-", "--", ":", "-.")[i], lw=width, marker="os^D"[i], ms=5, mfc=face)
 
 

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import safe
-from distances_parallel import ParallelEmbedding, ParallelHead, has_rows, local
+from distances_parallel import NOT_SPLIT, ParallelEmbedding, ParallelHead, has_rows, local
 from model_qwen2 import SCALES
 
 # -----------------------------------------------------------------------------
@@ -47,6 +47,10 @@ def problems(config):
     if config["variant"] == "covariance":
         found.append("variant is 'covariance', whose estimate needs what no rank has with sharding=fsdp: "
                      "use another variant of mahalanobis")
+    for name in NOT_SPLIT:
+        if config.get(name):
+            found.append(f"{name} is {config[name]}, which the loss over split prototypes does not have: "
+                         "set it to 0, or sharding to 'none'")
     return found
 
 

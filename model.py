@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distances import DistanceHead, find, parse_head
+from distances import DistanceHead, find, head_arguments
 
 # -----------------------------------------------------------------------------
 # the head of a language model
@@ -50,6 +50,8 @@ def default_scales(distance, variant, D):
     """
     variant, _ = find(distance, variant)
     n = N_SCALES.get((distance, variant), 1.0) * math.sqrt(D)
+    if (distance, variant) == ("baseline", None): # the linear head as it is
+        n = 1.0
     feature_scale = 1.0 if (distance, variant) in UNIT_VARIANCE else D ** -0.5 # unit variance times D^-0.5 is unit norm
     return n, feature_scale
 
@@ -79,10 +81,8 @@ def lm_head(config, num_ids=0):
     Make the head that a model's config describes. num_ids is for a model that reads ids which it never predicts, as
     BERT reads [MASK]: the weight, which may be tied to the embedding, then has rows for them too.
     """
-    arguments = parse_head(config.distance, config.variant, config.distance_params)
-    return language_model_head(config.n_embd, config.vocab_size, **arguments, n=config.n, link=config.link,
-                               learn_n=config.learn_n, eps=config.eps, feature_scale=config.feature_scale,
-                               rows=padded(num_ids or config.vocab_size))
+    return language_model_head(config.n_embd, config.vocab_size, feature_scale=config.feature_scale,
+                               rows=padded(num_ids or config.vocab_size), **head_arguments(vars(config)))
 
 
 # -----------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
         """
         state = hf_model.state_dict()
         for name, p in self.state_dict().items():
-            if name.startswith("head.") and not with_head:
+            if name.startswith("head.") and not (with_head and name == "head.weight"): # theirs have nothing else
                 continue
             parts = self.hf_weights(name, state)
             for ours, theirs in zip(p.chunk(len(parts)), parts):
@@ -143,7 +143,7 @@ class LanguageModel(nn.Module):
         Copy transformers' weights into this model. A distance head that is not tied to the embedding keeps its own
         prototypes: the output vectors of theirs were made for dot products.
         """
-        with_head = self.config.distance == "baseline" and not self.config.tie_weights
+        with_head = self.head.kind == "linear" and not self.config.tie_weights
         for _, ours, theirs in self.matched_weights(hf_model, with_head):
             ours.copy_(theirs)
 
@@ -159,9 +159,9 @@ class LanguageModel(nn.Module):
 
     def refuse_distance_head(self):
         """Raise ValueError for a head that transformers cannot hold without code of ours."""
-        if self.config.distance != "baseline":
+        if not self.head.is_linear:
             raise ValueError(f"transformers has no layer for the {self.config.distance} head: "
-                             "export_hf.py writes a folder that brings it")
+                             f"export_hf.py writes a folder that brings it ({self.head.extra_repr()})")
 
 
 @contextmanager
@@ -226,6 +226,12 @@ class GPTConfig:
     n: float = 0.0 # exponent; 0: the distance's default
     learn_n: bool = False
     eps: float = 1e-4
+    learn_eps: bool = False
+    head_bias: bool = False
+    learn_scale: bool = False
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
     feature_scale: float = 0.0 # hidden states are multiplied by it; 0: the distance's default
 
 
@@ -358,7 +364,7 @@ class GPT(LanguageModel):
         weights["head.weight"] = weights["lm_head.weight"]
         state = model.state_dict()
         names = [name for name in state if not name.startswith("head.")]
-        if model.config.distance == "baseline" and not model.config.tie_weights:
+        if model.head.kind == "linear" and not model.config.tie_weights:
             names.append("head.weight")
         missing = [name for name in names if name not in weights]
         if missing:

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import safe
-from distances import DistanceHead, pairwise, parse_head
+from distances import DistanceHead, head_arguments, pairwise, parse_head
 from metrics import sums_by_class
 from model_vision import BACKBONES, VisionConfig, VisionNet
 
@@ -140,16 +140,20 @@ class MetricConfig:
     n: float = 1.0
     learn_n: bool = False
     eps: float = 1e-4
+    learn_eps: bool = False
+    head_bias: bool = False
+    learn_scale: bool = False
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
     feature_scale: float = 1.0
 
 
 def make_loss(c):
     """The DistanceHead or LibraryLoss of a MetricConfig. Raises ValueError for a loss or distance that there is not."""
-    arguments = parse_head(c.distance, c.variant, c.distance_params)
     if c.loss == "head":
-        return DistanceHead(c.embedding_size, c.num_classes, **arguments, link=c.link, n=c.n, learn_n=c.learn_n,
-                            eps=c.eps)
-    own = {}
+        return DistanceHead(c.embedding_size, c.num_classes, **head_arguments(vars(c)))
+    arguments, own = parse_head(c.distance, c.variant, c.distance_params), {}
     if c.distance != "baseline":
         if c.loss in ("arcface", "ccl"):
             raise ValueError(f"{c.loss} is made of cosines and takes no other distance, got {c.distance}")

@@ -40,6 +40,12 @@ class Qwen2Config:
     n: float = 0.0 # exponent; 0: the distance's default
     learn_n: bool = False
     eps: float = 1e-4
+    learn_eps: bool = False
+    head_bias: bool = False
+    learn_scale: bool = False
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
     feature_scale: float = 0.0 # hidden states are multiplied by it; 0: the distance's default
 
 

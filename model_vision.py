@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distances import DistanceHead, parse_head
+from distances import DistanceHead, head_arguments
 
 
 def at_least(pixels, name, image_shape):
@@ -404,6 +404,14 @@ class VisionConfig:
     n: float = 1.0 # exponent, the paper's (Table 8)
     learn_n: bool = False
     eps: float = 1e-4
+    learn_eps: bool = False
+    head_bias: bool = False
+    learn_scale: bool = False
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    margin: float = 0.0
+    angular_margin: float = 0.0
     feature_scale: float = 1.0 # features are multiplied by it
 
 
@@ -422,9 +430,8 @@ class VisionNet(nn.Module):
         self.config = config
         self.backbone = BACKBONES[config.model](config.image_shape)
         # the head is made last, so that every head meets the same backbone for the same seed
-        arguments = parse_head(config.distance, config.variant, config.distance_params)
-        self.head = DistanceHead(self.backbone.num_features, config.num_classes, **arguments, link=config.link,
-                                 n=config.n, learn_n=config.learn_n, eps=config.eps)
+        arguments = head_arguments(vars(config))
+        self.head = DistanceHead(self.backbone.num_features, config.num_classes, **arguments)
         self.head.feature_scale = config.feature_scale
 
     def features(self, x):

@@ -46,7 +46,7 @@ dpi = 130 # of the figures
 
 
 def n_text(section, head):
-    if head.distance == "baseline":
+    if head.is_baseline:
         return ""
     text, n_at_end = f"{section.heads[head][0].info['n']:.3g}", section.n_at_end(head)
     if head.setting == "learned" and n_at_end is not None:

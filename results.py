@@ -22,20 +22,26 @@ import numpy as np
 from tqdm import tqdm
 
 import metrics
-from distances import DISTANCES, find, parse_head
+from distances import DISTANCES, find
 from metrics import METRICS
-from run_folder import Damaged, finite, read_config, read_emissions, read_rows, read_summary, readable
+from run_folder import (
+    HEAD_KEYS,
+    Damaged,
+    Head,
+    finite,
+    head_of,
+    read_config,
+    read_emissions,
+    read_rows,
+    read_summary,
+    readable,
+)
 
 QUALITY = {"vision": "test_accuracy", "language": "val_loss"}
 VALIDATION = {"vision": "val_accuracy", "language": "val_loss"}
-# the settings that make a head, and those that decide neither a result nor its energy. All others have to agree where
-# runs are averaged
-HEAD_KEYS = ("loss", "distance", "variant", "distance_params", "link", "n", "learn_n", "eps", "feature_scale")
+# what decides neither a result nor its energy. All other settings have to agree where runs are averaged
 IGNORED = (*HEAD_KEYS, "seed", "out_dir", "data_dir", "overwrite", "plots", "wandb_log", "tracker",
            "wandb_project", "wandb_run_name", "wandb_mode", "device", "dtype", "time_limit")
-# setting: 'fixed', 'given' (on the command line) or 'learned' n. A loss of train_metric.py that is no head has its name
-# in the place of the distance, and in that of the variant the distance between samples, if it is not the loss's own
-Head = namedtuple("Head", "distance variant params link setting n eps feature_scale")
 
 # -----------------------------------------------------------------------------
 # reading
@@ -69,26 +75,6 @@ def find_runs(folders, name="config.json"):
             if name in files:
                 found[os.path.realpath(path)] = path
     return sorted(found.values())
-
-
-def head_of(info):
-    """The Head of a config.json. "minkowski:p=3" is the same one as "minkowski" with the parameters "p=3"."""
-    c = info["config"]
-    params = parse_head(c["distance"], c["variant"], c["distance_params"])
-    distance, variant = params.pop("distance"), params.pop("variant")
-    variant, _ = find(distance, variant)
-    if c.get("loss", "head") != "head":
-        words = [] if distance == "baseline" else [distance, variant, c["distance_params"]]
-        return Head(c["loss"], " ".join(filter(None, words)), "", "", "fixed", 0.0, c["eps"], c["feature_scale"])
-    if distance == "baseline": # has neither n nor link
-        return Head("baseline", "", "", "", "fixed", 0.0, 0.0, c["feature_scale"])
-    setting = "fixed"
-    if c["learn_n"]:
-        setting = "learned"
-    elif c["n"] and info["sources"]["n"] == "command line":
-        setting = "given"
-    params = ", ".join(f"{name}={value:g}" for name, value in sorted(params.items()))
-    return Head(distance, variant, params, c["link"], setting, c["n"], c["eps"], c["feature_scale"])
 
 
 def fingerprint_of(info):
@@ -272,19 +258,20 @@ def by_head(runs):
 
 def label(head, usual):
     """The head in words: what is not the default, or not usual in its section, is said."""
-    if head.distance == "baseline":
+    if head.is_baseline:
         return "baseline"
     usual_variant = find(head.distance)[0] if head.distance in DISTANCES else ""
     variant = "" if head.variant == usual_variant else f" {head.variant}"
     words = [head.distance + variant, head.params]
     if head.link != "harmonic":
-        words.append(head.link) # a loss that is no head has none
+        words.append(head.link) # a loss that is no head has none, nor has a linear head
     if head.setting == "given":
         words.append(f"n={head.n:g}")
     elif head.setting == "learned":
         words.append("learned n")
+    words.append(head.extras)
     for key, value in usual.items():
-        if getattr(head, key) != value:
+        if getattr(head, key) != value and head.distance != "baseline":
             words.append(f"{key}={getattr(head, key):g}")
     return ", ".join(word for word in words if word)
 
@@ -304,7 +291,9 @@ def make_labels(heads, usual):
     labels = {head: label(head, usual) for head in heads}
     counts = Counter(labels.values())
     for head, text in labels.items():
-        if counts[text] > 1: # fixed n from several files
+        if counts[text] > 1 and head.distance == "baseline": # its features' scale is its temperature
+            labels[head] = f"{text} (features x {head.feature_scale:g})"
+        elif counts[text] > 1: # fixed n from several files
             labels[head] = f"{text} ({head.n:g})"
     return labels
 
@@ -460,7 +449,7 @@ def make_section(name, slug, runs):
     heads = by_head(runs)
     baseline, most = None, 0
     for head in heads:
-        if head.distance == "baseline" and len(heads[head]) > most:
+        if head.is_baseline and len(heads[head]) > most:
             baseline, most = head, len(heads[head])
     target = target_error(heads.get(baseline, []))
     usual = usual_settings(runs)
@@ -503,7 +492,7 @@ def records(sections):
     for section in sections:
         for run in section.runs:
             setting, n = run.head.setting, run.info["n"]
-            if run.head.distance == "baseline": # has no n
+            if run.head.is_baseline: # has no n
                 setting = n = ""
             values = {key: run.values.get(key) for key in METRICS}
             result.append(dict(dataset=run.dataset, model=run.model, head=section.labels[run.head], n_setting=setting,

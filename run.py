@@ -25,7 +25,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from operator import itemgetter
 
@@ -37,7 +37,7 @@ import metrics
 import safe
 from configurator import fail
 from data import replacing
-from distances import DistanceHead, parse_head
+from distances import DistanceHead, head_arguments
 from emissions import Emissions, grid_factor
 from safe import print0, ranks, read_metrics
 
@@ -135,8 +135,7 @@ def check(config, **choices):
             problems.append(f"{key} is {config[key]!r}: use {', '.join(legal)}")
     n = config["n"] if config["n"] > 0 else 1.0
     try:
-        arguments = parse_head(config["distance"], config["variant"], config["distance_params"])
-        DistanceHead(8, 8, **arguments, link=config["link"], n=n, learn_n=config["learn_n"], eps=config["eps"])
+        DistanceHead(8, 8, **head_arguments({**config, "n": n}))
     except ValueError as e:
         problems.append(str(e))
     _, local_rank, _ = ranks()
@@ -310,6 +309,8 @@ def load_checkpoint(out_dir, model, config, data_hash, fixed=()):
     ckpt = safe.recover(os.path.join(out_dir, "ckpt.pt"))
     here = {**asdict(model.config), **{key: config[key] for key in fixed}}
     there = {**ckpt["model_args"], **{key: ckpt["config"][key] for key in fixed}}
+    for field in fields(model.config): # an earlier checkpoint lacks the settings that came since, whose defaults it has
+        there.setdefault(field.name, field.default)
     differences = []
     for key, value in here.items():
         if value != there.get(key):
@@ -359,7 +360,8 @@ def try_compile(model, batch, autocast):
                 module.forward = torch.compiler.disable(module.forward)
         model.features = torch.compile(model.features)
         model.head.compile_loss()
-        model.head.eval() # in training it may update its statistics, from all ranks
+        if model.head.spec.buffers or model.head.spec.noise: # in training it updates its statistics, from all ranks
+            model.head.eval()
         with autocast:
             loss = model(*batch)[1]
         loss.backward()

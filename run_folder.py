@@ -6,11 +6,13 @@ import csv
 import json
 import os
 import sys
+from collections import namedtuple
 from contextlib import contextmanager
 
 import numpy as np
 
 import safe
+from distances import OF_EVERY_HEAD, find, parse_head
 
 SCRIPTS = ("train.py", "train_vision.py", "train_metric.py", "train_toy.py")
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", dict: "a dict",
@@ -169,3 +171,58 @@ def read_prototypes(folder):
         raise Damaged(str(e)) from None
     with readable(path):
         return weights["head.weight"].float().numpy()
+
+
+# -----------------------------------------------------------------------------
+# the head of a run, by what its config.json says
+
+OF_ANY_AGE = "link", "n", "learn_n", "eps"
+# settings that name a head where they are on; runs from before they were there have them off
+EXTRAS = ("head_bias", *(name for name in OF_EVERY_HEAD if name not in OF_ANY_AGE))
+HEAD_KEYS = ("loss", "distance", "variant", "distance_params", "feature_scale", *OF_ANY_AGE, *EXTRAS)
+
+
+class Head(namedtuple("Head", "distance variant params link setting n eps feature_scale extras", defaults=("",))):
+    """What runs that may be averaged share of their settings in HEAD_KEYS. setting is that of n: 'fixed', 'given' (on
+    the command line) or 'learned'; extras are those of EXTRAS that are on, in words. A loss of train_metric.py that is
+    no head has its name in the place of the distance, and in that of the variant the distance between samples, if it
+    is not the loss's own."""
+
+    @property
+    def is_baseline(self):
+        """Whether it is the linear head as it is, with which others are compared."""
+        plain = self.setting == "fixed" and not self.variant and not self.extras
+        return self.distance == "baseline" and plain
+
+
+def head_of(info):
+    """The Head of a config.json. "minkowski:p=3" is the same one as "minkowski" with the parameters "p=3"."""
+    c = info["config"]
+    params = parse_head(c["distance"], c["variant"], c["distance_params"])
+    distance, variant = params.pop("distance"), params.pop("variant")
+    variant, _ = find(distance, variant)
+    if c.get("loss", "head") != "head":
+        words = [] if distance == "baseline" else [distance, variant, c["distance_params"]]
+        return Head(c["loss"], " ".join(filter(None, words)), "", "", "fixed", 0.0, c["eps"], c["feature_scale"])
+    link, n, eps, learns = c["link"], c["n"], c["eps"], c["learn_n"]
+    is_given = n != 0 and info["sources"]["n"] == "command line"
+    if distance == "baseline": # it has no link and no eps, and once had no n: what was set then did nothing
+        n = 0.0 if info["n"] == 1 else info["n"]
+        link, eps, learns, is_given = "", 0.0, "learned" in (info.get("head") or ""), n != 0
+    setting = "fixed"
+    if learns:
+        setting = "learned"
+    elif is_given:
+        setting = "given"
+    params = ", ".join(f"{name}={value:g}" for name, value in sorted(params.items()))
+    return Head(distance, variant or "", params, link, setting, n, eps, c["feature_scale"], extras_of(c))
+
+
+def extras_of(config):
+    """The settings of EXTRAS that are on, in words: "head_bias, softcap=15"."""
+    words = []
+    for name in EXTRAS:
+        value = config.get(name, False)
+        if value:
+            words.append(name if value is True else f"{name}={value:g}")
+    return ", ".join(words)

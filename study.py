@@ -52,10 +52,12 @@ base = "" # config files of every run, separated by spaces
 settings = "" # flags of every run, separated by spaces, such as '--epochs=10 --plots=false'
 models = "" # comma separated, such as 'mlp,cnn'; '': the config's
 # comma separated distance[:variant][:name=value], such as 'cosine,minkowski:p=3', and with train_metric.py losses, such
-# as 'triplet'; all: every one there is
+# as 'triplet'; all: every one there is. A head's own settings follow it, as in 'baseline+head_bias+n=2,cosine+learn_n'
 heads = "all"
-links = "harmonic" # comma separated: harmonic, softmin
-ns = "default" # comma separated: numbers, 'default' (the config's), 'learn' (learn_n, from the default)
+links = "harmonic" # comma separated: harmonic, softmin, gaussian
+# comma separated: numbers, 'default' (the config's), 'learn' (learn_n, from the default); of distances, as the baseline
+# is the linear head without any
+ns = "default"
 seeds = "1,2,3"
 out_dir = "out/study" # a folder per run is made in it
 shard = "1/1" # i/k: only every k-th run, from the i-th on
@@ -128,18 +130,38 @@ def grid():
     return list(runs.items())
 
 
+def own_settings(parts):
+    """
+    Return {setting: its value as a flag has it} of what follows a head in `heads`, such as ["head_bias", "n=2"].
+    Raises ValueError for what is no setting of a head.
+    """
+    from distances import OF_EVERY_HEAD
+    legal, found = (*OF_EVERY_HEAD, "head_bias", "feature_scale"), {}
+    for part in parts:
+        key, _, value = part.partition("=")
+        if key not in legal:
+            raise ValueError(f"heads: {key!r} is no setting of a head (legal: {', '.join(legal)})")
+        found[key] = value or "true"
+    return found
+
+
 def one_of_grid(seed, model, head, link, n):
     """Return (the run's name, its flags) for one point of the grid. A model "" and an n "default" are the config's."""
     from distances import DistanceHead, parse_head
     if head in losses():
         model_flags = [f"--model={model}"] if model else []
         return "_".join(filter(None, [model, head, f"s{seed}"])), [f"--loss={head}", f"--seed={seed}", *model_flags]
+    head, *extras = head.split("+")
+    extras = own_settings(extras)
+    own_n = extras.pop("n", "")
+    link, n = extras.pop("link", link), own_n or n
     arguments = parse_head(head)
     full_variant = DistanceHead(8, 8, **arguments, link=link).variant # making it refuses here what a run would refuse
     distance, variant = arguments.pop("distance"), arguments.pop("variant")
     params = ",".join(f"{key}={value:g}" for key, value in arguments.items())
-    if distance == "baseline": # it has neither
-        link, n = "harmonic", "default"
+    if distance == "baseline": # it has no link, and is the baseline where it has no n of its own
+        link = "harmonic"
+        n = own_n or "default"
 
     flags = [f"--distance={distance}", f"--link={link}", f"--seed={seed}"]
     if script == "train_metric.py":
@@ -154,12 +176,14 @@ def one_of_grid(seed, model, head, link, n):
         flags.append("--learn_n=true")
     elif n != "default":
         flags.append(f"--n={n}")
+    flags += [f"--{key}={value}" for key, value in extras.items()]
 
     parts = [model, distance, full_variant, params.replace("=", "")]
     if link != "harmonic":
         parts.append(link)
     if n != "default":
         parts.append(f"n{n}")
+    parts += [key if value == "true" else f"{key}{value}" for key, value in extras.items()]
     parts.append(f"s{seed}")
     return "_".join(part for part in parts if part), flags
 

@@ -84,10 +84,17 @@ mask_id = -1 # bert: the id of [MASK]; -1: the tokenizer's own, or where it has 
 distance = "baseline"
 variant = "" # '': the distance's default
 distance_params = "" # such as 'p=3'
-link = "harmonic" # p proportional to d^-n, or 'softmin': to exp(-n d)
-n = 0.0 # the exponent; 0: the distance's default, a multiple of sqrt(n_embd)
+link = "harmonic" # p proportional to d^-n; 'softmin': to exp(-n d), 'gaussian': to exp(-n d^2)
+n = 0.0 # the exponent; 0: the distance's default, a multiple of sqrt(n_embd), and 1 for the linear head's z = n W h
 learn_n = False # learn log n, from n
 eps = 1e-4 # where it enters is part of each distance's formula
+learn_eps = False # learn log eps, from eps
+head_bias = False # a learned offset of each score
+learn_scale = False # a learned factor of each class's scores, from 1
+softcap = 0.0 # c tanh(z / c) in place of the scores z; 0: z as they are
+# in training only, so that what is reported in an evaluation stays -log p
+z_loss = 0.0 # that many times log(sum exp z)^2 is added; PaLM has 1e-4
+label_smoothing = 0.0 # that share of the target's 1 is spread over all classes
 feature_scale = 0.0 # hidden states are multiplied by it before the head; 0: the distance's default
 # optimizer
 optimizer = "adamw" # or 'muon': Muon for the matrices of the blocks, AdamW for all else, see muon.py
@@ -305,8 +312,8 @@ if ddp and not is_sharded:
 def evaluate():
     """
     The validation loss, the mean of -log p in nats over the first num_val blocks, of which every rank takes its share;
-    and the probe, up to PROBE_SIZE hidden states h (N, D) with their targets y (N,): the last token of each block, or
-    BERT's masked positions.
+    the accuracy; and the probe, up to PROBE_SIZE hidden states h (N, D) with their targets y (N,): the last token of
+    each block, or BERT's masked positions.
     """
     raw_model.eval()
     losses, probe = [], []
@@ -319,21 +326,23 @@ def evaluate():
         x, y, *positions = val_batch(0, 1) if is_idle else val_batch(first, count)
         with run.forward_pass(autocast, stop_non_finite):
             h = raw_model.features(x, *positions) # (B, T, D)
-            loss = raw_model.head.loss(h, y)
+            loss, measures = raw_model.head.loss(h, y, measures=True)
         if is_idle: # sharded ranks need each other's forward passes, nobody needs this one's loss
             break
-        losses.append((first, count, loss)) # on the device: no batch waits for it
+        right = (measures.predicted == y).float().mean()
+        losses.append((first, count, loss, right)) # on the device: no batch waits for it
         if model != "bert":
             h, y = h[:, -1:], y[:, -1:]
         if first * y.size(1) < run.PROBE_SIZE:
             probe.append((first, h.flatten(0, 1).clone(), y.flatten())) # a clone, as a view would keep all of h
     raw_model.train()
-    losses = run.gather([(first, count, loss.item()) for first, count, loss in losses])
-    sums = torch.tensor([(loss * count, count) for _, count, loss in losses], dtype=torch.float64).sum(0)
+    losses = run.gather([(first, count, loss.item(), right.item()) for first, count, loss, right in losses])
+    sums = torch.tensor([(loss * count, count, right * count) for _, count, loss, right in losses],
+                        dtype=torch.float64).sum(0)
     probe = run.gather([(first, h.cpu(), y.cpu()) for first, h, y in probe])
     h = torch.cat([h for _, h, _ in probe])[:run.PROBE_SIZE].to(device)
     y = torch.cat([y for _, _, y in probe])[:run.PROBE_SIZE].to(device)
-    return (sums[0] / sums[1]).item(), h, y
+    return (sums[0] / sums[1]).item(), (sums[2] / sums[1]).item(), h, y
 
 
 def get_lr(step):
@@ -415,7 +424,7 @@ while True:
     # once in a while: validate, log, save. A run that is resumed may have done so at its first step
     is_new = step != evaluated_at
     if (step % eval_interval == 0 and is_new) or step == max_iters:
-        val_loss, *probe = evaluate()
+        val_loss, val_accuracy, *probe = evaluate()
         if not math.isfinite(val_loss): # before it is saved over a good checkpoint
             stop_non_finite(f"of the validation split {val_loss}", "not taken", at=step)
         if val_loss < best_val_loss:
@@ -429,7 +438,7 @@ while True:
         if master and is_new:
             run.log(out_dir, dict(
                 kind="eval", step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss,
-                n=run.exponent(raw_model.head), **probed, **energy), wandb_run)
+                val_accuracy=val_accuracy, n=run.exponent(raw_model.head), **probed, **energy), wandb_run)
         if is_new and step > 0: # ckpt.pt last: what it tells is there
             save(*["best.pt"] * (step == best_step), "ckpt.pt")
         t0 = time.time() # evaluation is not part of a step's time
@@ -494,8 +503,9 @@ if master:
     run.save_probe(out_dir, *probe)
     summary = dict(
         step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(min(val_loss, 700)),
-        best_val_loss=best_val_loss, best_step=best_step, n=run.exponent(raw_model.head),
-        num_params=about["num_params"], peak_memory_bytes=run.peak_memory(device_type), **energy)
+        best_val_loss=best_val_loss, best_step=best_step, val_accuracy=val_accuracy,
+        n=run.exponent(raw_model.head), num_params=about["num_params"],
+        peak_memory_bytes=run.peak_memory(device_type), **energy)
     if meta.get("val_bytes") and model != "bert": # whose loss is that of the masked tokens
         summary["bits_per_byte"] = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
     safe.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))

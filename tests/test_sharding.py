@@ -50,7 +50,10 @@ from muon import MuonAdamW
 # -----------------------------------------------------------------------------
 # every head, in one process and in several, in fp64: there a slope of |h - w| jumps where no rounding comes
 
-HEADS = [dict(distance="baseline"), dict(distance="baseline", bias=True)]
+HEADS = [dict(distance="baseline"), dict(distance="baseline", bias=True),
+         dict(distance="baseline", variant="unit", learn_n=True, learn_scale=True, head_bias=True, softcap=2.0),
+         dict(distance="euclidean", variant="unit", link="gaussian", learn_scale=True, learn_eps=True),
+         dict(distance="bray_curtis", variant="normalized", learn_eps=True)]
 for distance, variant in EVERY_DISTANCE:
     if variant != "covariance": # refused, see below
         HEADS += [dict(distance=distance, variant=variant, link=link, learn_n=link == "softmin")
@@ -420,13 +423,16 @@ def test_a_split_head_is_precise_where_h_comes_close_to_prototypes(distance, one
         h.requires_grad_()
         loss = head.loss(h, y, chunk=5)
         loss.backward()
-        each = head.loss(h, y, reduction="none")
+        each, measures = head.loss(h, y, reduction="none", measures=True)
         by_h, = torch.autograd.grad(each.sum(), h) # of each token alone
         found = {name: p.grad.full_tensor() for name, p in head.named_parameters()}
     finally:
         dist.destroy_process_group()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(each.double(), F.cross_entropy(oracle(x), y, reduction="none"), rtol=1e-4, atol=1e-4)
+    p = oracle(x).softmax(1)
+    torch.testing.assert_close(measures.entropy.double(), -(p * p.log()).sum(1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(measures.predicted, p.argmax(1))
     torch.testing.assert_close(by_h, 11 * h.grad, rtol=1e-5, atol=1e-5)
     for name, p in [("h", x), *oracle.named_parameters()]:
         gradient = h.grad if name == "h" else found[name]
