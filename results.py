@@ -24,7 +24,7 @@ from tqdm import tqdm
 import metrics
 from distances import DISTANCES, find, parse_head
 from metrics import METRICS
-from run_folder import Damaged, finite, read_config, read_emissions, read_rows, read_summary, readable
+from run_folder import Damaged, finite, read_config, read_emissions, read_error, read_rows, read_summary, readable
 
 QUALITY = {"vision": "test_accuracy", "language": "val_loss"}
 VALIDATION = {"vision": "val_accuracy", "language": "val_loss"}
@@ -33,6 +33,9 @@ VALIDATION = {"vision": "val_accuracy", "language": "val_loss"}
 HEAD_KEYS = ("loss", "distance", "variant", "distance_params", "link", "n", "learn_n", "eps", "feature_scale")
 IGNORED = (*HEAD_KEYS, "seed", "out_dir", "data_dir", "overwrite", "plots", "wandb_log", "tracker",
            "wandb_project", "wandb_run_name", "wandb_mode", "device", "dtype", "time_limit")
+# the distances that the paper names as the best for something, always drawn
+FAVOURITES = ("euclidean", "cosine", "manhattan", "bray_curtis", "mahalanobis")
+LEAST_PROGRESS = 0.1 # of the baseline's way from guessing to its best, below which a run has learned nothing
 # setting: 'fixed', 'given' (on the command line) or 'learned' n. A loss of train_metric.py that is no head has its name
 # in the place of the distance, and in that of the variant the distance between samples, if it is not the loss's own
 Head = namedtuple("Head", "distance variant params link setting n eps feature_scale")
@@ -58,7 +61,13 @@ class Run:
     summary: dict | None # summary.json, None: the run has not ended
     emissions: dict | None # the last row of emissions.csv
     notes: tuple # what a reader should know about this run
+    error: str = "" # the last line of error.txt, of a run that broke
     values: dict = field(default_factory=dict) # numbers by their names in METRICS
+
+    @property
+    def diverged(self):
+        """Whether it ended because a number was not finite, as run.stop_non_finite says it: a failure of its head."""
+        return self.summary is None and "not finite" in self.error
 
 
 def find_runs(folders, name="config.json"):
@@ -135,8 +144,9 @@ def read_run(path):
         notes.append("several nodes: the energy is that of node 0")
     if info.get("runs_at_once", 1) > 1:
         notes.append(f"energy: the machine's, which {info['runs_at_once']} runs shared, so that each counts the others")
+    broke = summary is None and os.path.exists(os.path.join(path, "error.txt"))
     return Run(path=path, **about, evals=evals, logs=logs, whole=whole, summary=summary, emissions=emissions,
-               notes=tuple(notes))
+               notes=tuple(notes), error=read_error(path) if broke else "")
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -147,6 +157,24 @@ def errors(run):
     if run.family == "vision":
         return [1 - row["val_accuracy"] for row in run.evals]
     return [row["val_loss"] for row in run.evals]
+
+
+def guess_error(run):
+    """The error, see errors, of guessing among the classes or tokens."""
+    if run.family == "vision":
+        return 1 - 1 / run.info["data"]["num_classes"]
+    return math.log(run.info["model_args"]["vocab_size"])
+
+
+def progress(runs):
+    """How far below guessing the best error of the runs comes, a mean over those that have evaluations, or None."""
+    found = [guess_error(run) - min(errors(run)) for run in runs if run.evals]
+    return statistics.mean(found) if found else None
+
+
+def in_nats(key):
+    """Whether the metric is a loss: its zero is no reference, so that it is compared by differences, not in percent."""
+    return "(nats)" in METRICS[key].title
 
 
 def numbers(rows, key):
@@ -339,11 +367,16 @@ def add_baseline_metrics(runs, baseline_runs, target):
 
 @dataclass(frozen=True)
 class Section:
-    """Runs that may be averaged: heads maps each Head to its runs, a seed each; the baseline first, then the best."""
+    """
+    Runs that may be averaged: heads maps each Head to its runs that have ended, a seed each; the baseline first, then
+    the best. diverged: {Head: its runs that did}. floor: a run whose progress is no more than that has learned nothing.
+    """
     name: str
     slug: str
     family: str
     heads: dict
+    diverged: dict
+    floor: float
     baseline: Head | None
     target: float | None
     usual: dict
@@ -369,11 +402,20 @@ class Section:
         return fixed if len(fixed) > 1 else list(self.heads)
 
     def few(self, count):
-        """The heads in figures that have room for a few: the baseline, Euclid, and the best others, `count` of them."""
+        """
+        The heads in figures that have room for a few: the baseline, the best of each of the FAVOURITES, and the best
+        others, `count` of them.
+        """
         first = [self.baseline] if self.baseline else []
-        first += [head for head in self.drawn if head.distance == "euclidean"][:1]
+        for distance in FAVOURITES:
+            first += [head for head in self.drawn if head.distance == distance][:1]
         others = [head for head in self.drawn if head not in first]
         return first + others[:count]
+
+    def failures(self, head):
+        """The runs of the head that diverged, or learned nothing."""
+        ended = [run for run in self.heads.get(head, ()) if run.evals and progress([run]) <= self.floor]
+        return [*self.diverged.get(head, ()), *ended]
 
     def values(self, head, key):
         """{seed: value} of the runs that have one"""
@@ -383,11 +425,12 @@ class Section:
         """Whether any run has the number."""
         return any(key in run.values for run in self.runs)
 
-    def course(self, head, key):
-        """(x (T,), values (seeds, T)) of an evaluation's number, at the epochs or steps that every seed has"""
+    def course(self, head, key, rows="evals"):
+        """(x (T,), values (seeds, T)) of a number of each evaluation, or log line, that every seed has"""
         by_seed = []
+        x = "step" if rows == "logs" else self.x
         for run in self.heads[head]:
-            by_seed.append({row[self.x]: row[key] for row in run.evals if finite(row.get(key))})
+            by_seed.append({row[x]: row[key] for row in getattr(run, rows) if finite(row.get(key))})
         x = sorted(set.intersection(*map(set, by_seed)))
         return x, np.array([list(map(values.get, x)) for values in by_seed])
 
@@ -416,20 +459,36 @@ class Section:
         seeds = [seed for seed in mine if seed in base]
         return list(map(mine.get, seeds)), list(map(base.get, seeds))
 
-    def change(self, head, key):
-        """The percent of change against the baseline, over the seeds that both have; positive is better. Or None."""
+    def difference(self, head, key):
+        """The mean difference to the baseline, over the seeds that both have, or None."""
         mine, base = self.paired(head, key)
-        if not mine:
+        return statistics.mean(mine) - statistics.mean(base) if mine else None
+
+    def is_better(self, head, key):
+        """Whether its mean is better than the baseline's, over the seeds that both have."""
+        difference = self.difference(head, key)
+        return difference is not None and (difference < 0 if METRICS[key].lower else difference > 0)
+
+    def change(self, head, key):
+        """
+        The percent of change against the baseline, over the seeds that both have; positive is better. None where there
+        is none, and of losses, see in_nats.
+        """
+        mine, base = self.paired(head, key)
+        if not mine or in_nats(key):
             return None
         change = metrics.percent_change(statistics.mean(mine), statistics.mean(base), METRICS[key].lower)
         return change if finite(change) else None
 
     def tests(self, key):
-        """{head: the result of metrics.paired, with p_corrected} over the heads of this section"""
+        """
+        {head: the result of metrics.paired, with p_corrected} over the heads of this section. A head with a failed run
+        is not tested: it would make the family of the correction larger by what nobody asks.
+        """
         tests = {}
         for head in self.heads:
             mine, base = self.paired(head, key)
-            if mine:
+            if mine and not self.failures(head) and not self.failures(self.baseline):
                 tests[head] = metrics.paired(mine, base)
         if not tests:
             return {}
@@ -442,12 +501,12 @@ class Section:
         for head in self.heads:
             values = self.values(head, key)
             lost = self.baseline and not set(values) >= set(self.values(self.baseline, key))
-            if values and not lost: # a head that lost a seed does not compete
+            if values and not lost and not self.failures(head): # a head that lost a seed does not compete
                 means[head] = self.mean(head, key)
         if not means:
             return None
         head = (min if METRICS[key].lower else max)(means, key=means.get)
-        supported = significant(tests.get(head), significance) and self.change(head, key) > 0
+        supported = significant(tests.get(head), significance) and self.is_better(head, key)
         return head if supported else None
 
 
@@ -457,15 +516,19 @@ def significant(test, significance):
 
 def make_section(name, slug, runs):
     """The Section of these runs: labels, what the baseline defines, and the order of the heads."""
-    heads = by_head(runs)
+    heads, diverged = by_head([run for run in runs if not run.diverged]), by_head([run for run in runs if run.diverged])
     baseline, most = None, 0
     for head in heads:
         if head.distance == "baseline" and len(heads[head]) > most:
             baseline, most = head, len(heads[head])
     target = target_error(heads.get(baseline, []))
     usual = usual_settings(runs)
-    heads = by_head(add_baseline_metrics(runs, heads.get(baseline, []), target))
-    section = Section(name, slug, runs[0].family, heads, baseline, target, usual, make_labels(heads, usual))
+    reference = progress(heads[baseline]) if baseline else max(filter(None, map(progress, heads.values())), default=0)
+    floor = max(0, LEAST_PROGRESS * (reference or 0))
+    ended = [run for runs in heads.values() for run in runs]
+    heads = by_head(add_baseline_metrics(ended, heads.get(baseline, []), target))
+    labels = make_labels({**heads, **diverged}, usual)
+    section = Section(name, slug, runs[0].family, heads, diverged, floor, baseline, target, usual, labels)
     return replace(section, heads=ordered(section))
 
 
@@ -483,116 +546,17 @@ def ordered(section):
 
 
 def make_sections(groups):
-    """A Section per Group, each with a slug for its files: names may differ in what a file's name cannot hold."""
+    """
+    A Section per Group with a run that has ended, each with a slug for its files: names may differ in what a file's
+    name cannot hold.
+    """
     sections, slugs = [], []
     for i, (_, name, runs, _, _) in enumerate(groups):
+        if all(run.diverged for run in runs):
+            continue
         slug = re.sub(r"\W+", "_", name).strip("_")[:80] # it is part of file names
         if slug in slugs:
             slug += f"_{i}"
         slugs.append(slug)
         sections.append(make_section(name, slug, runs))
     return sections
-
-# -----------------------------------------------------------------------------
-# what follows from a section
-
-
-def records(sections):
-    """A dict per run: what it is, and every number of METRICS that it has."""
-    result = []
-    for section in sections:
-        for run in section.runs:
-            setting, n = run.head.setting, run.info["n"]
-            if run.head.distance == "baseline": # has no n
-                setting = n = ""
-            values = {key: run.values.get(key) for key in METRICS}
-            result.append(dict(dataset=run.dataset, model=run.model, head=section.labels[run.head], n_setting=setting,
-                               n=n, seed=run.seed, path=run.path, section=section.name, **values))
-    return result
-
-
-def emission_differences(section):
-    """{head: metrics.paired} of the emissions against the baseline's, from the least on."""
-    found, means = {}, {}
-    for head in section.drawn:
-        mine, base = section.paired(head, "emissions_g")
-        if mine:
-            found[head] = metrics.paired(mine, base)
-            means[head] = found[head]["mean"]
-    return {head: found[head] for head in sorted(means, key=means.get)}
-
-
-def trade_off(section):
-    """
-    ({head: (energy in Wh, quality)} of means over seeds, the heads that no other beats in both, the heads left out:
-    they are so much worse than the median that a figure with them would show nothing of the rest).
-    """
-    m, points = METRICS[section.quality], {}
-    for head in section.drawn:
-        if section.values(head, "energy_kwh") and section.values(head, section.quality):
-            quality = m.scale * section.mean(head, section.quality)
-            points[head] = (1000 * section.mean(head, "energy_kwh"), quality)
-    if len(points) < 2:
-        return points, [], []
-    qualities = [quality for _, quality in points.values()]
-    best, median = (min if m.lower else max)(qualities), statistics.median(qualities)
-    outside = []
-    for head, (_, quality) in points.items():
-        if abs(quality - best) > 5 * abs(median - best) > 0 and head != section.baseline:
-            outside.append(head)
-    inside = {head: point for head, point in points.items() if head not in outside}
-    front = []
-    for head, point in inside.items():
-        if not any(beats(other, point, m.lower) for other in inside.values()):
-            front.append(head)
-    return inside, front, outside
-
-
-def beats(a, b, lower):
-    """Whether a (energy, quality) is not b, needs no more energy, and is no worse; lower: a lower quality is better."""
-    no_worse = a[1] <= b[1] if lower else a[1] >= b[1]
-    return a[0] <= b[0] and no_worse and a != b
-
-
-def prototype_growth(section):
-    """Records of the mean norm of the prototypes over training, means over seeds."""
-    result = []
-    for head in section.drawn:
-        x, norms = section.course(head, "prototype_norm")
-        if len(x) > 1 and (norms[:, 0] > 0).all():
-            start, middle, end = norms[:, 0], norms[:, len(x) // 2], norms[:, -1]
-            result.append(dict(head=section.labels[head], start=start.mean(), end=end.mean(),
-                               end_over_start=(end / start).mean(), end_over_middle=(end / middle).mean()))
-    return result
-
-
-WINS = ("quality sections", "quality wins", "quality top 5", "energy sections", "energy wins", "energy top 5")
-
-
-def wins(sections):
-    """{label: {column of WINS: count}}: in how many sections a head is the best, or among the five best; best first."""
-    counts = {}
-    for section in sections:
-        for key, what in ((section.quality, "quality"), ("energy_kwh", "energy")):
-            means = {head: section.mean(head, key) for head in section.drawn if section.values(head, key)}
-            best_first = sorted(means, key=means.get, reverse=not METRICS[key].lower)
-            for place, head in enumerate(best_first):
-                count = counts.setdefault(section.labels[head], dict.fromkeys(WINS, 0))
-                count[f"{what} sections"] += 1
-                count[f"{what} wins"] += place == 0
-                count[f"{what} top 5"] += place < 5
-    order = {}
-    for label, count in counts.items():
-        order[label] = [-count[column] for column in ("quality wins", "quality top 5", "energy wins")]
-    return {label: counts[label] for label in sorted(order, key=order.get)}
-
-
-def pooled_emissions(sections):
-    """[(label, head, the mean differences of its emissions to the baseline's, one per section)], from the least on"""
-    pooled = defaultdict(list)
-    for section in sections:
-        for head, test in emission_differences(section).items():
-            head_anywhere = head._replace(n=0.0, eps=0.0, feature_scale=0.0)
-            pooled[section.labels[head], head_anywhere].append(test["mean"])
-    means = {key: statistics.mean(values) for key, values in pooled.items()}
-    return [(*key, pooled[key]) for key in sorted(means, key=means.get)]
