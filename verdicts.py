@@ -1,0 +1,299 @@
+"""
+The verdicts of a study of claims, as pure functions of its design (config/claims.toml, read by tomllib) and of its runs
+(rows of runs.csv: dicts of numbers or of their texts). They read no files.
+
+    verdicts = judge(design, rows)     # a dict per claim: supported, refuted or inconclusive, and by what numbers
+    answers = across(design, verdicts) # a dict per question that is asked in several settings; needs statsmodels
+
+A claim is a contrast of heads, sum_k weight_k value_k of the same seed, and the smallest effect of interest. It is
+decided where the design says that one may look (O'Brien and Fleming 1979), by the paired t test over seeds, and its
+family is corrected by Holm (1979). All of it is standard; to apply it here is our choice. Needs scipy.
+"""
+import math
+from functools import lru_cache
+
+import numpy as np
+from scipy import optimize, stats
+
+import metrics
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(256) # of quadrature on [-1, 1]
+REQUIRED = {"name", "says", "setting", "contrast", "effect"}
+OPTIONAL = {"metric", "primary", "equal", "log", "question"}
+
+
+def crossing(bound, looks):
+    """
+    The probability that a random walk of standard normal steps is outside +-bound after one of these numbers of steps.
+    The density within them goes from look to look by quadrature (Armitage, McPherson and Rowe 1969).
+    """
+    x_before, mass, before = np.zeros(1), np.ones(1), 0 # all of it starts at 0
+    for n in looks:
+        scale = min(bound, 9 * n ** 0.5) # beyond 9 standard deviations there is nothing to resolve
+        x, variance = scale * NODES, n - before
+        density = np.exp((x[:, None] - x_before) ** 2 / (-2 * variance)) @ mass / (2 * math.pi * variance) ** 0.5
+        x_before, mass, before = x, scale * WEIGHTS * density, n
+    return 1 - mass.sum()
+
+
+@lru_cache
+def nominal_levels(looks, alpha):
+    """
+    The two-sided levels of the looks, a tuple of numbers of seeds, that O'Brien and Fleming give a sequence whose error
+    is alpha as a whole: the sum over seeds has the same bound at each look. The levels are for t tests as well, with
+    the degrees of freedom of their look (Jennison and Turnbull 2000).
+    """
+    bonferroni = stats.norm.isf(alpha / 2 / len(looks)) * looks[-1] ** 0.5
+    bound = optimize.brentq(lambda b: crossing(b, looks) - alpha, 0, bonferroni + 0.1)
+    return tuple(float(2 * stats.norm.sf(bound / n ** 0.5)) for n in looks)
+
+
+def overall(p, looks, look):
+    """The error of the whole sequence whose nominal level at this look (from 1) is p: a p value for all looks."""
+    z = stats.norm.isf(max(p, 1e-15) / 2) # the quadrature resolves no less
+    return float(max(p, crossing(z * looks[look - 1] ** 0.5, looks))) if z > 0 else 1.0
+
+
+def holm(p_values):
+    """The p values of a family, adjusted. None, a claim without a test yet, counts as 1: the family is frozen."""
+    order = sorted(range(len(p_values)), key=lambda i: 1 if p_values[i] is None else p_values[i])
+    adjusted, largest = [None] * len(p_values), 0
+    for place, i in enumerate(order):
+        if p_values[i] is not None:
+            largest = max(largest, min(1, p_values[i] * (len(order) - place)))
+            adjusted[i] = largest
+    return adjusted
+
+
+@lru_cache
+def detectable(df, level, power):
+    """The mean in standard errors that the two-sided t test finds on its side with this power (noncentral t)."""
+    critical = stats.t.isf(level / 2, df)
+    return float(optimize.brentq(lambda d: stats.nct.sf(critical, df, d) - power, 0, 10 * critical + 10, xtol=1e-12))
+
+
+def check(design):
+    """Raises ValueError with all that is wrong with the claims of the design, a line for each."""
+    problems, names = [], set()
+    for key in ("confidence", "power"):
+        if not 0.5 < design.get(key, 0) < 1:
+            problems.append(f"{key} must be between 0.5 and 1, got {design.get(key)}")
+    for claim in design.get("claims", []):
+        name, odd = claim.get("name"), REQUIRED - set(claim) | set(claim) - REQUIRED - OPTIONAL
+        if odd or name in names:
+            problems.append(f"claim {name} is there twice, or misses or does not know {sorted(odd)}")
+            continue
+        names.add(name)
+        weights, setting = claim["contrast"], design.get("settings", {}).get(claim["setting"], {})
+        looks, strangers = setting.get("looks", [0]), set(weights) - set(design.get("heads", {}))
+        if looks[0] < 2 or sorted(set(looks)) != looks or "quality" not in setting:
+            problems.append(f"claim {name}: setting {claim['setting']!r} needs a quality and looks that ascend from 2 "
+                            f"seeds on, got {setting}")
+        if strangers or len(weights) < 2 or abs(sum(weights.values())) > 1e-9:
+            problems.append(f"claim {name}: a contrast has weights that sum to 0, of heads in [heads], got {weights}")
+        if not math.isfinite(claim["effect"]) or claim["effect"] == 0:
+            problems.append(f"claim {name}: effect must be a number other than 0, got {claim['effect']}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def confirmed(rows):
+    """{(setting, head): {seed: row}} of the runs that may judge. Raises ValueError where a run is there twice."""
+    runs = {}
+    for row in rows:
+        if row["stage"] == "confirm":
+            key, seed = (row["setting"], row["head"]), int(row["seed"])
+            if seed in runs.setdefault(key, {}):
+                raise ValueError(f"two runs of {key[0]}, {key[1]}, seed {seed}: a seed counts once, remove one")
+            runs[key][seed] = row
+    return runs
+
+
+def has_failed(row, quality):
+    """Whether a run failed, or ended with a quality that is not finite."""
+    return row["status"] == "failed" or (row.get(quality) not in (None, "") and not math.isfinite(float(row[quality])))
+
+
+def score(row, metric, setting):
+    """The metric of a run, or None. One that failed has the quality of chance, so that it counts, and nothing else."""
+    if not has_failed(row, setting["quality"]):
+        value = math.nan if row.get(metric) in (None, "") else float(row[metric])
+        return value if math.isfinite(value) else None
+    if metric == setting["quality"] and "failed" not in setting:
+        raise ValueError(f"setting {row['setting']}: {row['head']} failed with seed {row['seed']}, and the design does "
+                         f"not say what that scores: add failed, the {metric} of chance")
+    return setting["failed"] if metric == setting["quality"] else None
+
+
+def sides(claim, scores):
+    """(the sum over the heads with positive weights, that over the others), of logarithms with log. Or ValueError."""
+    if claim.get("log") and min(scores.values()) <= 0:
+        raise ValueError(f"claim {claim['name']}: log = true does not fit {claim['setting']}, which has {scores}")
+    sums = {True: 0.0, False: 0.0}
+    for head, weight in claim["contrast"].items():
+        sums[weight > 0] += abs(weight) * (math.log(scores[head]) if claim.get("log") else scores[head])
+    return sums[True], sums[False]
+
+
+def measure(claim, design, runs):
+    """
+    The numbers of a claim, see judge(), without p_holm, verdict and why. A look needs its number of seeds of every
+    head, and takes the first ones: more seeds wait for the next look.
+    """
+    setting = design["settings"][claim["setting"]]
+    metric, looks = claim.get("metric", setting["quality"]), tuple(setting["looks"])
+    heads = {head: runs.get((claim["setting"], head), {}) for head in claim["contrast"]}
+    there = sorted(set.intersection(*map(set, heads.values())))
+    look = sum(n <= len(there) for n in looks)
+    failed, pairs = 0, {}
+    for seed in there[:looks[look - 1]] if look else there:
+        rows = {head: of_seed[seed] for head, of_seed in heads.items()}
+        failed += sum(has_failed(row, setting["quality"]) for row in rows.values())
+        scores = {head: score(row, metric, setting) for head, row in rows.items()}
+        if None not in scores.values():
+            pairs[seed] = sides(claim, scores)
+    result = dict.fromkeys(("estimate", "std", "error", "level", "low", "high", "detectable", "p", "p_overall"))
+    result |= {key: claim[key] for key in ("name", "says", "setting", "effect")}
+    result |= dict(metric=metric, primary=claim.get("primary", False), look=look, run=len(there), seeds=len(pairs),
+                   failed=failed, values={seed: plus - minus for seed, (plus, minus) in pairs.items()})
+    if not pairs:
+        return result
+    test = metrics.paired(*zip(*pairs.values()))
+    mean, std, n = test["mean"], test["std"], test["n"]
+    result |= dict(estimate=mean, std=std)
+    if look == 0 or not std: # None: one seed, 0: equal differences
+        return result
+    level = nominal_levels(looks, 1 - design["confidence"])[look - 1]
+    error = std * (1 / n + setting.get("test_share", 0)) ** 0.5 # Nadeau and Bengio 2003
+    half = float(stats.t.isf(level / 2, n - 1)) * error
+    if claim.get("equal"): # two one-sided tests; a sequence of one-sided tests has half the error of a two-sided one
+        p = float(stats.t.sf((abs(claim["effect"]) - abs(mean)) / error, n - 1)) # the larger p value of the two
+        p_overall = max(p, overall(min(1, 2 * p), looks, look) / 2)
+    else:
+        p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+        p_overall = overall(p, looks, look)
+    return result | dict(error=error, level=level, low=mean - half, high=mean + half, p=p, p_overall=p_overall,
+                         detectable=error * detectable(n - 1, level, design["power"]))
+
+
+def weigh(low, estimate, high, effect):
+    """(verdict, why) of an interval, where the claim is an effect above 0 of at least this size."""
+    if high < effect:
+        where = "is on the other side of 0" if high < 0 else "falls short of the effect of interest"
+        return "refuted", f"The whole interval {where}."
+    if low <= 0:
+        return "inconclusive", "The interval has both 0 and the effect of interest in it."
+    if estimate < effect:
+        return "inconclusive", "There is a difference on the claim's side, which may be smaller than is of interest."
+    return "supported", "The interval is on the claim's side of 0, and the estimate reaches the effect of interest."
+
+
+def decide(claim, result, looks, alpha):
+    """(verdict, why) of a claim, given its numbers with p_holm."""
+    if result["look"] == 0:
+        return "not run yet", f"{result['run']} of the {looks[0]} seeds that the first look needs have run."
+    if result["low"] is None and result["std"] == 0:
+        return "inconclusive", f"All {result['seeds']} seeds have the same difference, which gives no interval."
+    if result["low"] is None:
+        return "inconclusive", f"{result['seeds']} of {result['run']} seeds have the number, which gives no interval."
+    effect, sign = abs(claim["effect"]), math.copysign(1, claim["effect"])
+    low, high = sorted((sign * result["low"], sign * result["high"]))
+    if not claim.get("equal"):
+        verdict, why = weigh(low, sign * result["estimate"], high, effect)
+    elif low > effect or high < -effect:
+        verdict, why = "refuted", f"The whole interval is further from 0 than {effect:.3g}."
+    elif result["p_overall"] <= alpha:
+        verdict, why = "supported", f"Both one-sided tests exclude a difference of {effect:.3g}."
+    else:
+        verdict, why = "inconclusive", f"A difference of {effect:.3g} is not excluded."
+    if verdict == "supported" and result["p_holm"] > alpha:
+        return "inconclusive", f"Alone it would be supported; after Holm p is {result['p_holm']:.3g}."
+    if verdict == "inconclusive":
+        why += f" {result['seeds']} seeds would have shown {result['detectable']:.3g}."
+    return verdict, why
+
+
+def judge(design, rows):
+    """
+    A dict per claim, in the order of the design, of
+      name, says, setting, metric, primary, effect   as the design has them
+      look, run   the number of the look that is reached, 0 before the first; how many seeds all heads have run
+      seeds, failed   how many seeds the numbers are of: those of the look with the metric; how many runs failed
+      estimate, std, error, values   the contrast's mean over seeds, its std (ddof 1), standard error, and {seed: it}
+      level, low, high   the nominal two-sided level of this look, and the interval with confidence 1 - level
+      p, p_overall, p_holm   of no difference (equal = true: of one as large as the effect) at this look; as an error
+                  of all looks together; that, adjusted within the primary claims or within the others
+      detectable  what difference this level shows in so many seeds with the design's power, before Holm
+      verdict     'supported', 'refuted', 'inconclusive' or 'not run yet', and why, a sentence
+    What needs an interval is None before the first look, and where all seeds have the same difference. Supported: the
+    interval is on the claim's side of 0, the estimate reaches the effect, and p_holm is at most 1 - confidence.
+    Refuted: the whole interval falls short of the effect. With equal = true: two one-sided tests support it, an
+    interval beyond +-effect refutes it. Raises ValueError for a design that is not one (see check), and for runs that
+    are there twice or that failed where the design has no score for it.
+    """
+    check(design)
+    runs = confirmed(rows)
+    results = [measure(claim, design, runs) for claim in design.get("claims", [])]
+    for primary in (True, False):
+        family = [result for result in results if result["primary"] == primary]
+        for result, p in zip(family, holm([result["p_overall"] for result in family])):
+            result["p_holm"] = p
+    for claim, result in zip(design.get("claims", []), results):
+        looks = design["settings"][claim["setting"]]["looks"]
+        result["verdict"], result["why"] = decide(claim, result, looks, 1 - design["confidence"])
+    return results
+
+
+def across(design, verdicts):
+    """
+    A dict per question, of the claims that name it, in units of each one's effect of interest: 0 is no difference, 1
+    the effect, so that points of accuracy can stand beside nats. settings, estimate, low, high, tau (the standard
+    deviation between settings), verdict, why. Needs statsmodels, or says so.
+    It is a random-effects meta-analysis, with the variance between settings of Paule and Mandel and t quantiles, as the
+    settings are few. A mixed model of all seeds would give all settings one variance of their seeds, and these differ
+    by a factor of 25. The interval has the design's confidence, not corrected for looks nor for other questions.
+    """
+    questions = {}
+    for claim, result in zip(design.get("claims", []), verdicts):
+        if "question" in claim and not claim.get("equal"): # equality has no direction
+            questions.setdefault(claim["question"], []).append(result)
+    return [pool(question, results, design["confidence"]) for question, results in questions.items()]
+
+
+def pool(question, results, confidence):
+    usable = [result for result in results if result["low"] is not None]
+    answer = dict(question=question, settings=[result["setting"] for result in usable], estimate=None, low=None,
+                  high=None, tau=None, verdict=None)
+    if len(usable) < 3:
+        return answer | dict(why=f"{len(usable)} of {len(results)} settings have an interval; it takes three.")
+    try:
+        from statsmodels.stats.meta_analysis import combine_effects
+    except ImportError:
+        return answer | dict(why="This takes statsmodels: pip install statsmodels.")
+    effects, errors = np.array([(r["estimate"] / r["effect"], r["error"] / r["effect"]) for r in usable]).T
+    fit = combine_effects(effects, errors ** 2, method_re="iterated", use_t=True, atol=1e-9)
+    low, high = fit.conf_int(alpha=1 - confidence)[1].tolist() # random effects, the errors not scaled down
+    verdict, why = weigh(low, fit.mean_effect_re, high, 1)
+    return answer | dict(estimate=float(fit.mean_effect_re), low=low, high=high, tau=float(fit.tau2) ** 0.5,
+                         verdict=verdict, why=why)
+
+
+def late_slope(t, norms, margin=0.01):
+    """
+    Whether the norms (S, T) of S seeds still grow at the end of a run: the slope of each over log2 of the steps t (T,),
+    by least squares from a quarter of the last step on, in parts of its mean there. dict of slope, low, high (the
+    growth per doubling of the steps, 0.01: 1%, mean over seeds and 95% interval) and verdict: 'grows' (the interval is
+    above the margin), 'settles' (below it) or 'undecided', also where there is no interval (one seed, equal slopes).
+    What grows as log t keeps its slope at any length, what has a limit loses it. A learning rate that decays to 0 stops
+    all norms: only a run with a constant one can tell. The definition is ours.
+    """
+    t, norms = metrics.array(t, "t"), metrics.array(norms, "norms", 2)
+    late = (t > 0) & (t >= t[-1] / 4)
+    if late.sum() < 3:
+        return dict(slope=None, low=None, high=None, verdict="undecided")
+    slopes = np.polyfit(np.log2(t[late]), norms[:, late].T, 1)[0] / norms[:, late].mean(1)
+    test = metrics.paired(slopes, np.zeros(len(slopes)))
+    low, high, verdict = test["low"], test["high"], "undecided"
+    if low is not None and (low > margin or high < margin):
+        verdict = "grows" if low > margin else "settles"
+    return dict(slope=test["mean"], low=low, high=high, verdict=verdict)
