@@ -37,7 +37,7 @@ stage = "all" # or 'tune', 'confirm', or 'table': only runs.csv is written, from
 jobs = 0 # how many run at once; 0: one for each core, with a GPU one
 # -----------------------------------------------------------------------------
 STAGES = ("all", "tune", "confirm", "table")
-SUGGESTIONS = 8 # how often tuning may go beyond an edge
+ROUNDS = 12 # of suggestions at most
 # rung: of tuning, from 1 on; point: {flag: value} of what is tuned
 Run = namedtuple("Run", "setting head stage rung seed point folder recipe")
 
@@ -91,25 +91,30 @@ def grid(head, setting):
     return points
 
 
-def beyond(values, value):
-    """Return the next member of a geometric series at whose end this value is, or None where it lies inside."""
+def neighbours(values, value):
+    """Return the values beside this one, or where it is the least or the most the next of its geometric series."""
     values = sorted(set(values))
-    if len(values) < 2 or value not in (values[0], values[-1]):
-        return None
-    neighbour = values[1] if value == values[0] else values[-2]
-    return float(f"{value * value / neighbour:.3g}")
+    i = values.index(value)
+    ratio = values[1] / values[0] if i == 0 and len(values) > 1 else value / values[i - 1]
+    below = values[i - 1] if i > 0 else value / ratio
+    above = values[i + 1] if i + 1 < len(values) else value * ratio
+    return [float(f"{x:.3g}") for x in (below, above)]
 
 
 def suggestions(head, setting, best, tried):
     """
-    Return the points that the best one asks for: beyond each edge of what was tried at which it lies, and its
-    neighbours in what is refined, by factors of two.
+    Return the points that the best one asks for: those beside it that were tried at no length, so that it lies at no
+    edge, or where there are none its neighbours in what is refined, by factors of two.
     """
-    points = []
-    for key in ("learning_rate", head["scale"]):
-        value = beyond([point[key] for point in tried], best[key])
-        if value is not None:
-            points.append({**best, key: value})
+    points, of_grid = [], ("learning_rate", head["scale"])
+    seen = [tuple(point[key] for key in of_grid) for point in tried]
+    for key in of_grid:
+        values = [point[key] for point in tried]
+        if len(set(values)) > 1:
+            points += [{**best, key: value} for value in neighbours(values, best[key])]
+    points = [point for point in points if tuple(point[key] for key in of_grid) not in seen]
+    if points:
+        return points
     for key, default in setting.get("refined", {}).items():
         if key != head["scale"]:
             value = best.get(key, default)
@@ -140,7 +145,7 @@ def tune(plan, name, make):
         ranked = run(rung)
         if rung < last:
             points = {head: [run.point for run in runs[:setting["kept"]]] for head, runs in ranked.items()}
-    for _ in range(SUGGESTIONS):
+    for _ in range(ROUNDS):
         for head, about in heads.items():
             best, tried = ranked[head][0], [run.point for run in done[head]]
             full = [run.point for run in ranked[head]]

@@ -1,0 +1,180 @@
+"""claims.py: a study whose runs are made up, so that one knows where the best point lies, and a small real one."""
+import csv
+import json
+import math
+import os
+import sys
+import tomllib
+
+import pytest
+from helpers import ROOT, run_script
+
+import claims
+import study
+
+DESIGN = """
+[heads]
+linear = { flags = "--distance=baseline", scale = "feature_scale" }
+euclidean = { flags = "--distance=euclidean", scale = "n" }
+learned = { flags = "--distance=euclidean --learn_n=true", like = "euclidean" }
+
+[settings.digits]
+title = "digits"
+script = "train_vision.py"
+arguments = "--dataset=digits --plots=false --track_emissions=false --device=cpu --epochs=2"
+tuned_by = "val_accuracy"
+quality = "test_accuracy"
+lower = false
+seed = 1001
+rungs = ["--epochs=1", ""]
+kept = 2
+learning_rate = [1e-3, 1e-2]
+n = [1, 4]
+feature_scale = [1, 4]
+looks = [1, 2]
+"""
+
+
+def flag(recipe, name, default=None):
+    """The value of a flag in a recipe, as a number; the last one counts."""
+    values = [float(word.partition("=")[2]) for word in recipe if word.startswith(f"--{name}=")]
+    return values[-1] if values else default
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """
+    A function of a design and a loss: it calls claims.py in an empty folder, where a run is no more than a summary with
+    the loss of its recipe, or broken where that is None. Returns (the rows of runs.csv, the recipes that were made).
+    """
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def call(design, loss, *args):
+        def run_all(todo, at_once):
+            for folder, recipe in todo:
+                made.append(recipe)
+                os.makedirs(folder)
+                value = loss(recipe)
+                name = "error.txt" if value is None else "summary.json"
+                with open(os.path.join(folder, name), "w") as f:
+                    json.dump({"val_accuracy": None if value is None else -value}, f)
+        (tmp_path / "design.toml").write_text(design)
+        monkeypatch.setattr(study, "run_all", run_all)
+        monkeypatch.setattr(study, "import_ahead", lambda: None)
+        monkeypatch.setattr(claims.results, "read_run", lambda folder: folder)
+        monkeypatch.setattr(claims.results, "measure", lambda folder: FakeRun())
+        monkeypatch.setattr(sys, "argv", ["claims.py", "--design=design.toml", "--out_dir=out", *args])
+        for key, value in DEFAULTS.items():
+            monkeypatch.setattr(claims, key, value)
+        made.clear()
+        claims.main()
+        with open("out/runs.csv") as f:
+            return list(csv.DictReader(f)), list(made)
+    return call
+
+
+DEFAULTS = {key: getattr(claims, key) for key in ("design", "out_dir", "stage", "jobs")}
+
+
+class FakeRun:
+    values, info = {"test_accuracy": 0.5}, {"git": "abc"}
+
+
+def bowl(recipe):
+    """A loss that is lowest at a learning rate of 1e-4 and a scale of 16, both beyond the grid."""
+    scale = flag(recipe, "n") or flag(recipe, "feature_scale")
+    return math.log10(flag(recipe, "learning_rate") / 1e-4) ** 2 + math.log(scale / 16, 4) ** 2
+
+
+def test_tuning_goes_beyond_the_edge_until_the_best_lies_inside(made_up):
+    rows, made = made_up(DESIGN, bowl, "--stage=tune")
+    for head in "linear", "euclidean":
+        best, = [row for row in rows if row["head"] == head and row["chosen"] == "True"]
+        scale = best["n"] or best["feature_scale"]
+        assert (float(best["learning_rate"]), float(scale), best["rung"]) == (1e-4, 16, "2")
+        full = {(row["learning_rate"], row["n"] or row["feature_scale"]) for row in rows
+                if row["head"] == head and row["rung"] == "2"}
+        assert ("1e-05", "16") in full or ("1e-05", "16.0") in full # inside: a worse one on either side was tried
+    assert not [row for row in rows if row["head"] == "learned"] # it is like euclidean
+    assert {flag(recipe, "seed") for recipe in made} == {1001}
+    short = [recipe for recipe in made if flag(recipe, "epochs") == 1]
+    assert len(short) == 2 * 4 # the whole grid of both heads
+
+
+def test_what_is_refined_goes_on_by_factors_of_two(made_up):
+    def loss(recipe):
+        return bowl(recipe) + math.log2(flag(recipe, "feature_scale", 0.5) / 2) ** 2
+    design = DESIGN + "refined = { feature_scale = 0.5 }\n"
+    rows, _ = made_up(design, loss, "--stage=tune")
+    best, = [row for row in rows if row["head"] == "euclidean" and row["chosen"] == "True"]
+    assert (float(best["n"]), float(best["feature_scale"])) == (16, 2)
+
+
+def test_confirmation_takes_fresh_seeds_and_what_tuning_found(made_up):
+    rows, _ = made_up(DESIGN, bowl)
+    judged = [row for row in rows if row["stage"] == "confirm"]
+    assert [(row["seed"], row["head"]) for row in judged] == [
+        (seed, head) for seed in "12" for head in ("linear", "euclidean", "learned")]
+    assert {(float(row["learning_rate"]), row["n"] or row["feature_scale"]) for row in judged} == {(1e-4, "16.0")}
+    assert {row["test_accuracy"] for row in judged} == {"0.5"}
+
+    rows, made = made_up(DESIGN, bowl) # again: nothing is left to do
+    assert made == [] and len(rows) > len(judged)
+
+
+def test_a_run_that_fails_is_a_row_and_a_head_that_always_fails_is_not_judged(made_up):
+    def loss(recipe):
+        return None if "--distance=euclidean" in recipe else bowl(recipe)
+    rows, _ = made_up(DESIGN, loss)
+    assert {row["status"] for row in rows if row["head"] == "euclidean"} == {"failed"}
+    assert {row["head"] for row in rows if row["stage"] == "confirm"} == {"linear"}
+
+
+def test_the_design_is_frozen_by_the_first_confirmation(made_up):
+    made_up(DESIGN, bowl, "--stage=tune")
+    made_up(DESIGN + "# other words\n", bowl)
+    with pytest.raises(SystemExit, match="is not the design that out.claims.toml is: .*use another --out_dir"):
+        made_up(DESIGN, bowl)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["nothing"], "has no setting 'nothing' .legal: digits"),
+    (["--stage=all_of_it"], "stage is 'all_of_it': use all, tune"),
+    (["--jobs=-1"], "jobs is -1"),
+    (["--design=none.toml"], "the design 'none.toml' cannot be read .FileNotFoundError"),
+])
+def test_bad_input_is_a_line(made_up, args, message):
+    with pytest.raises(SystemExit, match=message):
+        made_up(DESIGN, bowl, *args)
+
+
+def test_a_design_that_is_no_toml_is_a_line(made_up):
+    with pytest.raises(SystemExit, match="cannot be read .TOMLDecodeError"):
+        made_up("[heads", bowl)
+
+
+def test_a_small_study_of_real_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    design = DESIGN.replace("looks = [1, 2]", "looks = [1]").replace("n = [1, 4]", "n = [1]")
+    (tmp_path / "design.toml").write_text(design.replace("feature_scale = [1, 4]", "feature_scale = [1]"))
+    arguments = "--design=design.toml", "--out_dir=out"
+    run_script("claims.py", *arguments)
+    with open("out/runs.csv") as f:
+        judged = [row for row in csv.DictReader(f) if row["stage"] == "confirm"]
+    assert [row["head"] for row in judged] == ["linear", "euclidean", "learned"]
+    for row in judged:
+        assert row["status"] == "ended" and 0.3 < float(row["test_accuracy"]) <= 1
+        with open(os.path.join("out", row["folder"], "summary.json")) as f:
+            assert json.load(f)["test_accuracy"] == float(row["test_accuracy"])
+
+
+@pytest.mark.parametrize("name", ["claims.toml"])
+def test_the_designs_of_the_repository_make_sense(name):
+    with open(os.path.join(ROOT, "config", name), "rb") as f:
+        plan = tomllib.load(f)
+    for head in plan["heads"].values():
+        assert set(head) <= {"flags", "scale", "like", "settings"}
+        assert head.get("like", next(iter(plan["heads"]))) in plan["heads"] and ("like" in head) != ("scale" in head)
+    for setting in plan["settings"].values():
+        assert setting["looks"] == sorted(setting["looks"]) and setting["seed"] > setting["looks"][-1]
