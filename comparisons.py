@@ -6,9 +6,8 @@ import statistics
 from collections import defaultdict
 from itertools import chain
 
-import numpy as np
-
 import metrics
+import verdicts
 from metrics import METRICS
 
 
@@ -72,21 +71,16 @@ def beats(a, b, lower):
 
 def prototype_growth(section):
     """
-    Records of the mean norm |w| of the prototypes over training, means over seeds; and slope, low, high: the slope of
-    |w| / |w in the middle| over the logarithm of the epoch or step, in the second half, with its 95% interval over
-    seeds. Growth without a bound, as log t, has a slope that stays above 0.
+    Records of the mean norm |w| of the prototypes over training, means over seeds, with how it grows at the end: see
+    verdicts.late_slope, whose t is the epoch or step.
     """
     result = []
     for head in section.drawn:
         x, norms = section.course(head, "prototype_norm")
-        if len(x) > 3 and (norms[:, 0] > 0).all():
-            half = len(x) // 2
-            start, middle, end = norms[:, 0], norms[:, half], norms[:, -1]
-            late = np.polyfit(np.log(x[half:]), (norms[:, half:] / middle[:, None]).T, 1)[0] # (seeds,)
-            test = metrics.paired(late, np.zeros(len(late)))
+        if len(x) > 1 and (norms[:, 0] > 0).all():
+            start, end = norms[:, 0], norms[:, -1]
             result.append(dict(head=section.labels[head], start=start.mean(), end=end.mean(),
-                               end_over_start=(end / start).mean(), slope=test["mean"], low=test["low"],
-                               high=test["high"]))
+                               end_over_start=(end / start).mean(), **verdicts.late_slope(x, norms)))
     return result
 
 # -----------------------------------------------------------------------------

@@ -374,9 +374,9 @@ def section_curves(section, heads):
 
 
 # what is logged over training, and where: a panel each
-LOGGED = {"grad_norm": ("gradient norm", "logs"), "train_loss": ("training loss (nats)", "evals"),
-          "prototype_norm": ("mean prototype norm |w|", "evals"), "effective_rank": ("effective rank", "evals"),
-          "variance_ratio": ("variance ratio", "evals"), "active_ratio": ("active ratio", "evals")}
+LOGGED = {"grad_norm": ("gradient norm", "logs"), "prototype_norm": ("mean prototype norm |w|", "evals"),
+          "effective_rank": ("effective rank", "evals"), "variance_ratio": ("variance ratio", "evals"),
+          "active_ratio": ("active ratio", "evals")}
 
 
 def courses(section, heads):

@@ -29,21 +29,21 @@ h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.5em; border-bottom: 1px solid
 p { max-width: 70em }
 .scroll { overflow-x: auto; margin: .5em 0 1em } .scroll:focus-visible { outline: 2px solid #14397d }
 .wide::before { content: "scroll sideways \\2192"; position: sticky; left: 0; font-size: 12px; color: #666 }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+table { border-collapse: separate; border-spacing: 0; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .3em .7em; text-align: right; vertical-align: top; border-bottom: 1px solid #e4e4e4 }
 th { border-bottom: 1px solid #888; vertical-align: bottom } td { white-space: nowrap } small { color: #666 }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
-td.text { text-align: left; white-space: normal; min-width: 22em; max-width: 60em }
+.text { text-align: left } td.text { white-space: normal; min-width: 22em; max-width: 60em }
 th button { all: unset; cursor: pointer } th button:hover { text-decoration: underline }
 th button:focus-visible { outline: 2px solid #14397d }
 [aria-sort=ascending] button::after { content: " \\25b2" } [aria-sort=descending] button::after { content: " \\25bc" }
-figure { margin: 1.5em 0 } figure img { max-width: 100%; height: auto }
+figure { margin: 1.5em 0 } figure img { max-width: max(100%, 660px); height: auto }
 figcaption { color: #444; font-size: 13px; max-width: 70em }
 summary { cursor: pointer; margin: .5em 0 }
 pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: 12px; line-height: 1.4 }
 @media (max-width: 600px) {
   body { margin: 1em auto; padding: 0 .8em } h1 { font-size: 1.5em } th, td { padding: .3em .5em }
-  td:first-child { white-space: normal; max-width: 38vw } td.text { min-width: 15em }
+  td:first-child { white-space: normal; min-width: 7em; max-width: 38vw } td.text { min-width: 15em }
 }
 """
 # what a click or a key does, and the hint at tables that are wider than the screen; without it the page is as readable
@@ -116,14 +116,14 @@ def markdown(block):
     return f"{block.summary}\n\n{text}" if block.summary else text
 
 
-def html_cell(cell):
+def html_cell(cell, is_text):
     cell = as_cell(cell)
     text = html.escape(cell.text)
     if cell.bold:
         text = f"<b>{text}</b>"
     if cell.small:
         text += f"<br><small>{html.escape(cell.small)}</small>"
-    return f"<td class=text>{text}</td>" if len(cell.text) > 40 else f"<td>{text}</td>"
+    return f"<td class=text>{text}</td>" if is_text else f"<td>{text}</td>"
 
 
 def html_of(block):
@@ -136,12 +136,19 @@ def html_of(block):
     if isinstance(block, Picture):
         caption, data = html.escape(block.caption), base64.b64encode(block.svg).decode()
         image = f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
-        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in block.columns)
-    rows = "".join(f"<tr>{''.join(map(html_cell, row))}</tr>\n" for row in block.rows)
+        return f"<figure><div class=scroll tabindex=0>{image}</div><figcaption>{caption}</figcaption></figure>"
+    texts = text_columns(block)
+    head = "".join(f"<th{' class=text' * is_text}>{html.escape(column)}</th>"
+                   for column, is_text in zip(block.columns, texts))
+    rows = "".join(f"<tr>{''.join(map(html_cell, row, texts))}</tr>\n" for row in block.rows)
     table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
     label = html.escape(f"table {block.name}")
     return folded(block.summary, f'<div class=scroll tabindex=0 role=region aria-label="{label}">{table}</div>')
+
+
+def text_columns(table):
+    """Of each column, whether it is of sentences, which are set in lines."""
+    return [any(len(text_of(row[i])) > 40 for row in table.rows) for i in range(len(table.columns))]
 
 
 def folded(summary, text):
@@ -156,10 +163,7 @@ def latex_cell(cell):
 
 def latex(table):
     """A tabular of the table, for \\input. It needs no package."""
-    kinds = ["l"]
-    for i in range(1, len(table.columns)):
-        is_long = any(len(text_of(row[i])) > 40 for row in table.rows)
-        kinds.append("p{6cm}" if is_long else "r")
+    kinds = ["l", *["p{6cm}" if is_text else "r" for is_text in text_columns(table)[1:]]]
     lines = [" & ".join(map(latex_cell, line)) + r" \\" for line in (table.columns, *table.rows)]
     return "\n".join([rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline",
                       r"\end{tabular}", ""])

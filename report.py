@@ -2,7 +2,8 @@
 A report of finished runs: tables, tests against the linear head, and figures, from what the runs have written.
 
 $ python report.py out/study_digits
-$ python report.py out/study_digits out/study_stdlib --out_dir=report
+$ python report.py out/study_digits out/study_gpt --out_dir=report
+$ python report.py out/claims        # the study of claims.py: its verdicts come first
 
 It reads every folder below the given ones that holds a config.json of a training script, and writes
 index.html (one file, opens from disk), index.md, each table as CSV and as LaTeX in tables/, every number of every run
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import comparisons
 import figures
 import metrics
+import report_claims
 import report_figures
 import results
 import verdicts
@@ -159,18 +161,18 @@ def entry(section, head, key, tests):
     """The cells of one head and metric, and their numbers by name for the CSV. tests: those of the metric, or None."""
     m, mean, std = METRICS[key], section.mean(head, key), section.std(head, key)
     difference, change = section.difference(head, key), section.change(head, key)
-    if head == section.baseline and key in ("model_health", "speed", "speed_steps"):
+    if head == section.baseline and key in results.DIFFERENCES:
         mean = std = None # 0, by definition
     text, small = shown(m, mean, std), ""
     if text and not section.complete(head, key):
         text += f" (of {len(section.values(head, key))})" # some seeds have none
     entries = {f"{key}_mean": mean, f"{key}_std": std}
-    if results.in_nats(key):
-        entries[f"{key}_change_nats"] = difference
-        small = signed(m, difference)
-    else:
+    if key in results.IN_PERCENT:
         entries[f"{key}_change_percent"] = change
         small = "" if change is None else f"{change:+.1f}%"
+    elif key not in results.DIFFERENCES:
+        entries[f"{key}_change"] = difference
+        small = signed(m, difference)
     if not tests:
         return [Cell(text, small)], entries
     test, marked = tests.get(head, {}), section.best(key, tests, significance) == head
@@ -187,7 +189,7 @@ def entry(section, head, key, tests):
 
 
 def signed(metric, difference):
-    return "" if difference is None else number(metric.scale * difference, "+" + metric.spec)
+    return "" if difference is None else number(metric.scale * difference, "+" + metric.spec.lstrip("+"))
 
 # -----------------------------------------------------------------------------
 # nearest prototypes
@@ -330,8 +332,8 @@ def provenance(sections):
         Table("provenance", columns, rows), Pre("\n".join(lines), "The commands that make these runs again")]
 
 
-def definitions(sections):
-    shown_keys = set()
+def definitions(sections, others):
+    shown_keys = set(others)
     for section in sections:
         shown_keys.update(*TABLES[section.family].values())
     rows = []
@@ -340,13 +342,16 @@ def definitions(sections):
             rows.append([m.title, "lower" if m.lower else "higher", m.definition])
     return [Heading("Definitions", 3), Paragraph(
         "± is the standard deviation over seeds (ddof 1). Percentages are against the baseline, of the mean over the "
-        "seeds that both have; positive is better whichever way the number goes. Differences are head - baseline, over "
-        f"the same seeds; d_z has their sign. {metrics.PAIRED_TEST}"),
+        "seeds that both have; positive is better whichever way the number goes. Differences, and small numbers "
+        "without a percent sign, are head - baseline, over the same seeds; the detectable one is what a single test "
+        f"finds with a power of {POWER:g}; d_z has their sign. {metrics.PAIRED_TEST}"),
         Table("definitions", ["number", "better", "definition"], rows)]
 
 
 def what_was_read(runs, ended, broken, error_folders):
     """Paragraphs that say which runs there are, and which are in no average."""
+    if not runs:
+        return []
     seeds = ", ".join(map(str, sorted({r.seed for r in ended})))
     kinds = "; ".join(sorted({f"{r.dataset}, {r.model}" for r in ended}))
     texts = [f"{len(ended)} runs that have ended, seeds {seeds}, dataset and model: {kinds}."]
@@ -422,12 +427,14 @@ def main(argv):
     below = f"below {', '.join(folders)}"
 
     # read and measure the runs
-    runs, broken = results.read_runs(folders)
-    if not runs:
+    claims = report_claims.studies(folders)
+    without = [study.path for study in claims] # their runs are in their tables
+    runs, broken = results.read_runs(folders, without)
+    if not runs and not claims:
         message = f"no runs {below}: a run is a folder with a config.json of train.py or train_vision.py"
         raise SystemExit("\n  - skipped ".join([message, *broken]))
     ended = results.measure_all(runs, broken)
-    if not ended:
+    if not ended and not claims:
         message = f"{len(runs)} runs {below}, but none has ended (summary.json): go on with --init_from=resume"
         raise SystemExit("\n  - skipped ".join([message, *broken]))
 
@@ -438,7 +445,8 @@ def main(argv):
     # what there is to say
     unfinished = [r for r in runs if r.summary is None]
     top_of_page = [Heading("Distance heads: a report", 1),
-                   *what_was_read(runs, ended, broken, results.find_runs(folders, "error.txt")),
+                   *[block for study in claims for block in report_claims.blocks(study)],
+                   *what_was_read(runs, ended, broken, results.find_runs(folders, "error.txt", without)),
                    *what_differs(groups), *note_blocks(unfinished + ended)]
     body = []
     for section in tqdm(sections, desc="sections", leave=False):
@@ -450,12 +458,15 @@ def main(argv):
             body += nearest(section)
     if len(sections) > 1:
         body += report_figures.over_sections(sections)
-    body += provenance(sections) + definitions(sections)
+    if sections:
+        body += provenance(sections)
+    body += definitions(sections, [key for study in claims for key in report_claims.metrics_shown(study)])
 
     write_page(out_dir, "Distance heads: a report", top_of_page + body)
     write_csv(os.path.join(out_dir, "tables", "runs.csv"), comparisons.records(sections))
     index = os.path.join(out_dir, "index.html")
-    print(f"{len(ended)} runs in {len(sections)} sections: {index}, index.md, tables, figures")
+    tabled = f"{sum(len(study.rows) for study in claims)} runs of claims, " if claims else ""
+    print(f"{tabled}{len(ended)} runs in {len(sections)} sections: {index}, index.md, tables, figures")
 
 
 if __name__ == "__main__":

@@ -109,15 +109,17 @@ def training(section, few):
         return blocks
     rows = []
     for r in records:
-        interval = "" if r["low"] is None else f"[{r['low']:+.3f}, {r['high']:+.3f}]"
+        interval = "" if r["low"] is None else f"[{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]"
+        growth = number(None if r["slope"] is None else 100 * r["slope"], "+.1f")
         rows.append([r["head"], f"{r['start']:.3g}", f"{r['end']:.3g}", f"{r['end_over_start']:.3f}",
-                     Cell(f"{r['slope']:+.3f}", interval)])
-    columns = ["head", "|w| at the start", "|w| at the end", "end / start", "late slope [95%]"]
-    return [*blocks, Paragraph(
+                     Cell(growth, interval), r["verdict"]])
+    columns = ["head", "|w| at the start", "|w| at the end", "end / start", "late growth, % per doubling", "it"]
+    text = (
         "Norms of the prototypes, mean over seeds. The paper's Theorem 1 lets cross-entropy's grow without bound, as "
-        "log t, and a harmonic head's not. The slope is that of |w| over log t in the second half of the "
-        f"{section.x}s, divided by |w| in the middle. Where weights decay, and where training ends as early as in most "
-        "runs, it decides nothing."), Table(f"{section.slug}_prototype_norms", columns, rows, records)]
+        f"log t, and a harmonic head's not. Late growth is that per doubling of the {section.x}s, in the last three "
+        "quarters of them, and does not change with the length of a run that grows as log t. It decides nothing where "
+        "weights decay, or where the learning rate does: both hold any norm.")
+    return [*blocks, Paragraph(text), Table(f"{section.slug}_prototype_norms", columns, rows, records)]
 
 # -----------------------------------------------------------------------------
 # hidden states
@@ -180,7 +182,8 @@ def run_encoding(r):
 
 
 # the metrics that quality is drawn against: in the head's own geometry, and the paper's
-INTERPRETABILITY = {"vision": ("variance_ratio", "pc2_ev"), "language": ("variance_ratio", "pca5")}
+INTERPRETABILITY = {"vision": ("own_variance_ratio", "mean_accuracy", "pc2_ev"),
+                    "language": ("own_variance_ratio", "mean_accuracy", "pca5")}
 
 
 def over_sections(sections):

@@ -35,6 +35,12 @@ IGNORED = (*HEAD_KEYS, "seed", "out_dir", "data_dir", "overwrite", "plots", "wan
            "wandb_project", "wandb_run_name", "wandb_mode", "device", "dtype", "time_limit")
 # the distances that the paper names as the best for something, always drawn
 FAVOURITES = ("euclidean", "cosine", "manhattan", "bray_curtis", "mahalanobis")
+# what is compared with the baseline in percent; of what may be near 0 there, as losses and ratios, it would say nothing
+IN_PERCENT = ("test_accuracy", "val_accuracy", "f1_macro", "pc2_ev", "energy_kwh", "emissions_g", "cpu_seconds",
+              "emissions_per_1000_steps", "seconds_per_epoch", "seconds_per_step", "seconds_to_90", "steps_to_90",
+              "wh_to_90", "wh_to_target", "quality_per_wh")
+# what is a difference to the baseline already
+DIFFERENCES = ("model_health", "speed", "speed_steps")
 LEAST_PROGRESS = 0.1 # of the baseline's way from guessing to its best, below which a run has learned nothing
 # setting: 'fixed', 'given' (on the command line) or 'learned' n. A loss of train_metric.py that is no head has its name
 # in the place of the distance, and in that of the variant the distance between samples, if it is not the loss's own
@@ -70,12 +76,14 @@ class Run:
         return self.summary is None and "not finite" in self.error
 
 
-def find_runs(folders, name="config.json"):
-    """The paths of the folders with a file of that name at or below the given ones, each once."""
+def find_runs(folders, name="config.json", without=()):
+    """The paths of the folders with a file of that name at or below the given ones, but for those in without."""
     found = {}
     for folder in folders:
-        for path, _, files in os.walk(folder):
-            if name in files:
+        for path, below, files in os.walk(folder):
+            if path in without:
+                below.clear()
+            elif name in files:
                 found[os.path.realpath(path)] = path
     return sorted(found.values())
 
@@ -110,10 +118,13 @@ def fingerprint_of(info):
     return result
 
 
-def read_runs(folders):
-    """(the Runs at and below these folders, messages about the folders that hold none but look like one)"""
+def read_runs(folders, without=()):
+    """
+    (the Runs at and below these folders, but for those in without; messages about the folders that hold none but look
+    like one)
+    """
     runs, broken = [], []
-    for path in tqdm(find_runs(folders), desc="reading", leave=False):
+    for path in tqdm(find_runs(folders, without=without), desc="reading", leave=False):
         try:
             runs.append(read_run(path))
         except Damaged as e:
@@ -170,11 +181,6 @@ def progress(runs):
     """How far below guessing the best error of the runs comes, a mean over those that have evaluations, or None."""
     found = [guess_error(run) - min(errors(run)) for run in runs if run.evals]
     return statistics.mean(found) if found else None
-
-
-def in_nats(key):
-    """Whether the metric is a loss: its zero is no reference, so that it is compared by differences, not in percent."""
-    return "(nats)" in METRICS[key].title
 
 
 def numbers(rows, key):
@@ -472,10 +478,10 @@ class Section:
     def change(self, head, key):
         """
         The percent of change against the baseline, over the seeds that both have; positive is better. None where there
-        is none, and of losses, see in_nats.
+        is none, and of what is not IN_PERCENT.
         """
         mine, base = self.paired(head, key)
-        if not mine or in_nats(key):
+        if not mine or key not in IN_PERCENT:
             return None
         change = metrics.percent_change(statistics.mean(mine), statistics.mean(base), METRICS[key].lower)
         return change if finite(change) else None
