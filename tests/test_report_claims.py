@@ -145,7 +145,8 @@ def test_the_verdicts_open_the_report(tmp_path, monkeypatch):
     judged = {result["name"]: result for result in verdicts.judge(design, rows)}
     assert [judged[claim["name"]]["verdict"] for claim in CLAIMS] == [
         "supported", "refuted", "supported", "inconclusive", "refuted"]
-    assert md.index("## Claims") < md.index("2 runs that have ended") and "5 claims: 2 supported, 2 refuted, 1 inconclusive." in md
+    assert md.index("## Claims") < md.index("2 runs that have ended")
+    assert "5 claims: 2 supported, 2 refuted, 1 inconclusive." in md
     for row in [*table("claims"), *table("claims_exploratory")]:
         result = judged[row["name"]]
         for key in ("estimate", "low", "high", "detectable", "p_holm", "effect"):
