@@ -406,7 +406,10 @@ def panel_grid(count, columns, width=3.6, height=3.1):
 
 
 def all_curves(sections):
-    """The validation quality over training, a panel per section, of the heads that are always drawn."""
+    """The validation quality over training, a panel per section, of the heads that are always drawn, or None."""
+    sections = [section for section in sections if section.few(0)]
+    if not sections:
+        return None
     fig, axes = panel_grid(len(sections), 3)
     for ax, section in zip(axes, sections):
         key = "val_accuracy" if section.family == "vision" else "val_loss"

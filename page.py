@@ -148,7 +148,10 @@ def html_of(block):
 
 def text_columns(table):
     """Of each column, whether it is of sentences, which are set in lines."""
-    return [any(len(text_of(row[i])) > 40 for row in table.rows) for i in range(len(table.columns))]
+    longest = [0] * len(table.columns)
+    for row in table.rows:
+        longest = [max(most, *map(len, as_cell(cell)[:2])) for most, cell in zip(longest, row)] # of text and small
+    return [most > 40 for most in longest]
 
 
 def folded(summary, text):

@@ -206,8 +206,10 @@ def small_multiples(sections):
     if panels:
         blocks.append(Picture("interpretability_all", *figures.vector(figures.multiples(panels)), "quality against "
                               "interpretability, means and standard deviations over seeds, not normalised."))
-    blocks.append(Picture("curves_all", *figures.vector(figures.all_curves(sections)), "validation quality over "
-                          "training, mean over seeds, not normalised; the axes leave out the untrained model."))
+    fig = figures.all_curves(sections)
+    if fig:
+        blocks.append(Picture("curves_all", *figures.vector(fig), "validation quality over training, mean over seeds, "
+                              "not normalised; the axes leave out the untrained model."))
     rows = {section.name: emission_rows(section) for section in sections}
     panels = [(f"{name}: g CO2eq per run, less the baseline", rows) for name, rows in rows.items() if rows]
     if panels:
