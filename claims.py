@@ -19,11 +19,11 @@ import math
 import os
 import shlex
 import sys
-import tomllib
 from collections import namedtuple
 
 import results
 import study
+import verdicts
 from configurator import configure, fail, find
 from metrics import METRICS
 from page import write_csv
@@ -231,12 +231,13 @@ def main():
     try:
         with open(find(design), encoding="utf-8") as f:
             text = f.read()
-        plan = tomllib.loads(text)
+        plan = verdicts.load(text)
+        verdicts.check(plan)
         legal = ", ".join(plan["settings"])
         problems += [f"{design} has no setting {name!r} (legal: {legal})" for name in names
                      if name not in plan["settings"]]
     except (OSError, ValueError, KeyError) as e:
-        problems.append(f"the design {design!r} cannot be read ({type(e).__name__}: {e})")
+        problems += [f"the design {design!r} cannot be read ({type(e).__name__})", *str(e).splitlines()]
     fail(problems)
 
     os.makedirs(out_dir, exist_ok=True)

@@ -1,7 +1,8 @@
 """
-The verdicts of a study of claims, as pure functions of its design (config/claims.toml, read by tomllib) and of its runs
-(rows of runs.csv: dicts of numbers or of their texts). They read no files.
+The verdicts of a study of claims, as pure functions of its design (config/claims.toml) and of its runs (rows of
+runs.csv: dicts of numbers or of their texts). They read no files.
 
+    design = load(text)                # the text of a design
     verdicts = judge(design, rows)     # a dict per claim: supported, refuted or inconclusive, and by what numbers
     answers = across(design, verdicts) # a dict per question that is asked in several settings; needs statsmodels
 
@@ -10,6 +11,7 @@ decided where the design says that one may look (O'Brien and Fleming 1979), by t
 family is corrected by Holm (1979). All of it is standard; to apply it here is our choice. Needs scipy.
 """
 import math
+import tomllib
 from functools import lru_cache
 
 import numpy as np
@@ -70,6 +72,23 @@ def detectable(df, level, power):
     """The mean in standard errors that the two-sided t test finds on its side with this power (noncentral t)."""
     critical = stats.t.isf(level / 2, df)
     return float(optimize.brentq(lambda d: stats.nct.sf(critical, df, d) - power, 0, 10 * critical + 10, xtol=1e-12))
+
+
+def load(text):
+    """
+    The design in a text of TOML, where a claim with `effects`, by setting, becomes one claim for each of them,
+    joined by the claim's name as a question. Raises ValueError for a text that is no TOML or has no such claim.
+    """
+    design, claims = tomllib.loads(text), []
+    for claim in design.get("claims", []):
+        if "effects" not in claim:
+            claims.append(claim)
+            continue
+        shared = {key: value for key, value in claim.items() if key not in ("name", "effects")}
+        for setting, effect in claim["effects"].items():
+            name = claim.get("name")
+            claims.append(dict(name=f"{name}, {setting}", setting=setting, effect=effect, question=name, **shared))
+    return {**design, "claims": claims}
 
 
 def check(design):
@@ -192,10 +211,11 @@ def decide(claim, result, looks, alpha):
     """(verdict, why) of a claim, given its numbers with p_holm."""
     if result["look"] == 0:
         return "not run yet", f"{result['run']} of the {looks[0]} seeds that the first look needs have run."
-    if result["low"] is None and result["std"] == 0:
-        return "inconclusive", f"All {result['seeds']} seeds have the same difference, which gives no interval."
+    missing = looks[result["look"] - 1] - result["seeds"]
+    lacking = f" {missing} seeds lack the number." if missing else ""
     if result["low"] is None:
-        return "inconclusive", f"{result['seeds']} of {result['run']} seeds have the number, which gives no interval."
+        reason = "All seeds have the same difference" if result["std"] == 0 else "There are not two seeds"
+        return "inconclusive", f"{reason}, which gives no interval.{lacking}"
     effect, sign = abs(claim["effect"]), math.copysign(1, claim["effect"])
     low, high = sorted((sign * result["low"], sign * result["high"]))
     if not claim.get("equal"):
@@ -210,7 +230,7 @@ def decide(claim, result, looks, alpha):
         return "inconclusive", f"Alone it would be supported; after Holm p is {result['p_holm']:.3g}."
     if verdict == "inconclusive":
         why += f" {result['seeds']} seeds would have shown {result['detectable']:.3g}."
-    return verdict, why
+    return verdict, why + lacking
 
 
 def judge(design, rows):
@@ -228,8 +248,8 @@ def judge(design, rows):
     What needs an interval is None before the first look, and where all seeds have the same difference. Supported: the
     interval is on the claim's side of 0, the estimate reaches the effect, and p_holm is at most 1 - confidence.
     Refuted: the whole interval falls short of the effect. With equal = true: two one-sided tests support it, an
-    interval beyond +-effect refutes it. Raises ValueError for a design that is not one (see check), and for runs that
-    are there twice or that failed where the design has no score for it.
+    interval beyond +-effect refutes it. Raises ValueError for a bad design, a run that is there twice, and a failure
+    for which the design has no score.
     """
     check(design)
     runs = confirmed(rows)
@@ -249,9 +269,8 @@ def across(design, verdicts):
     A dict per question, of the claims that name it, in units of each one's effect of interest: 0 is no difference, 1
     the effect, so that points of accuracy can stand beside nats. settings, estimate, low, high, tau (the standard
     deviation between settings), verdict, why. Needs statsmodels, or says so.
-    It is a random-effects meta-analysis, with the variance between settings of Paule and Mandel and t quantiles, as the
-    settings are few. A mixed model of all seeds would give all settings one variance of their seeds, and these differ
-    by a factor of 25. The interval has the design's confidence, not corrected for looks nor for other questions.
+    It is a random-effects meta-analysis (Paule and Mandel) with t quantiles, as settings are few; a mixed model of all
+    seeds would give all settings one variance. The interval is not corrected for looks nor for other questions.
     """
     questions = {}
     for claim, result in zip(design.get("claims", []), verdicts):

@@ -5,5 +5,6 @@ max_iters = 400
 warmup_iters = max_iters // 8
 min_lr = learning_rate / 10
 eval_interval = max_iters
-eval_iters = 35 # the first half of the validation split: the other one is for the end
+eval_iters = -1 # the whole of
+test_fraction = 0.5 # the first half of the validation split; the other one is for the end
 log_interval = 20

@@ -3,6 +3,7 @@ One thread per process, as the tensors are small, and threads that wait for each
 fixtures; and what a torture says at its end.
 """
 import os
+import signal
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -23,6 +24,19 @@ from helpers import make_dataset  # noqa: E402 after the environment is set
 
 import distances  # noqa: E402
 import run  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """
+    What a script has done with signals ends with its test: after `python distances.py`, run in this process, a pipe
+    that breaks would end the process, in any later test.
+    """
+    before = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
+    yield
+    for signum, handler in before.items():
+        if signal.getsignal(signum) != handler:
+            signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,9 @@ import copy
 import math
 import os
 import runpy
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -864,6 +867,14 @@ def test_the_list_of_heads_prints(capsys):
     assert "p=1.5" in text and "alpha (learned)" in text
     with open(os.path.join(os.path.dirname(distances.__file__), "README.md")) as f:
         assert text in f.read() # the README shows the output of `python distances.py`
+
+
+def test_the_list_of_heads_ends_quietly_where_nobody_reads():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, distances.__file__], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == -signal.SIGPIPE and done.stderr == b""
 
 
 # -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,6 @@ def test_the_command_names_its_scripts(monkeypatch, capsys):
 # files about the repository
 
 def test_the_version_stands_in_one_place_and_the_lock_is_of_now():
-    tomllib = pytest.importorskip("tomllib") # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lock = (ROOT / "uv.lock").read_text()
     assert set(re.findall(r"https?://([^/\"]+)", lock)) == {"pypi.org", "files.pythonhosted.org"}

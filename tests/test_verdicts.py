@@ -175,7 +175,7 @@ def study():
             r["accuracy"] = math.inf # it ended, but diverged
     lost = {("plain", "one", 3), ("plain", "one", 9)}
     rows = [r for r in rows if (r["setting"], r["head"], r["seed"]) not in lost]
-    rows.append(row("plain", "three", 99, stage="tune", accuracy=0.0, loss=9, seconds=1, spread=1))
+    rows.append(row("plain", "three", 1, stage="tune", accuracy=0.0, loss=9, seconds=1, spread=1)) # of another kind
     heads = {head: {} for head in [*means, "shifted", "slow"]}
     return dict(confidence=0.95, power=0.9, heads=heads, settings=settings, claims=claims()), rows
 
@@ -201,6 +201,7 @@ def claims():
         claim("what failed has no spread", "split", {"fails": 1, "zero": -1}, 0.01, metric="spread"),
         claim("no spread at all", "split", {"slow": 1, "zero": -1}, 0.01, metric="spread"),
         claim("one look", "once", {"slow": 1, "zero": -1}, -0.02, primary=True),
+        claim("less than it says", "once", {"three": 1, "zero": -1}, 0.031, metric="accuracy"),
         claim("ratio", "once", {"slow": 1, "zero": -1}, math.log(1.1), metric="seconds", log=True),
         claim("not yet", "late", {"three": 1, "zero": -1}, 0.01, primary=True)]
 
@@ -217,8 +218,10 @@ def test_a_second_computation_gives_the_same_verdicts():
     assert judged["small"]["look"] == 1 and judged["small"]["run"] == 10 # two seeds are missing: the others wait
     assert judged["effect"]["look"] == 2 and judged["split"]["look"] == 3 and judged["split"]["seeds"] == 24
     assert judged["failures"]["failed"] == 4 and judged["failures"]["std"] > 0.2 # chance counts against the head
+    assert "may be smaller" in judged["less than it says"]["why"]
     assert judged["diverged"]["failed"] == 1
     assert judged["what failed has no spread"]["seeds"] == 20
+    assert judged["what failed has no spread"]["why"].endswith(" 4 seeds lack the number.")
     assert "same difference" in judged["tie"]["why"] and judged["tie"]["estimate"] == pytest.approx(0.25)
     assert "3 of the 4" in judged["not yet"]["why"] and judged["not yet"]["estimate"] is not None
     assert "would have shown" in judged["not surely equal"]["why"]
@@ -253,12 +256,11 @@ def test_a_second_computation_agrees_on_claims_at_the_margin(seed):
 
 
 def test_a_second_computation_agrees_on_the_study_of_claims():
-    tomllib = pytest.importorskip("tomllib")
     path = os.path.join(ROOT, "assets", "claims", "runs.csv")
     if not os.path.exists(path):
         pytest.skip("no runs of the study of claims here")
-    with open(os.path.join(ROOT, "config", "claims.toml"), "rb") as f:
-        design = tomllib.load(f)
+    with open(os.path.join(ROOT, "config", "claims.toml"), encoding="utf-8") as f:
+        design = verdicts.load(f.read())
     with open(path, newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     if not any(r["stage"] == "confirm" for r in rows) or not design.get("claims"):
@@ -303,6 +305,24 @@ def test_a_design_that_is_not_one_is_refused(change, message):
     design["claims"][0] = {**design["claims"][0], **change}
     with pytest.raises(ValueError, match=message):
         verdicts.judge(design, rows)
+
+
+def test_a_claim_with_effects_is_one_for_each_setting():
+    text = """
+        [[claims]]
+        name = "better"
+        says = "It is."
+        contrast = { a = 1, b = -1 }
+        effects = { here = 0.1, there = -2 }
+        primary = true
+        [[claims]]
+        name = "alone"
+        setting = "here"
+    """
+    shared = dict(says="It is.", contrast=dict(a=1, b=-1), primary=True, question="better")
+    assert verdicts.load(text)["claims"] == [
+        dict(name="better, here", setting="here", effect=0.1, **shared),
+        dict(name="better, there", setting="there", effect=-2, **shared), dict(name="alone", setting="here")]
 
 
 def test_bad_runs_are_refused():
