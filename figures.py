@@ -528,12 +528,8 @@ def pca(section, probes, classes):
     Hidden states on their first two principal components, a panel per head on its own scale. probes: {head: (h (N, D),
     y (N,))}. classes: {class: name} of those that are coloured; the rest is grey.
     """
-    columns = min(3, len(probes))
-    rows = -(-len(probes) // columns)
-    fig, axes = new_figure(3.5 * columns + 1.4, 3.2 * rows, rows, columns, squeeze=False)
-    for ax in axes.flat[len(probes):]:
-        ax.axis("off")
-    for ax, (head, (h, y)) in zip(axes.flat, probes.items()):
+    fig, axes = panel_grid(len(probes), 3, 3.5, 3.2)
+    for ax, (head, (h, y)) in zip(axes, probes.items()):
         centre, directions, shares = principal_plane(h)
         points = (h - centre) @ directions.T
         rest = ~np.isin(y, list(classes))
@@ -543,7 +539,7 @@ def pca(section, probes, classes):
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"{plain(section.labels[head])} ({sum(shares):.0%})", fontsize=9)
         ax.spines[:].set(color="0.7", visible=True)
-    legend(fig, axes.flat)
+    legend(fig, axes, below=True)
     return fig
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import shlex
 import statistics
-import tomllib
 from collections import Counter, namedtuple
 from types import SimpleNamespace
 
@@ -73,8 +72,8 @@ def read_rows(path):
 
 
 def read(path, design, rows):
-    with readable(design), open(design, "rb") as f:
-        plan = tomllib.load(f)
+    with readable(design), open(design, encoding="utf-8") as f:
+        plan = verdicts.load(f.read())
         for key in ("heads", "settings"):
             if not isinstance(plan.get(key), dict):
                 raise ValueError(f"it has no [{key}]")
@@ -160,16 +159,12 @@ def blocks(study):
         family = [result for result in results if result["primary"] == primary]
         if family:
             name = "claims" if primary else "claims_exploratory"
-            opening += [Heading(words, 3), claims_table(study, name, family, claims)]
+            opening += [Heading(words, 3), claims_table(study, name, family, claims), *forest(name, family, claims)]
     opening += [Paragraph(f"{verdict.capitalize()}: {words}") for verdict, words in MEANINGS.items() if counts[verdict]]
     opening.append(Paragraph(
         "An interval has the confidence that O'Brien and Fleming leave at its look (all looks together: "
         f"{study.design['confidence']:.0%}), the detectable effect is found with a power of "
         f"{study.design['power']:.0%}. The difference is that of the contrast in the design, over the same seeds."))
-    entries = [forest_entry(result, claims[result["name"]]) for result in results if is_drawn(result)]
-    if entries:
-        opening.append(Picture("claims_forest", *figures.vector(figures_claims.forest(entries)),
-                               "The claims: estimate, interval, and every seed, in effects of interest."))
     return [*opening, *questions(answers), *evidence(study)]
 
 
@@ -193,7 +188,8 @@ def claims_table(study, name, results, claims):
             amount(x, claim, r["metric"]) for x in (r["estimate"], r["low"], r["high"], r["effect"], r["detectable"]))
         metric = METRICS[r["metric"]].title if r["metric"] in METRICS else r["metric"]
         seeds = f"{r['seeds']}, {r['failed']} failed" if r["failed"] else str(r["seeds"])
-        rows.append([Cell(r["name"], title(study, r["setting"])), Cell(r["verdict"], bold=r["verdict"] == "supported"),
+        rows.append([Cell(claim.get("question", r["name"]), title(study, r["setting"])),
+                     Cell(r["verdict"], bold=r["verdict"] == "supported"),
                      Cell(estimate, f"[{low}, {high}]" if low else ""),
                      Cell(("±" + effect.lstrip("+-")) if claim.get("equal") else effect, metric),
                      detectable.lstrip("+"), seeds, number(r["p_holm"], ".3g"),
@@ -204,8 +200,13 @@ def claims_table(study, name, results, claims):
     return Table(name, columns, rows, records)
 
 
-def is_drawn(result):
-    return result["estimate"] is not None and result["verdict"] != "not run yet"
+def forest(name, results, claims):
+    there = [result for result in results if result["estimate"] is not None and result["verdict"] != "not run yet"]
+    if not there:
+        return []
+    fig = figures_claims.forest([forest_entry(result, claims[result["name"]]) for result in there])
+    return [Picture(f"{name}_forest", *figures.vector(fig), "The claims of the table above: estimate, interval, and "
+                    "every seed, in effects of interest.")]
 
 
 def forest_entry(r, claim):
@@ -215,7 +216,8 @@ def forest_entry(r, claim):
     if low is not None:
         low, high = sorted((low / unit, high / unit))
     text = f"{r['verdict']}, {amount(r['estimate'], claim, r['metric'])} ({r['seeds']} seeds)"
-    return dict(label=f"{r['name']} ({r['setting']})", text=text, verdict=r["verdict"], estimate=r["estimate"] / unit,
+    label = f"{claim.get('question', r['name'])}, {r['setting']}"
+    return dict(label=label, text=text, verdict=r["verdict"], estimate=r["estimate"] / unit,
                 low=low, high=high, values=[x / unit for x in r["values"].values()])
 
 

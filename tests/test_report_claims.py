@@ -7,6 +7,7 @@ $ pytest tests/test_report_claims.py
 import csv
 import itertools
 import math
+import os
 import re
 import shutil
 import statistics
@@ -160,7 +161,7 @@ def test_the_verdicts_open_the_report(tmp_path, monkeypatch):
     assert "Supported: the interval" in md and "Inconclusive: these seeds" in md and "Not run yet" not in md
     assert "in the table already" not in md and "GPT on &lt;text>" in md and "GPT on &lt;text&gt;" in html
     names = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
-    for name in ("forest", "heat", "interpretability", "cost", "tuning_gpt", "tuning_cnn"):
+    for name in ("forest", "exploratory_forest", "heat", "interpretability", "cost", "tuning_gpt", "tuning_cnn"):
         assert {f"claims_{name}.svg", f"claims_{name}.pdf"} <= names and f"(figures/claims_{name}.svg)" in md
         shapes = ElementTree.parse(tmp_path / "report" / "figures" / f"claims_{name}.svg")
         assert len({shape.get("d") for shape in shapes.iter("{http://www.w3.org/2000/svg}path")}) > 20
@@ -185,6 +186,29 @@ def test_heads_by_settings_and_every_point_of_tuning(tmp_path, quick):
     tuned = table("claims_tuning_gpt")
     assert len(tuned) == 5 * (9 + 3) and sum(row["chosen"] == "chosen" for row in tuned) == 5
     assert [row["status"] for row in tuned].count("failed") == 3
+
+
+def test_the_design_of_this_repository(tmp_path, quick):
+    design = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config", "claims.toml")
+    with open(design, encoding="utf-8") as f:
+        text = f.read()
+    plan, rows, rng = verdicts.load(text), [], np.random.default_rng(0)
+    numbers = ("pc2_ev", "pca90", "variance_ratio", "pca5", "gradient_stability")
+    for setting, about in plan["settings"].items():
+        for head, seed in itertools.product(plan["heads"], range(1, about["looks"][0] + 1)):
+            row = dict(setting=setting, head=head, stage="confirm", seed=seed, status="ended")
+            rows.append(row | {key: 1 + rng.random() for key in (*numbers, about["quality"])})
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "claims.toml").write_text(text)
+    write_csv(tmp_path / "claims" / "runs.csv", rows)
+    report.main([str(tmp_path / "claims"), f"--out_dir={tmp_path / 'report'}"])
+    shown = []
+    for name in ("claims", "claims_exploratory"):
+        with open(tmp_path / "report" / "tables" / f"{name}.csv", newline="", encoding="utf-8") as f:
+            shown += [row["name"] for row in csv.DictReader(f)]
+    assert sorted(shown) == sorted(claim["name"] for claim in plan["claims"]) and len(shown) > 40
+    with open(tmp_path / "report" / "tables" / "claims_questions.csv", newline="", encoding="utf-8") as f:
+        assert "cosine against linear" in {row["question"] for row in csv.DictReader(f)}
 
 
 def test_the_colours_of_tuning_and_what_a_cell_shows():
