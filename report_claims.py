@@ -155,17 +155,33 @@ def blocks(study):
     counts = Counter(result["verdict"] for result in results)
     opening.append(Paragraph(f"{len(results)} claims: " + ", ".join(
         f"{counts[verdict]} {verdict}" for verdict in MEANINGS if counts[verdict]) + "."))
-    for primary, words in ((True, "Primary claims"), (False, "Exploratory claims, a family of their own")):
-        family = [result for result in results if result["primary"] == primary]
-        if family:
-            name = "claims" if primary else "claims_exploratory"
-            opening += [Heading(words, 3), claims_table(study, name, family, claims), *forest(name, family, claims)]
-    opening += [Paragraph(f"{verdict.capitalize()}: {words}") for verdict, words in MEANINGS.items() if counts[verdict]]
-    opening.append(Paragraph(
+    meanings = [Paragraph(f"{verdict.capitalize()}: {words}") for verdict, words in MEANINGS.items() if counts[verdict]]
+    meanings.append(Paragraph(
         "An interval has the confidence that O'Brien and Fleming leave at its look (all looks together: "
         f"{study.design['confidence']:.0%}), the detectable effect is found with a power of "
-        f"{study.design['power']:.0%}. The difference is that of the contrast in the design, over the same seeds."))
-    return [*opening, *questions(answers), *evidence(study)]
+        f"{study.design['power']:.0%}. The estimate is the contrast of the design, a mean over the same seeds."))
+    primary, others = [], []
+    for result in results:
+        (primary if result["primary"] else others).append(result)
+    return [*opening, *family(study, "claims", "Primary claims", primary, claims), *meanings, *questions(answers),
+            *family(study, "claims_exploratory", "Exploratory claims, a family of their own", others, claims),
+            *evidence(study)]
+
+
+def family(study, name, words, results, claims):
+    """The claims that are corrected together: a table and a forest."""
+    if not results:
+        return []
+    return [Heading(words, 3), claims_table(study, name, results, claims), *forest(name, results, claims)]
+
+
+def forest(name, results, claims):
+    there = [result for result in results if result["estimate"] is not None and result["verdict"] != "not run yet"]
+    if not there:
+        return []
+    fig = figures_claims.forest([forest_entry(result, claims[result["name"]]) for result in there])
+    return [Picture(f"{name}_forest", *figures.vector(fig), "The claims of the table above: estimate, interval, and "
+                    "every seed, in effects of interest.")]
 
 
 def amount(x, claim, metric, sign="+"):
@@ -198,15 +214,6 @@ def claims_table(study, name, results, claims):
     columns = ["claim", "verdict", "estimate [interval]", "effect of interest", "detectable", "seeds", "p, Holm",
                "in words, and why"]
     return Table(name, columns, rows, records)
-
-
-def forest(name, results, claims):
-    there = [result for result in results if result["estimate"] is not None and result["verdict"] != "not run yet"]
-    if not there:
-        return []
-    fig = figures_claims.forest([forest_entry(result, claims[result["name"]]) for result in there])
-    return [Picture(f"{name}_forest", *figures.vector(fig), "The claims of the table above: estimate, interval, and "
-                    "every seed, in effects of interest.")]
 
 
 def forest_entry(r, claim):
@@ -375,7 +382,7 @@ def costs(study):
                              "linear head of the same seed, mean and standard deviation over seeds; negative costs "
                              "less. Energy that is modelled as watts x time says no more than the time does."))
     return [*found, Table("claims_cost", [columns[i] for i in shown_columns],
-                          [[row[i] for i in shown_columns] for row in rows])]
+                          [[row[i] for i in shown_columns] for row in rows], summary="The cost of every head")]
 
 # -----------------------------------------------------------------------------
 # tuning
