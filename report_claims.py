@@ -23,8 +23,9 @@ from report_figures import INTERPRETABILITY
 from results import find_runs
 from run_folder import Damaged, readable
 
-# design: the frozen one; rows: those of runs.csv, dicts of texts; notes: what a reader should know
-Study = namedtuple("Study", "path design rows notes")
+# slug: what the names of its files begin with; design: the frozen one; rows: those of runs.csv, dicts of texts; notes:
+# what a reader should know
+Study = namedtuple("Study", "path slug design rows notes")
 MEANINGS = {
     "supported": "the interval lies on the claim's side of 0, the estimate reaches the effect of interest, and p "
                  "after Holm's correction allows it (a claim of equality: two one-sided tests exclude both effects).",
@@ -52,7 +53,9 @@ def studies(folders):
             rows = read_rows(os.path.join(path, "runs.csv"))
             if rows is None and not os.path.exists(design):
                 continue # another table
-            found.append(read(path, design if os.path.exists(design) else find("config/claims.toml"), rows or []))
+            slug = f"claims_{len(found) + 1}" if found else "claims"
+            design = design if os.path.exists(design) else find("config/claims.toml")
+            found.append(read(path, slug, design, rows or []))
         except Damaged as e:
             raise SystemExit(f"{e}: python claims.py --stage=table writes the table of a study again") from None
     return found
@@ -71,7 +74,7 @@ def read_rows(path):
     return rows
 
 
-def read(path, design, rows):
+def read(path, slug, design, rows):
     with readable(design), open(design, encoding="utf-8") as f:
         plan = verdicts.load(f.read())
         for key in ("heads", "settings"):
@@ -86,7 +89,7 @@ def read(path, design, rows):
     if len(known) < len(rows):
         notes.append(f"{len(rows) - len(known)} of them are of heads or settings that this design does not have: left "
                      "out.")
-    return Study(path, plan, known, notes)
+    return Study(path, slug, plan, known, notes)
 
 
 def value(row, key):
@@ -163,8 +166,9 @@ def blocks(study):
     primary, others = [], []
     for result in results:
         (primary if result["primary"] else others).append(result)
-    return [*opening, *family(study, "claims", "Primary claims", primary, claims), *meanings, *questions(answers),
-            *family(study, "claims_exploratory", "Exploratory claims, a family of their own", others, claims),
+    return [*opening, *family(study, study.slug, "Primary claims", primary, claims), *meanings,
+            *questions(study, answers),
+            *family(study, f"{study.slug}_exploratory", "Exploratory claims, a family of their own", others, claims),
             *evidence(study)]
 
 
@@ -228,7 +232,7 @@ def forest_entry(r, claim):
                 low=low, high=high, values=[x / unit for x in r["values"].values()])
 
 
-def questions(answers):
+def questions(study, answers):
     if not answers:
         return []
     rows = []
@@ -239,7 +243,7 @@ def questions(answers):
     columns = ["question", "answer", "estimate [interval]", "std between settings", "settings", "why"]
     return [Heading("Over all settings", 3), Paragraph(
         "Claims that ask the same in several settings, in effects of interest, pooled with random effects of the "
-        "settings."), Table("claims_questions", columns, rows)]
+        "settings."), Table(f"{study.slug}_questions", columns, rows)]
 
 # -----------------------------------------------------------------------------
 # what they rest on
@@ -306,13 +310,13 @@ def heat_map(study):
     found = [Heading("Heads by settings", 3), Paragraph(
         "Mean ± standard deviation over the seeds of confirmation, and the mean difference to the tuned linear head "
         "over the seeds of both (how many). A failed run counts as chance. * not in all settings."),
-        Table("claims_heads", columns, rows, [records[heads[i]] for i in order])]
+        Table(f"{study.slug}_heads", columns, rows, [records[heads[i]] for i in order])]
     if np.isfinite(gains).any():
         fig = figures_claims.heads_by_settings([heads[i] for i in order], [title(study, name) for name in settings],
                                                gains[order], texts[order], rank_texts)
         caption = ("Differences to the tuned linear head in each setting's own unit (seeds), coloured in effects of "
                    "interest: blue is better. The rank is a mean over settings, 1 is the best.")
-        found.insert(2, Picture("claims_heat", *figures.vector(fig), caption))
+        found.insert(2, Picture(f"{study.slug}_heat", *figures.vector(fig), caption))
     return found
 
 
@@ -344,7 +348,7 @@ def multiples(study):
     if not panels:
         return []
     return [Heading("Quality against interpretability", 3),
-            Picture("claims_interpretability", *figures.vector(figures.multiples(panels)), "Means and standard "
+            Picture(f"{study.slug}_interpretability", *figures.vector(figures.multiples(panels)), "Means and standard "
                     "deviations over the seeds of confirmation, not normalised; each head as it was tuned.")]
 
 
@@ -378,10 +382,10 @@ def costs(study):
     columns = ["head", "setting", *[METRICS[key].title if key in METRICS else key for key in COSTS]]
     found = [Heading("Cost", 3)]
     if panels:
-        found.append(Picture("claims_cost", *figures.vector(figures.bars(panels)), "What training costs against the "
-                             "linear head of the same seed, mean and standard deviation over seeds; negative costs "
-                             "less. Energy that is modelled as watts x time says no more than the time does."))
-    return [*found, Table("claims_cost", [columns[i] for i in shown_columns],
+        caption = ("What training costs against the linear head of the same seed, mean and standard deviation over "
+                   "seeds; negative costs less. Energy that is modelled as watts x time says no more than the time.")
+        found.append(Picture(f"{study.slug}_cost", *figures.vector(figures.bars(panels)), caption))
+    return [*found, Table(f"{study.slug}_cost", [columns[i] for i in shown_columns],
                           [[row[i] for i in shown_columns] for row in rows], summary="The cost of every head")]
 
 # -----------------------------------------------------------------------------
@@ -414,9 +418,9 @@ def tuning(study, name):
         f"Every head was tuned for itself by {m.title}, with seed {setting.get('seed', '')} that judges nothing, by "
         "successive halving: rung 1 is all points, shortened, the last one is at full length. Where a cell has several "
         "points, which differ in the feature scale, it shows the best."),
-        Picture(f"claims_tuning_{name}", *figures.vector(figures_claims.tuning(panels)), f"{title(study, name)}: "
+        Picture(f"{study.slug}_tuning_{name}", *figures.vector(figures_claims.tuning(panels)), f"{title(study, name)}: "
                 f"{m.title} over learning rate and scale, every point that was tried; framed is the chosen one."),
-        Table(f"claims_tuning_{name}", columns, rows, summary=f"All {len(rows)} points of tuning")]
+        Table(f"{study.slug}_tuning_{name}", columns, rows, summary=f"All {len(rows)} points of tuning")]
 
 
 def ended(row, key):

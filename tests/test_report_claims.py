@@ -262,6 +262,15 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path, quick, name, text, mess
     assert "\n" not in str(e.value)
 
 
+def test_two_studies_have_files_of_their_own(tmp_path, quick):
+    make(tmp_path / "a", made_up_rows(1, ("gpt",)))
+    md, html, table = make(tmp_path / "b", made_up_rows(6, ("gpt",)), CLAIMS, tmp_path / "a")
+    seeds = {name: {row["run"] for row in table(name) if row["setting"] == "gpt"} for name in ("claims", "claims_2")}
+    assert seeds == {"claims": {"1"}, "claims_2": {"6"}}
+    names = set(os.listdir(tmp_path / "report" / "tables"))
+    assert {"claims_heads.csv", "claims_2_heads.csv", "claims_2_tuning_gpt.tex"} <= names
+
+
 def test_a_design_that_is_wrong_has_no_verdicts(tmp_path, quick):
     wrong = [dict(CLAIMS[0], contrast="cosine = 1, linear = 1")]
     md, html, table = make(tmp_path / "claims", made_up_rows(2, ("gpt",)), wrong)
