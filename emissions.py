@@ -7,7 +7,8 @@ Energy and CO2eq of a run: one CodeCarbon tracker per node, read at intervals in
     print(emissions.describe())
     emissions.stop(step)                                   # however the run ends, so that a crash keeps its energy
 
-The tracker counts the whole machine (the visible GPUs, all CPUs, the RAM), whoever else uses it. Energy is "measured"
+The tracker counts the GPUs that CUDA_VISIBLE_DEVICES names, all if it is not set, and the whole machine's CPUs and RAM,
+whoever else uses them: several runs on one node, each with a GPU, have each its own GPU's energy. Energy is "measured"
 where a counter gives it (RAPL, NVML, PowerMetrics, ...) and "modelled" where CodeCarbon infers it: the CPU's from its
 TDP and load, the RAM's from its size. The energy of the GPU is therefore the cleanest comparison between heads. CO2eq
 is kWh times one factor, fixed for the run.
@@ -60,6 +61,25 @@ def grid_factor(country_iso_code, carbon_intensity=0.0):
     return float(mix[country_iso_code]["carbon_intensity"])
 
 
+def visible_gpus():
+    """
+    The GPUs that CUDA_VISIBLE_DEVICES names, by index, or None where it is not set. CodeCarbon reads it too, but takes
+    an empty one for all GPUs of the node, and does not find a GPU by its UUID, whose energy is then 0.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return None
+    from codecarbon.core.gpu import AllGPUDevices
+    found = []
+    for name in names.split(","):
+        if name.strip().isdigit():
+            found.append(int(name))
+        elif name.startswith("GPU-"): # a UUID, or its beginning
+            gpus = AllGPUDevices().get_gpu_static_info()
+            found += [gpu["gpu_index"] for gpu in gpus if gpu["uuid"].startswith(name)]
+    return found
+
+
 class Emissions:
     """
     The tracker of a node and its file.
@@ -95,8 +115,8 @@ class Emissions:
             # might say otherwise. A thread samples power every second; api_call_interval=-1 keeps it from the handler
             tracker = OfflineEmissionsTracker(
                 country_iso_code=country_iso_code, force_carbon_intensity_g_co2e_kwh=self.factor, pue=1.0,
-                tracking_mode="machine", output_methods=[], output_handlers=[handler], output_dir=self.scratch.name,
-                emissions_endpoint=None, api_call_interval=-1, allow_multiple_runs=True)
+                tracking_mode="machine", gpu_ids=visible_gpus(), output_methods=[], output_handlers=[handler],
+                output_dir=self.scratch.name, emissions_endpoint=None, api_call_interval=-1, allow_multiple_runs=True)
             tracker.start()
             self.started = time.perf_counter()
             self.measure(tracker.flush) # proves the whole chain, and pays for its first call, before training begins

@@ -88,13 +88,15 @@ def at_end(r, key):
       active, gradient  the means over its epochs of the active ratio, and of the gradient's norm at the end of each
       early_ratio       the variance ratio after the first epoch
       compact_epochs    the epochs until 90% of the fall of log(variance ratio) was made
+    None where there is none, as of the course of a net that was not trained.
     """
     if key == "within_share":
         intra, inter = r.summary["test_intra_variance"], r.summary["test_inter_variance"]
         return intra / (intra + inter)
     if key in ("active", "gradient"):
         values = course(r, {"active": "active_ratio", "gradient": "grad_norm"}[key])
-        return float(np.mean([x for epoch, x in values.items() if epoch > 0]))
+        trained = [x for epoch, x in values.items() if epoch > 0]
+        return float(np.mean(trained)) if trained else None
     if key in ("early_ratio", "compact_epochs"):
         ratios = course(r, "variance_ratio")
         if key == "early_ratio":
@@ -163,7 +165,8 @@ def test_rows(study):
         if correlations:
             rows.append(compared("transfer", f"rank correlation of {x} and {y}", "all losses", "0", correlations,
                                  [0.0] * len(correlations)))
-    for row, p in zip(rows, metrics.corrected([row["p"] for row in rows])):
+    corrected = metrics.corrected([row["p"] for row in rows]) if rows else []
+    for row, p in zip(rows, corrected):
         row["p_corrected"] = p
     columns = ("claim", "number", "of", "less", "n", "mean", "low", "high", "p", "p_corrected", "detectable")
     return [{key: in_words(row.get(key)) for key in columns} for row in rows]

@@ -268,15 +268,15 @@ class Halt:
         halt.end(step, out_dir)     # after a last step, when it is saved
 
     Before the first step, when there is nothing to save, a signal ends the process at once. So does a second one of its
-    kind, unless it comes within a second, or the 30 that torchrun waits: launchers pass on what their processes have
-    received already, and more than once.
+    kind, unless it comes within a second, or the 30 that torchrun and Slurm wait: launchers pass on what their
+    processes have received already, and more than once.
     """
 
     def __init__(self, time_limit=0.0):
         self.study = multiprocessing.parent_process()
         self.start, self.time_limit = time.monotonic(), time_limit
         self.code, self.has_begun = 0, False
-        self.window = 30 if "TORCHELASTIC_RUN_ID" in os.environ else 1 # seconds
+        self.window = 30 if {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys() else 1 # seconds
         self.came, self.handlers = {}, {} # by signal: when it came first, who had it before
         self.listen("SIGINT") # for python it is an exception, with a traceback
 

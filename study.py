@@ -4,7 +4,9 @@ report.py shows what came out.
 
 $ python study.py config/study_digits.py
 $ python study.py config/study_digits.py --dry-run       # only prints the list of runs
+$ python study.py config/study_digits.py --dry-run --measure=0.5    # makes some of it, to forecast hours and kWh
 $ python study.py config/study_digits.py --shard=2/4     # for several machines: every fourth run, from the second on
+$ python study.py config/study_gpt.py --launcher=submitit --slurm='partition=gpu gres=gpu:1 cpus_per_task=8 time=240'
 $ python study.py config/study_digits.py --retry         # also the runs that broke
 $ python study.py --script=train.py --base=config/cpu.py --settings=--max_iters=500 --heads=cosine,minkowski:p=3
 
@@ -57,9 +59,12 @@ ns = "default" # comma separated: numbers, 'default' (the config's), 'learn' (le
 seeds = "1,2,3"
 out_dir = "out/study" # a folder per run is made in it
 shard = "1/1" # i/k: only every k-th run, from the i-th on
-jobs = 0 # how many run at once; 0: one for each core, with a GPU one
+jobs = 0 # how many run at once; 0: one for each core, with a GPU one, on Slurm as many as it likes
 retry = False # run again what broke
 dry_run = False # only print the list
+measure = 0.0 # minutes, with dry_run: makes a run of each kind for so long, in vain, to forecast hours and kWh
+launcher = "" # 'submitit': Slurm makes the runs, as one array, see cluster.py; 'local': processes in the background do
+slurm = "" # what a run gets there, in submitit's words, such as 'partition=gpu gres=gpu:1 cpus_per_task=8 time=240'
 # -----------------------------------------------------------------------------
 _ROOT = os.path.dirname(os.path.abspath(__file__))
 STOPPED = (124, 129, 130, 143) # exit codes of a run that ends early and goes on when resumed: time_limit, and signals
@@ -194,7 +199,8 @@ def recipe(script, shared, flags):
     Return what a run is made with, the script and its arguments: those that runs share, as a line, and the run's own.
     The run's folder keeps it in arguments.json.
     """
-    threads = [] if _HAS_GPU else ["--threads=1"] # the last flag counts: settings may say otherwise
+    has_gpu = "gpu" in slurm if launcher == "submitit" else _HAS_GPU # the machine that makes the run
+    threads = [] if has_gpu else ["--threads=1"] # the last flag counts: settings may say otherwise
     return [script, *threads, *shlex.split(shared), *flags]
 
 
@@ -360,6 +366,30 @@ def refuse_other_recipes(runs):
     fail(problems)
 
 
+def not_on_this_machine():
+    """Return what is wrong with the settings of a study that is measured or sent elsewhere."""
+    problems = []
+    if not 0 <= measure < 1e6:
+        problems.append(f"measure is {measure}, it must be minutes >= 0")
+    elif measure and (launcher or not dry_run):
+        problems.append(f"measure is {measure}: it needs --dry-run, where the runs will be made, and no --launcher")
+    if not launcher:
+        return problems
+    if launcher not in ("submitit", "local"):
+        problems.append(f"launcher is {launcher!r}: use submitit or local")
+    if shard != "1/1":
+        problems.append(f"launcher is {launcher!r}, which sends every run: leave out --shard")
+    try:
+        import cluster
+        if launcher == "submitit":
+            cluster.read(slurm)
+    except ImportError as e:
+        problems.append(f"launcher is {launcher!r}, which needs submitit (pip install submitit): {e}")
+    except ValueError as e:
+        problems.append(str(e))
+    return problems
+
+
 def cores():
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -414,7 +444,8 @@ def run_all(todo, at_once):
                 bar.update()
             bar.set_description(", ".join(os.path.basename(folder) for folder, _ in running.values()))
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN) # a second one ends the runs at once, but not who waits for them
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN) # a second one ends the runs at once, but not who waits for them
         raise SystemExit(f"stopped after {done} of {len(todo)} runs: the same command goes on") from None
     finally:
         stop([process for _, process in running.values()])
@@ -448,6 +479,7 @@ def main():
         problems.append(str(e))
     if jobs < 0:
         problems.append(f"jobs is {jobs}, it must be >= 0")
+    problems += not_on_this_machine()
     if script not in ("train.py", "train_vision.py", "train_metric.py"):
         problems.append(f"script is {script!r}: use train.py, train_vision.py or train_metric.py")
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
@@ -478,11 +510,23 @@ def main():
     count, every = Counter(states.values()), ("ended", "stopped", "broken", "damaged", "new")
     counts = ", ".join(f"{count[word]} {word}" for word in every if count[word])
     part = f", shard {shard}" if k > 1 else ""
-    at_once = min(jobs or (1 if _HAS_GPU else cores()), max(len(todo), 1))
+    here = 1 if _HAS_GPU else cores()
+    at_once = min(jobs or (len(todo) if launcher == "submitit" else here), max(len(todo), 1))
     print(f"{len(runs)} runs in {out_dir}{part}: {counts}; {len(todo)} to run, {at_once} at once")
     if dry_run:
         for folder, made_with in runs:
             print(f"{states[folder]:>8}  python {script} {shlex.join(arguments(folder, made_with))}")
+        if measure and todo:
+            import forecast
+            forecast.forecast(todo, at_once, measure)
+        return
+    if launcher and todo:
+        import cluster
+        folder = os.path.join(out_dir, "tasks")
+        sent = cluster.send(launcher, slurm, todo, at_once, folder)
+        where = f"array {sent} of Slurm (squeue --job={sent})" if launcher == "submitit" else f"processes {sent}"
+        print(f"sent to the {where}, whose logs are in {folder}. The same command says what has ended, and sends what "
+              "has not; a run that is being made is not made twice")
         return
 
     # do it

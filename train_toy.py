@@ -49,7 +49,7 @@ eval_interval = 5 # epochs between evaluations
 plots = True # the figure and the table at the end
 # the grid
 study = "modular" # 'modular', 'points' (in the plane), 'two_layer'
-# of modular: 'mlp', 'transformer'; of two_layer: 'relu', 'abs2_neg', 'relu2_bias', 'abs_l2' and so on, or 'all'
+# of modular: 'mlp', 'transformer'; of two_layer: 'relu', 'abs2_neg', 'relu2_bias', 'abs_l2' and so on; or 'all'
 models = "mlp"
 # comma separated distance[:variant][:name=value], or 'all' of them, as in study.py. Two linear heads are controls
 # beside them: 'stablemax', and 'matched', whose scores have at each epoch the spread that Euclid's have at the first n
@@ -102,6 +102,15 @@ class Group:
 # -----------------------------------------------------------------------------
 # the grid
 
+def chosen(key, everything):
+    """The words of a setting of the grid; 'all': everything. Raises ValueError where it names nothing."""
+    setting = globals()[key]
+    found = list(everything) if setting == "all" else words(setting)
+    if not found:
+        raise ValueError(f"{key} is {setting!r}: name one at least, or write all")
+    return found
+
+
 def exponents():
     """The numbers of ns. Raises ValueError for what is no exponent."""
     try:
@@ -116,8 +125,7 @@ def exponents():
 def head_groups(model, net):
     """The Groups of a model with every head of the grid. net(output=None, **arguments of DistanceHead) makes one."""
     groups, listed = [], exponents()
-    chosen = all_heads() if heads == "all" else words(heads)
-    for word in chosen:
+    for word in chosen("heads", all_heads()):
         if word in CONTROLS:
             groups.append(linear_group(model, word, net, listed[0]))
         else:
@@ -171,7 +179,7 @@ def make_study():
     if study == "points":
         return task, head_groups("points", point_net)
     groups = []
-    for model in words(models):
+    for model in chosen("models", model_toy.MODULAR):
         check_word(model, model_toy.MODULAR)
         net = functools.partial(model_toy.modular_net, model, prime, tied)
         groups += head_groups(model, net)
@@ -180,8 +188,7 @@ def make_study():
 
 def two_layer_groups(task):
     nets, groups = model_toy.two_layer_nets(), []
-    chosen = nets if models == "all" else words(models)
-    for model in chosen:
+    for model in chosen("models", nets):
         check_word(model, nets)
         distance, variant = ("offset_l2", "standard") if nets[model].l2 else ("baseline", "")
         config = dict(model=model, distance=distance, variant=variant, distance_params="", n=1.0, control="")
@@ -388,6 +395,7 @@ def train(group, task, todo, config, sources):
                 if row["train_loss"] is None:
                     broken.add(i)
                     safe.write(os.path.join(folder, "error.txt"), f"the loss is not finite at epoch {epoch}\n")
+                    print(f"{group.label}, seed {todo[i]}: the loss is not finite at epoch {epoch}, it ends here")
                     continue
                 courses[i].append(row)
                 run.log(folder, row)
@@ -468,7 +476,7 @@ def main():
     config, sources = configure(globals(), problems=problems)
     counts, sizes = ("eval_interval", "seeds", "prime"), ("epochs", "batch_size", "learning_rate", "weight_decay")
     problems += [f"{key} is {config[key]!r}, it must be at least 1" for key in counts if config[key] < 1]
-    for key in (*sizes, "embedding_penalty", "seed", "threads"):
+    for key in (*sizes, "train_fraction", "embedding_penalty", "seed", "threads"):
         if not 0 <= config[key] < math.inf:
             problems.append(f"{key} is {config[key]!r}, it must be >= 0 and finite")
     for key, legal in dict(study=("modular", "points", "two_layer"), optimizer=("adamw", "sgd"), link=LINKS,
@@ -499,8 +507,11 @@ def main():
         rows = [seed_numbers.index(number) for number in mine]
         train_or_say_why(group, task.of_seeds(rows).to(device), mine, config, sources)
     if plots:
-        for path in figures_toy.draw(out_dir):
-            print(path)
+        try:
+            for path in figures_toy.draw(out_dir):
+                print(path)
+        except ValueError as e: # no run has ended, or one of another study is in the folder too
+            raise SystemExit(str(e)) from None
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def test_a_small_study_of_real_runs(tmp_path, monkeypatch):
             assert json.load(f)["test_accuracy"] == float(row["test_accuracy"])
 
 
-@pytest.mark.parametrize("name", ["claims.toml"])
+@pytest.mark.parametrize("name", ["claims.toml", "claims_small.toml"])
 def test_the_designs_of_the_repository_make_sense(name):
     with open(os.path.join(ROOT, "config", name), "rb") as f:
         plan = verdicts.load(f.read().decode())

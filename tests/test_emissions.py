@@ -11,6 +11,7 @@ import sys
 import time
 from itertools import accumulate
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -18,6 +19,7 @@ import emissions
 from emissions import PARTS, QUANTITIES, Emissions, grid_factor
 
 codecarbon = pytest.importorskip("codecarbon")
+from codecarbon.core import gpu, gpu_nvidia, hardware_cache  # noqa: E402 where there is a codecarbon
 
 
 def rows_of(out_dir, name="emissions.csv"):
@@ -267,6 +269,34 @@ def test_the_last_row_of_a_stopped_run_and_nodes(tmp_path, fake):
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["emissions_node1.csv"]
     assert [row["step"] for row in rows_of(tmp_path, "emissions_node1.csv")] == ["10", "10"]
+
+
+@pytest.mark.parametrize("visible, counted", [
+    (None, 11111111), ("3", 1000), ("0,7", 10000001), ("", 0), ("-1", 0), ("NoDevFiles", 0),
+    ("GPU-5ab", 100000), ("GPU-1abc,6", 1000010)])
+def test_a_run_counts_the_gpus_that_it_sees(tmp_path, monkeypatch, visible, counted):
+    """A node of eight, by a driver that is none: the i-th GPU uses 10^i kWh between two readings."""
+    hours, driver = [0], MagicMock()
+    driver.nvmlDeviceGetCount.return_value = 8
+    driver.nvmlDeviceGetHandleByIndex = lambda i: i
+    driver.nvmlDeviceGetUUID = lambda i: f"GPU-{i}abc"
+    driver.nvmlDeviceGetName.return_value = "H100"
+    driver.nvmlDeviceGetTotalEnergyConsumption = lambda i: hours[0] * 10**i * 3.6e9 # mJ
+    driver.nvmlDeviceGetPowerUsage.return_value = driver.nvmlDeviceGetEnforcedPowerLimit.return_value = 300_000
+    monkeypatch.setattr(gpu_nvidia, "pynvml", driver)
+    monkeypatch.setattr(gpu, "PYNVML_AVAILABLE", True)
+    monkeypatch.setattr(gpu, "is_nvidia_system", lambda: True)
+    monkeypatch.setattr(hardware_cache, "_plans", {}) # of the trackers before, which had no GPU
+    monkeypatch.setenv("CODECARBON_GPU_IDS", "0,1,2,3,4,5,6,7") # and a hostile configuration
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    run = Emissions(str(tmp_path))
+    before = run.read(0)["gpu_kwh_total"]
+    hours[0] += 1
+    time.sleep(0.06) # CodeCarbon does not measure more often than every 50 ms
+    assert run.read(1)["gpu_kwh_total"] - before == pytest.approx(counted)
+    run.stop()
 
 
 def test_sources_by_hardware():

@@ -5,6 +5,7 @@ outside.
 
 $ pytest tests/test_metric.py
 """
+import csv
 import itertools
 import json
 import math
@@ -532,3 +533,15 @@ def test_the_report_and_the_figure_of_a_study(monkeypatch, capsys):
         figures_metric.main(["out"])
     with pytest.raises(ValueError, match="holds no run of train_metric.py"):
         figures_metric.main(["report"])
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_the_table_of_an_untrained_net_has_its_retrieval_and_no_course(capsys):
+    pytest.importorskip("matplotlib")
+    train(out_dir="out/npair_1", loss="npair", seed=1, epochs=0)
+    figures_metric.main(["out"])
+    with open("out/table.csv") as f:
+        row, = csv.DictReader(f)
+    assert float(row["recall_at_1_mean"]) == pytest.approx(summary("out/npair_1")["recall_at_1"], rel=1e-4)
+    assert [row[f"{key}_mean"] for key in ("active", "gradient", "early_ratio", "compact_epochs")] == [""] * 4
+    assert not os.path.exists("out/tests.csv") # there is nothing to compare

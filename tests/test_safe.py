@@ -317,18 +317,24 @@ def test_a_signal_before_the_first_step_ends_at_once(here, monkeypatch, capfd):
     assert not os.path.exists("out/ckpt.pt") and open("out/lock").read() == ""
 
 
-def test_the_second_signal_of_a_kind_ends_at_once(monkeypatch):
+@pytest.mark.parametrize("launcher, seconds_between", [(None, 1), ("TORCHELASTIC_RUN_ID", 30), ("SLURM_JOB_ID", 30)])
+def test_the_second_signal_of_a_kind_ends_at_once(monkeypatch, launcher, seconds_between):
+    """But not where a launcher, its own launcher and the study each pass on the same one, while a long step is made."""
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv(launcher, "7")
     codes, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(safe.time, "monotonic", lambda: now[0])
     halt = safe.Halt()
     try:
         assert not halt.asked()
-        for seconds, signum in ((0, signal.SIGINT), (0.9, signal.SIGINT), (1.1, signal.SIGTERM)):
-            now[0] += seconds
+        for part, signum in ((0, signal.SIGINT), (0.9, signal.SIGINT), (1.1, signal.SIGTERM)):
+            now[0] += part * seconds_between
             sending(signum)()
             assert not codes and halt.asked()
-        now[0] += 1.1
+        now[0] += 1.1 * seconds_between
         sending(signal.SIGTERM)()
         assert codes == [143]
     finally:

@@ -318,6 +318,7 @@ def test_folders_that_differ_in_a_setting_are_told_apart_on_one_page(tmp_path):
     with open(tmp_path / "two_layer.csv") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 8 and {row["seeds"] for row in rows} == {"2"}
+    assert {row["net"] for row in rows} >= {"relu, inputs raw", "relu, inputs standard", "abs_bias, inputs raw"}
     with open(tmp_path / "two_layer_tests.csv") as f:
         found = {row["contrast"]: row for row in csv.DictReader(f)}
     assert len(found) == 4
@@ -326,8 +327,10 @@ def test_folders_that_differ_in_a_setting_are_told_apart_on_one_page(tmp_path):
                   ("relu_bias", "abs_bias")}
     test = metrics.unpaired(np.array(accuracies["relu_bias"]), np.array(accuracies["abs_bias"]))
     row = found["relu_bias, inputs standard - abs_bias, inputs standard"]
+    published = stats.ttest_ind_from_stats(95.69, 0.17, 20, 95.23, 0.16, 20).statistic # Table 3
     assert {key: value for key, value in row.items() if key != "contrast"} == {
-        key: "" if value is None else f"{value:.3g}" for key, value in test.items()}
+        **{key: "" if value is None else f"{value:.3g}" for key, value in test.items()},
+        "published t": f"{published:.3g}"}
 
 
 def test_heads_are_compared_seed_by_seed_with_the_linear_one_and_its_control(tmp_path):
@@ -366,9 +369,13 @@ def test_the_margin_is_the_distance_to_the_nearest_other_prototype_less_that_to_
     (dict(prime=30), ("prime is 30", "no prime")),
     (dict(train_fraction=0.02), ("train_fraction is 0.02", "no training pair", "larger fraction")),
     (dict(train_fraction=1.0), ("train_fraction is 1.0",)),
+    (dict(train_fraction=float("nan")), ("train_fraction is nan", "finite")),
     (dict(study="circles"), ("study is 'circles'", "two_layer")),
     (dict(study="two_layer", models="tanh"), ("no 'tanh'", "relu2_neg")),
     (dict(models="rnn"), ("no 'rnn'", "transformer")),
+    (dict(models=" ,"), ("models is ' ,'", "write all")),
+    (dict(study="two_layer", models=""), ("models is ''", "write all")),
+    (dict(heads=""), ("heads is ''", "write all")),
     (dict(heads="euclidian"), ("euclidian", "euclidean")),
     (dict(heads="matched,cosine"), ("'matched' has the scale of euclidean, which has to be there too",)),
     (dict(embedding_penalty=-1.0), ("embedding_penalty is -1.0",)),
@@ -397,6 +404,8 @@ def test_a_run_that_is_not_finite_leaves_an_error_and_no_end(tmp_path, settings)
         assert not os.path.exists(os.path.join(folder, "summary.json"))
     output, _ = toy(out_dir=tmp_path / "out", **{**SMALL, **more}, **settings)
     assert "no seed is left to train" in output # they are not tried again
+    message = refused(script="train_toy.py", out_dir=tmp_path / "out", **{**SMALL, **more, "plots": True}, **settings)
+    assert "holds no run of train_toy.py that has ended" in message # nothing can be drawn
 
 
 def test_a_seed_that_is_not_finite_leaves_the_others_alone(tmp_path):
@@ -407,7 +416,8 @@ def test_a_seed_that_is_not_finite_leaves_the_others_alone(tmp_path):
         return batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_toy, "Seeds", with_one_bad_seed)
-        toy(out_dir=tmp_path / "out", **SMALL, study="points", heads="euclidean", batch_size=0, plots=False)
+        output, _ = toy(out_dir=tmp_path / "out", **SMALL, study="points", heads="euclidean", batch_size=0, plots=False)
+    assert "euclidean n=2, seed 0: the loss is not finite at epoch 0" in output and "seed 1" not in output
     folder = tmp_path / "out" / "points_euclidean_standard_n2"
     assert "not finite at epoch 0" in (folder / "s0" / "error.txt").read_text()
     assert json.loads((folder / "s1" / "summary.json").read_text())["epoch"] == 4
