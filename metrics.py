@@ -455,7 +455,8 @@ METRICS = {
         "paper's F1 is the macro average is our reading."),
     "test_loss": Metric(
         "test loss (nats)", ".4f", 1, True,
-        "The mean -log p_y on the test set, the exact loss, with the same weights."),
+        "The mean -log p_y on the test set, the exact loss, with the same weights; of language models on the test part "
+        "of the validation split, with the last weights."),
     "val_accuracy": Metric(
         "validation accuracy (%)", ".2f", 100, False,
         "The share of the validation split that is classified correctly, at the best epoch."),
@@ -578,7 +579,7 @@ TABLES = {
         "sustainability": ("energy_kwh", "emissions_g", "seconds_per_epoch", *_TO_TARGET),
     },
     "language": {
-        "quality": ("val_loss", "perplexity", "gradient_stability", "clipping_quality", "learning_quality",
+        "quality": ("val_loss", "test_loss", "perplexity", "gradient_stability", "clipping_quality", "learning_quality",
                     "model_health"),
         "interpretability": ("val_loss", "pca5", "effective_rank", "collapse_score", "variance_ratio", "active_ratio"),
         "sustainability": ("energy_kwh", "emissions_g", "seconds_per_step", *_TO_TARGET),

@@ -8,6 +8,8 @@ and the run's folder, which study.py, figures.py and report.py read:
   ckpt.pt, best.pt   the last and the best weights: plain values, torch.load(weights_only=True)
   probe.npz          hidden states of a fixed batch at the end, h (N, D), and their classes y (N,); after training on
                      images also class_means (K, D), of all test images
+  predictions.npz    the loss nll (N,) of each test example at the end, where there is a test; images also have their
+                     class y (N,) and the predicted one
   summary.json       the end result; a run without it has not ended
   *.png              pictures of all this, see figures.py
   ckpt_before.pt     the checkpoint before the last one, for the case that that is damaged
@@ -106,7 +108,7 @@ RANGES = (
      "arcface_margin ccl_margin ccl_weight", ">= 0 and finite", lambda x: 0 <= x < math.inf),
     ("infonce_temperature scl_temperature arcface_scale ccl_scale", "> 0 and finite", lambda x: 0 < x < math.inf),
     ("min_improvement", "in [0, 100)", lambda x: 0 <= x < 100),
-    ("dropout beta1 beta2 momentum active_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
+    ("dropout beta1 beta2 momentum active_fraction test_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
     ("val_fraction mlm_probability", "in (0, 1)", lambda x: 0 < x < 1),
     ("n", "> 0 and finite, or for a language model 0, the distance's default", lambda x: 0 <= x < math.inf),
     ("lr_gamma", "in (0, 10,000]", lambda x: 0 < x <= 1e4),
@@ -481,11 +483,16 @@ def probe(head, h, y):
 # -----------------------------------------------------------------------------
 # the run's folder
 
-def save_probe(out_dir, h, y, **more):
-    """Write probe.npz, whole or not at all: h (N, D), y (N,), and more arrays by name."""
-    path = os.path.join(out_dir, "probe.npz")
+def save_arrays(out_dir, name, **arrays):
+    """Write an .npz of numpy arrays into the run's folder, whole or not at all."""
+    path = os.path.join(out_dir, name)
     with safe.explained(path), replacing(path) as (f,):
-        np.savez(f, h=h.float().cpu().numpy(), y=y.cpu().numpy(), **more)
+        np.savez(f, **arrays)
+
+
+def save_probe(out_dir, h, y, **more):
+    """Write probe.npz: hidden states h (N, D), their classes y (N,), and more arrays by name."""
+    save_arrays(out_dir, "probe.npz", h=h.float().cpu().numpy(), y=y.cpu().numpy(), **more)
 
 
 def git_commit():
@@ -518,7 +525,8 @@ def describe(model, device_type, dtype):
 
 
 # files that a run leaves besides config.json, metrics.jsonl, summary.json and emissions*.csv
-LEFT_OVERS = ("ckpt.pt", "ckpt_before.pt", "best.pt", "probe.npz", "loss.png", "curves.png", "learned.png")
+LEFT_OVERS = ("ckpt.pt", "ckpt_before.pt", "best.pt", "probe.npz", "predictions.npz", "loss.png", "curves.png",
+              "learned.png")
 
 
 def begin(out_dir, info, resume_step=None):

@@ -18,6 +18,7 @@ Go on with a run that was stopped, with its own settings:
 $ python train.py --init_from=resume --out_dir=out/gpt2_cosine
 
 A run writes into out_dir: config.json, metrics.jsonl, emissions.csv, ckpt.pt (last), best.pt, summary.json, loss.png.
+With a test split also predictions.npz, the loss of each of its tokens.
 """
 import json
 import math
@@ -52,6 +53,7 @@ overwrite = False # True: start afresh in an out_dir that holds a run already
 init_from = "scratch" # or 'resume', or with transformers a name: 'gpt2', 'bert-base-uncased', 'Qwen/Qwen2-0.5B', ...
 eval_interval = 1000 # steps between evaluations; each also writes a checkpoint and a row of emissions.csv
 eval_iters = 100 # batches of the validation range, the same tokens every time; -1: the whole split
+test_fraction = 0.0 # of the validation split: its last blocks, looked at once, with the last weights; 0: no test
 log_interval = 10 # steps between log lines
 wandb_log = False # also log to Weights & Biases (rank 0)
 tracker = "wandb" # or 'trackio', which takes its place and keeps all on this machine
@@ -153,6 +155,9 @@ if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
 if saved and saved["config"].get("sharding", "none") != sharding:
     problems.append(f"cannot resume {out_dir}: it has sharding={saved['config'].get('sharding', 'none')}, "
                     f"here it is {sharding}")
+if saved and saved["config"].get("test_fraction", 0.0) != test_fraction: # it has validated on what would be tested
+    problems.append(f"cannot resume {out_dir}: its test_fraction is {saved['config'].get('test_fraction', 0.0)}, "
+                    f"here it is {test_fraction}")
 if gradient_accumulation_steps % world_size:
     lower = gradient_accumulation_steps // world_size * world_size
     nearest = f"{lower + world_size} or {lower}" if lower > 0 else world_size
@@ -182,13 +187,17 @@ try:
         val_data = Blocks(data_folder, "val", block_size, vocab_size, seed)
         check_hash(data_folder, meta)
         data_hash = identity(meta, train_data.stream, val_data.stream)
+        num_test = math.ceil(test_fraction * val_data.num_fixed) # blocks, the last ones
+        num_val = val_data.num_fixed - num_test # of an evaluation
+        if num_val < 1:
+            problems.append(f"test_fraction {test_fraction} of the {val_data.num_fixed} blocks of the validation split "
+                            f"is {num_test}, which leaves none for validation: use less, or a smaller block_size")
 except (ValueError, OSError) as e:
     problems.append(str(e))
 fail(problems)
 
 micro_steps = gradient_accumulation_steps // world_size # on this rank
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-num_val = val_data.num_fixed # blocks of an evaluation
 if eval_iters > 0:
     num_val = min(num_val, eval_iters * batch_size)
 halt = run.guard(config) # out_dir is this run's own; a signal or time_limit ends it after a whole step
@@ -302,38 +311,53 @@ if ddp and not is_sharded:
 # evaluation, learning rate, checkpoints
 
 @torch.no_grad()
-def evaluate():
+def forwards(start, stop, reduction="mean"):
     """
-    The validation loss, the mean of -log p in nats over the first num_val blocks, of which every rank takes its share;
-    and the probe, up to PROBE_SIZE hidden states h (N, D) with their targets y (N,): the last token of each block, or
-    BERT's masked positions.
+    Forward passes over the blocks start..stop-1 of the validation split, of which every rank takes its share. Yields
+    for each batch its first block, the hidden states h (B, T, D), their targets y (B, T), and the head's loss.
     """
     raw_model.eval()
-    losses, probe = [], []
-    for of_all in range(0, num_val, world_size * batch_size):
+    for of_all in range(start, stop, world_size * batch_size):
         first = of_all + rank * batch_size
-        count = min(batch_size, num_val - first)
+        count = min(batch_size, stop - first)
         is_idle = count < 1
         if is_idle and not is_sharded:
             break
         x, y, *positions = val_batch(0, 1) if is_idle else val_batch(first, count)
         with run.forward_pass(autocast, stop_non_finite):
             h = raw_model.features(x, *positions) # (B, T, D)
-            loss = raw_model.head.loss(h, y)
-        if is_idle: # sharded ranks need each other's forward passes, nobody needs this one's loss
-            break
-        losses.append((first, count, loss)) # on the device: no batch waits for it
+            loss = raw_model.head.loss(h, y, reduction=reduction)
+        if not is_idle: # sharded ranks need each other's forward passes, nobody needs this one's loss
+            yield first, h, y, loss
+    raw_model.train()
+
+
+def evaluate():
+    """
+    The validation loss, the mean of -log p in nats over the first num_val blocks; and the probe, up to PROBE_SIZE
+    hidden states h (N, D) with their targets y (N,): the last token of each block, or BERT's masked positions.
+    """
+    losses, probe = [], []
+    for first, h, y, loss in forwards(0, num_val):
+        losses.append((first, len(y), loss)) # on the device: no batch waits for it
         if model != "bert":
             h, y = h[:, -1:], y[:, -1:]
         if first * y.size(1) < run.PROBE_SIZE:
             probe.append((first, h.flatten(0, 1).clone(), y.flatten())) # a clone, as a view would keep all of h
-    raw_model.train()
     losses = run.gather([(first, count, loss.item()) for first, count, loss in losses])
     sums = torch.tensor([(loss * count, count) for _, count, loss in losses], dtype=torch.float64).sum(0)
     probe = run.gather([(first, h.cpu(), y.cpu()) for first, h, y in probe])
     h = torch.cat([h for _, h, _ in probe])[:run.PROBE_SIZE].to(device)
     y = torch.cat([y for _, _, y in probe])[:run.PROBE_SIZE].to(device)
     return (sums[0] / sums[1]).item(), h, y
+
+
+def test():
+    """-log p (N,) in float32 of every token of the last num_test blocks, in their order; BERT's of the masked ones."""
+    parts = []
+    for first, _, _, nll in forwards(val_data.num_fixed - num_test, val_data.num_fixed, reduction="none"):
+        parts.append((first, nll.float().flatten().cpu()))
+    return torch.cat([nll for _, nll in run.gather(parts)])
 
 
 def get_lr(step):
@@ -385,7 +409,7 @@ def stop_non_finite(loss, norm, at=None):
 
 about = run.describe(raw_model, device_type, dtype)
 print0(f"{dataset}: {train_data.num_tokens:,} training tokens, vocab_size {vocab_size:,} ({meta['source']}); "
-       f"validation on {num_val * block_size:,} tokens")
+       f"validation on {num_val * block_size:,} tokens, test on {num_test * block_size:,}")
 print0(f"{family.Model.__name__}: {about['num_params'] / 1e6:.2f}M parameters; "
        f"head: {about['head']}, features x {raw_model.head.feature_scale:.4g}")
 if optimizer == "muon":
@@ -490,6 +514,7 @@ while True:
 # -----------------------------------------------------------------------------
 # the end result
 
+tested = test() if num_test else None
 if master:
     run.save_probe(out_dir, *probe)
     summary = dict(
@@ -498,6 +523,10 @@ if master:
         num_params=about["num_params"], peak_memory_bytes=run.peak_memory(device_type), **energy)
     if meta.get("val_bytes") and model != "bert": # whose loss is that of the masked tokens
         summary["bits_per_byte"] = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+    if num_test:
+        run.save_arrays(out_dir, "predictions.npz", nll=tested.numpy())
+        summary["test_loss"] = tested.double().mean().item()
+        print0(f"test loss {summary['test_loss']:.4f} nats per token")
     safe.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))
     print0(f"done: validation loss {val_loss:.4f} nats per token, perplexity {summary['perplexity']:.1f}")
     print0(f"energy: {emissions.describe()}")

@@ -248,7 +248,8 @@ def quality(z, y):
 def test():
     """
     Test the weights of the best epoch, of which every rank takes its share. Returns on rank 0: the numbers by name, the
-    features h (N, D) of the test images, and the mean of h in each class (K, D); on the other ranks None.
+    features h (N, D) of the test images, the mean of h in each class (K, D), and the arrays of predictions.npz by name;
+    on the other ranks None.
     """
     if master: # from the disk: copies, not references to weights that moved on
         try:
@@ -264,6 +265,8 @@ def test():
         return None
     y, features = test_data.y.cpu().numpy(), h.numpy()
     loss, _ = quality(z, test_data.y)
+    nll = F.cross_entropy(z.double(), test_data.y.cpu(), reduction="none").float().numpy()
+    predictions = dict(y=y, predicted=z.argmax(1).numpy(), nll=nll)
     result = metrics.classification(y, z.argmax(1).numpy(), images.num_classes)
     class_means = metrics.class_means(features, y, images.num_classes)
     standardised = metrics.spectrum(metrics.standardised(features))
@@ -275,7 +278,7 @@ def test():
         pca90=metrics.components_for(standardised, 0.9, cap=50),
         pca90_uncapped=metrics.components_for(standardised, 0.9),
         prototype_alignment=metrics.prototype_alignment(scores.cpu().numpy()))
-    return numbers, h, class_means
+    return numbers, h, class_means, predictions
 
 
 def save(name):
@@ -398,7 +401,7 @@ while True:
 
 tested = test()
 if master:
-    numbers, h, class_means = tested
+    numbers, h, class_means, predictions = tested
     rows = [row for row in run.read_metrics(out_dir)[0] if row["kind"] == "eval"]
     errors = [1 - row["val_accuracy"] for row in rows]
     seconds_per_epoch = [row["seconds"] / (row["epoch"] - before["epoch"]) for before, row in zip(rows, rows[1:])]
@@ -413,6 +416,7 @@ if master:
         peak_memory_bytes=run.peak_memory(device_type),
         **{key: value for key, value in rows[-1].items() if key.endswith("_total")})
     run.save_probe(out_dir, h[:run.PROBE_SIZE], test_data.y[:run.PROBE_SIZE], class_means=class_means)
+    run.save_arrays(out_dir, "predictions.npz", **predictions)
     safe.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))
     if plots:
         try:

@@ -200,6 +200,52 @@ def test_the_evaluated_range_may_be_shorter(runs):
     assert metrics("out", "eval")[-1]["val_loss"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_test_split_is_the_end_of_the_validation_split_and_is_seen_once():
+    printed, _ = train(out_dir="out", test_fraction=0.25, max_iters=4, eval_interval=2, **HARD)
+    ids = torch.from_numpy(np.fromfile("data/tiny/val.bin", np.uint16).astype(np.int64))
+    x, y = ids[:21 * 16].view(21, 16), ids[1:21 * 16 + 1].view(21, 16)
+    model = model_of(load("out"))
+    with torch.no_grad():
+        z = model.head(model.features(x))
+        nll = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(21, 16)
+    summary, found = json.load(open("out/summary.json")), np.load("out/predictions.npz")["nll"]
+    assert found.dtype == np.float32 and found == pytest.approx(nll[15:].flatten().numpy(), abs=1e-5) # 5.25 blocks: 6
+    assert summary["test_loss"] == pytest.approx(found.astype(np.float64).mean(), abs=1e-12)
+    assert summary["val_loss"] == pytest.approx(nll[:15].mean().item(), abs=1e-5)
+    assert "validation on 240 tokens, test on 96" in printed and f"test loss {summary['test_loss']:.4f}" in printed
+    # nothing that was logged or chosen before the end can depend on it
+    train(out_dir="first", eval_iters=3, max_iters=4, eval_interval=2, **HARD) # 12 blocks of all 21
+    train(out_dir="capped", eval_iters=3, test_fraction=0.25, max_iters=4, eval_interval=2, **HARD)
+    assert_same_training("first", "capped")
+    assert np.load("capped/predictions.npz")["nll"] == pytest.approx(found, abs=1e-5)
+    assert not os.path.exists("first/predictions.npz") and "test_loss" not in json.load(open("first/summary.json"))
+
+
+def test_half_of_an_odd_number_of_blocks_leaves_the_lower_half_for_validation(here):
+    make_dataset(here / "own" / "tiny", val_tokens=2 * 1121 + 1)
+    settings = dict(data_dir="own", block_size=2, batch_size=16, max_iters=0)
+    _, script = train(out_dir="whole", test_fraction=0.5, **settings)
+    _, capped = train(out_dir="capped", eval_iters=35, **settings)
+    assert script["num_val"] == capped["num_val"] == 560 and script["num_test"] == 561
+    assert metrics("whole") == metrics("capped") and len(np.load("whole/predictions.npz")["nll"]) == 2 * 561
+
+
+def test_the_test_of_a_resumed_run_and_of_ranks_is_that_of_one(here):
+    settings = {**SETTINGS, **HARD, "test_fraction": 0.4, "eval_interval": 2}
+    train(**{**settings, "out_dir": "whole", "max_iters": 4})
+    train(**{**settings, "out_dir": "half", "max_iters": 2})
+    run_script("train.py", "--init_from=resume", "--out_dir=half", "--max_iters=4")
+    ended(fork_ranks(2, **{**settings, "out_dir": "two", "max_iters": 4}))
+    whole, half, two = (np.load(f"{name}/predictions.npz")["nll"] for name in ("whole", "half", "two"))
+    assert len(whole) == 9 * 16 and np.array_equal(whole, half) # 8.4 blocks: 9, which neither 4 nor 2 x 4 divides
+    assert two == pytest.approx(whole, rel=1e-4)
+    before = contents("whole")
+    assert "nothing to do" in run_script("train.py", "--init_from=resume", "--out_dir=whole")[0]
+    assert contents("whole") == before
+    message = refused(init_from="resume", out_dir="half", max_iters=6, test_fraction=0.2)
+    assert "its test_fraction is 0.4, here it is 0.2" in message
+
+
 def test_a_resumed_run_is_the_same_to_the_last_bit(runs):
     folder, printed = runs
     assert_same_training(folder / "whole", folder / "half")
@@ -457,6 +503,8 @@ def test_everything_that_is_wrong_is_in_one_report(here):
     (dict(distance="cosine", eps=-1), "eps must be >= 0"),
     (dict(block_size=400), "lower block_size or prepare more text"),
     (dict(block_size=0), "block_size is 0"),
+    (dict(test_fraction=1.0), "test_fraction is 1.0, it must be in [0, 1)"),
+    (dict(test_fraction=0.97), "test_fraction 0.97 of the 21 blocks of the validation split is 21, which leaves none"),
     (dict(vocab_size=90), "vocab_size 90 is smaller than the 97 tokens of the data"),
     (dict(init_from="resume", out_dir="nowhere"), "nowhere holds no ckpt.pt"),
     (dict(init_from="gpt2-small"), "init_from is 'gpt2-small'"),

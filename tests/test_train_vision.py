@@ -223,6 +223,17 @@ def test_the_end_result_by_hand(first):
     assert end["test_loss"] == pytest.approx(loss, rel=1e-5) and end["test_accuracy"] == accuracy
 
 
+@torch.no_grad()
+def test_the_predictions_by_hand(first):
+    images = data_vision.load("digits")
+    z, _ = net_of(first[0])((images.test_x.float() / 255 - 0.5) / 0.5)
+    found = np.load(first[0] / "predictions.npz")
+    assert found["y"].tolist() == images.test_y.tolist() and found["predicted"].tolist() == z.argmax(1).tolist()
+    nll = F.cross_entropy(z, images.test_y, reduction="none").numpy()
+    assert found["nll"].dtype == np.float32 and found["nll"] == pytest.approx(nll, abs=1e-4)
+    assert found["nll"].mean(dtype=np.float64) == pytest.approx(summary(first[0])["test_loss"], rel=1e-6)
+
+
 def test_the_validation_loss_by_hand(first):
     images = data_vision.load("digits")
     train_idx, val_idx = split(images.train_y, 0.1, 1337)
