@@ -102,7 +102,8 @@ RANGES = (
      lambda x: 1 <= x <= 1e9),
     ("n_embd intermediate_size lr_step embedding_size", "in [1, 10^9]", lambda x: 1 <= x <= 1e9),
     ("n_layer n_head", "in [1, 10,000]", lambda x: 1 <= x <= 1e4),
-    ("max_iters warmup_iters lr_decay_iters epochs patience vocab_size", "in [0, 10^9]", lambda x: 0 <= x <= 1e9),
+    ("max_iters warmup_iters lr_decay_iters epochs patience vocab_size train_images test_images",
+     "in [0, 10^9]", lambda x: 0 <= x <= 1e9),
     ("image_size held_out classes_per_batch", "in [0, 10,000]", lambda x: 0 <= x <= 1e4),
     ("learning_rate min_lr weight_decay grad_clip feature_scale time_limit pos_margin neg_margin triplet_margin "
      "arcface_margin ccl_margin ccl_weight", ">= 0 and finite", lambda x: 0 <= x < math.inf),

@@ -54,6 +54,9 @@ wandb_mode = "online" # or 'offline', which needs neither key nor network
 # data
 data_dir = "data" # where datasets lie, a folder each
 dataset = "digits" # 'digits' (scikit-learn's own, 8x8), 'mnist', 'cifar10', 'cifar100'
+train_images = 0 # how many of the training set, the first ones of the files; 0: all
+test_images = 0 # likewise
+resplit = False # True: training and test images, as many of each, are drawn by the seed from both together
 val_fraction = 0.1 # of the training set, for validation
 batch_size = 64 # images per step, over all ranks
 augment = "none" # 'crop' (and rotate), 'standard' (and flip), 'strong' (and colours)
@@ -98,7 +101,7 @@ carbon_intensity = 0.0 # g CO2eq per kWh of your own grid, instead; 0: the count
 track_emissions = True
 # system
 time_limit = 0.0 # minutes after which the run saves itself and ends with exit code 124, to be resumed; 0: none
-seed = 1337 # of initial weights, the validation split, the order of images and their augmentation
+seed = 1337 # of initial weights, the splits of the data, the order of images and their augmentation
 device = "auto" # 'cuda', 'mps', 'cpu', or the first of these that there is
 dtype = "auto" # 'float32', 'bfloat16', 'float16' (with loss scaling); auto: bfloat16 where a GPU has it, else float32
 threads = 0 # of torch on the CPU, 0: its own choice
@@ -123,7 +126,7 @@ if batch_size % world_size:
     problems.append(f"batch_size {batch_size} is shared by the {world_size} ranks and must divide by them")
 if not problems: # else the data could not be read
     try:
-        images = load(dataset, data_dir)
+        images = load(dataset, data_dir, train_images, test_images, seed if resplit else None)
         C, H, W = images.train_x.shape[1:]
         image_shape = (channels or C, image_size or H, image_size or W) # as the model sees them
         arguments = {f.name: config[f.name] for f in fields(VisionConfig) if f.name in config}

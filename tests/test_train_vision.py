@@ -727,6 +727,22 @@ def test_another_run_is_not_resumed(settings, message):
     assert message in refuses(init_from="resume", out_dir="out", epochs=2, **settings) and contents("out") == before
 
 
+def test_a_part_of_the_images_split_anew():
+    settings = dict(epochs=1, train_images=400, test_images=80, resplit=True, seed=3)
+    _, script = train(**settings)
+    expected = data_vision.load("digits", "data", 400, 80, 3)
+    train_idx, val_idx = split(expected.train_y, 0.1, 3)
+    for name, x in (("train", expected.train_x[train_idx]), ("val", expected.train_x[val_idx]),
+                    ("test", expected.test_x)):
+        assert torch.equal(script[f"{name}_data"].x, x)
+    info = json.load(open("out/config.json"))
+    assert info["data"]["hash"] == expected.hash and info["data"]["test_images"] == 80
+    assert np.load("out/predictions.npz")["y"].tolist() == expected.test_y.tolist()
+    for other in dict(resplit=False), dict(train_images=0), dict(test_images=90):
+        assert "the data are others" in refuses(init_from="resume", out_dir="out", epochs=2, **other)
+    assert "train_images is 1438, but there are 1437" in refuses(**SETTINGS, overwrite=True, train_images=1438)
+
+
 def test_other_data_are_not_resumed(here, monkeypatch):
     train(epochs=1)
     before, real = contents("out"), data_vision.load
