@@ -290,15 +290,19 @@ def flops_per_token(model, head_share=1.0):
 # -----------------------------------------------------------------------------
 # model and optimizer
 
-def parameter_groups(model, weight_decay):
-    """Every parameter in exactly one of two groups: matrices decay; norms, biases and the head's own metric do not."""
+def parameter_groups(model, weight_decay, decay_head=True):
+    """
+    Every parameter in exactly one of two groups: matrices decay; norms, biases and the head's own metric do not, nor
+    without decay_head the prototypes, even where they are the embeddings too.
+    """
     decay, other = [], []
     for name, p in model.named_parameters(): # a tied matrix is named once
         if not p.requires_grad:
             continue
         is_matrix = p.dim() >= 2
         of_the_metric = name.startswith("head.") and name != "head.weight"
-        if is_matrix and not of_the_metric:
+        is_spared = not decay_head and p is model.head.weight
+        if is_matrix and not of_the_metric and not is_spared:
             decay.append(p)
         else:
             other.append(p)
@@ -336,7 +340,11 @@ def load_weights(model, weights):
 def load_optimizer(optimizer, state):
     """Load the optimizer's state, but keep the settings that it has now. A line says which of them changed."""
     now = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as e: # the sizes of its groups
+        raise SystemExit("cannot resume: the optimizer's groups are others than in the checkpoint, is decay_head as it "
+                         f"was? ({e})") from None
     for group, settings in zip(optimizer.param_groups, now):
         for key in ("weight_decay", "betas", "momentum"):
             if key in group and group[key] != settings[key]:

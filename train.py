@@ -97,6 +97,7 @@ learning_rate = 6e-4
 max_iters = 600000 # steps in all
 weight_decay = 1e-1 # of matrices and embeddings; not of norms, biases, and the head's extra parameters
 beta1 = 0.9
+decay_head = True # False: the prototypes do not decay either; where they are tied, with them the embeddings
 beta2 = 0.95
 grad_clip = 1.0 # clip the gradient's norm at this value, 0: never
 # schedule
@@ -238,7 +239,7 @@ try:
 except ValueError as e:
     raise SystemExit(str(e)) from None
 raw_model.to(device)
-groups = run.parameter_groups(raw_model, weight_decay)
+groups = run.parameter_groups(raw_model, weight_decay, decay_head)
 adam = dict(lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
 opt = MuonAdamW(raw_model, groups, **adam) if optimizer == "muon" else torch.optim.AdamW(groups, **adam)
 

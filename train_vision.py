@@ -82,6 +82,7 @@ learning_rate = 1e-3
 epochs = 40
 weight_decay = 0.0 # of matrices and kernels; not of norms, biases, and the head's extra parameters
 beta1 = 0.9
+decay_head = True # False: the prototypes do not decay either
 beta2 = 0.999
 momentum = 0.9 # of sgd
 grad_clip = 0.0 # clip the gradient's norm at this value, 0: never
@@ -172,7 +173,7 @@ raw_model = VisionNet(net_config)
 # to validate waits for the device; load() has checked the labels, and the run stops at a loss that is not finite
 raw_model.head.validate = False
 raw_model.to(device, memory_format=torch.channels_last)
-groups, fused = run.parameter_groups(raw_model, weight_decay), device_type != "mps"
+groups, fused = run.parameter_groups(raw_model, weight_decay, decay_head), device_type != "mps"
 if optimizer == "sgd":
     moments = dict(momentum=momentum)
     opt = torch.optim.SGD(groups, lr=learning_rate, **moments, fused=fused)

@@ -433,6 +433,22 @@ def test_without_a_compiler_training_goes_on(monkeypatch):
 def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
     settings = dict(max_iters=6, eval_interval=3, dropout=0.1, dtype="float32")
     # the second one has two micro-steps per rank, whose gradients are exchanged once
+@pytest.mark.parametrize("tied", [False, True])
+def test_prototypes_need_not_decay(tied):
+    weights = {}
+    for out, settings in dict(none=dict(weight_decay=0), spared=dict(weight_decay=1, decay_head=False),
+                              every=dict(weight_decay=1)).items():
+        train(out_dir=out, max_iters=1, warmup_iters=0, tie_weights=tied, **settings)
+        weights[out] = load(out)["model"]
+    none, spared, every = weights.values() # after a step whose gradients are the same
+    attention = "transformer.h.0.attn.c_attn.weight"
+    for name in ("head.weight", "transformer.wte.weight") if tied else ("head.weight",):
+        assert torch.equal(spared[name], none[name]) and not torch.equal(every[name], none[name])
+    assert torch.equal(spared[attention], every[attention]) and not torch.equal(none[attention], every[attention])
+    assert "the optimizer's groups are others" in refused(init_from="resume", out_dir="every", max_iters=2,
+                                                          decay_head=False)
+
+
     heads = dict(euclidean=dict(distance="euclidean", learn_n=True),
                  manhattan=dict(distance="manhattan", gradient_accumulation_steps=4))
     for name, head in heads.items():
