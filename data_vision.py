@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from augmentation import AUGMENTATIONS, augment, draw
 from data import PlainUnpickler, replacing, within
 
 # (mean, standard deviation) of pixels in 0..1, for each channel or one for all, as in the paper's C.1
@@ -29,17 +30,6 @@ STATS = {
     "mnist": ((0.1307,), (0.3081,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-}
-# flip: the probability of a horizontal flip. padding: pixels of zeros around the image, before a random crop.
-# degrees: the largest rotation, either way. The rest is colour jitter: a factor from [1 - b, 1 + b], and for hue a
-# shift from [-h, h] of the colour circle.
-NO_JITTER = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
-AUGMENTATIONS = {
-    "none": {"flip": 0.0, "padding": 0, "degrees": 0.0, **NO_JITTER},
-    "crop": {"flip": 0.0, "padding": 4, "degrees": 10.0, **NO_JITTER}, # for digits, which must not be mirrored
-    "standard": {"flip": 0.5, "padding": 4, "degrees": 10.0, **NO_JITTER},
-    "strong": {"flip": 0.5, "padding": 4, "degrees": 15.0,
-               "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1},
 }
 
 
@@ -331,12 +321,19 @@ def hub_arrays(name, part, origin):
     return check(name, np.ascontiguousarray(x), np.asarray(part[labels[0]]), origin.num_classes)
 
 
-def load(dataset, data_dir="data"):
+def load(dataset, data_dir="data", train_images=0, test_images=0, resplit_seed=None):
     """
     Return the Images of digits or of one of DATASETS, from files (see the top of this file) or downloaded once.
 
-    Raises ValueError for an unknown name, for damaged, missing or ill-matched files, and for a class without a training
-    image, ConnectionError when there are no files and the download fails, ImportError for digits without scikit-learn.
+        train_images   how many training images there are to be, the first ones in the order of the files; 0: all
+        test_images    likewise
+        resplit_seed   with a seed training and test images, as many of each, are drawn anew from both together, each
+                       class in its share. The hash is the same for all seeds, as the images are: it is that of the
+                       data, not of the draw
+
+    Raises ValueError for an unknown name, for damaged, missing or ill-matched files, for fewer images than asked for,
+    and for a class without a training image, ConnectionError when there are no files and the download fails,
+    ImportError for digits without scikit-learn.
     """
     sizes = None
     if dataset == "digits":
@@ -347,6 +344,11 @@ def load(dataset, data_dir="data"):
     else:
         raise ValueError(f"there is no dataset {dataset!r}, only digits, {', '.join(DATASETS)}")
     *arrays, source = found
+    for i, count in enumerate((train_images, train_images, test_images, test_images)):
+        if count > len(arrays[i]):
+            name = "train_images" if i < 2 else "test_images"
+            raise ValueError(f"{name} is {count}, but there are {len(arrays[i])} ({source})")
+        arrays[i] = arrays[i][:count or None]
     train_x, train_y, test_x, test_y = arrays
     if train_x.shape[1:] != test_x.shape[1:]:
         raise ValueError(f"{source}: training images are {train_x.shape[1:]}, test images {test_x.shape[1:]}")
@@ -355,7 +357,7 @@ def load(dataset, data_dir="data"):
         raise ValueError(f"{source}: no training image of class {', '.join(map(str, empty))}, "
                          f"{dataset} has {num_classes} classes")
     note = ""
-    if sizes and (len(train_y), len(test_y)) != sizes:
+    if sizes and (len(train_y), len(test_y)) != (train_images or sizes[0], test_images or sizes[1]):
         note = (f"{dataset} has {sizes[0]:,} training and {sizes[1]:,} test images, here are {len(train_y):,} and "
                 f"{len(test_y):,}: unless a part is meant, files are missing or cut off ({source})")
     sha = hashlib.sha256()
@@ -363,12 +365,19 @@ def load(dataset, data_dir="data"):
         arrays[i] = np.require(a, requirements="CW") # torch wants to be able to write
         sha.update(f"{a.dtype} {a.shape}".encode())
         sha.update(arrays[i])
+    if resplit_seed is not None:
+        x, y = np.concatenate([train_x, test_x]), np.concatenate([train_y, test_y])
+        # a stream of its own: that of the validation split, which has the same seed, must not depend on the first cut
+        train, test = split(y, len(test_y) / len(y), [resplit_seed, 0, 2], "resplit's test share", "the test")
+        arrays = x[train], y[train], x[test], y[test]
+        sha.update(b"resplit")
     return Images(*map(torch.from_numpy, arrays), num_classes, source, note, sha.hexdigest()[:16])
 
 
-def split(labels, val_fraction, seed):
+def split(labels, val_fraction, seed, setting="val_fraction", part="validation"):
     """
-    Cut the training images, by their labels (N,), into a part for training and one for validation.
+    Cut the training images, by their labels (N,), into a part for training and one for validation. Of another part,
+    with its setting, the messages speak by these names.
 
     Returns train_idx and val_idx, sorted int64 arrays that share nothing and cover 0..N-1. round(val_fraction * N)
     images go to validation, of each class its share to within one. The cut is a pure function of the arguments.
@@ -376,7 +385,7 @@ def split(labels, val_fraction, seed):
     """
     labels = np.asarray(labels)
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        raise ValueError(f"{setting} must lie between 0 and 1, got {val_fraction}")
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * val_fraction
     take = np.floor(exact).astype(np.int64) # how many of each class go to validation
@@ -385,122 +394,14 @@ def split(labels, val_fraction, seed):
     take[largest_remainders] += 1
     short = (take == 0) | (take == counts)
     if short.any():
-        part = "validation" if take[short][0] == 0 else "training"
-        raise ValueError(f"val_fraction={val_fraction} leaves class {classes[short][0]}, "
+        part = part if take[short][0] == 0 else "training"
+        raise ValueError(f"{setting}={val_fraction} leaves class {classes[short][0]}, "
                          f"of {counts[short][0]} image(s), without one for {part}")
     rng = np.random.RandomState(seed) # its stream is frozen: a new numpy may not change the split
     is_val = np.zeros(len(labels), bool)
     for c, n in zip(classes, take):
         is_val[rng.permutation(np.flatnonzero(labels == c))[:n]] = True
     return np.flatnonzero(~is_val).astype(np.int64), np.flatnonzero(is_val).astype(np.int64)
-
-
-# -----------------------------------------------------------------------------
-# augmentation
-
-def draw(rng, count, spec):
-    """
-    Draw augment's parameters for count images: {name: (count,) tensor} of those that spec, a row of AUGMENTATIONS,
-    uses. Every row takes the same numbers from rng, a RandomState, so that rows can be compared on the same draws.
-    """
-    u = rng.random_sample((8, count)) # in [0, 1)
-    params = {}
-    if spec["flip"]:
-        params["flip"] = u[0] < spec["flip"]
-    if spec["padding"]: # whole pixels
-        params["dy"], params["dx"] = np.floor(u[1:3] * (2 * spec["padding"] + 1)) - spec["padding"]
-    if spec["degrees"]:
-        params["degrees"] = (2 * u[3] - 1) * spec["degrees"]
-    for i, name in enumerate(("brightness", "contrast", "saturation"), 4):
-        if spec[name]:
-            low, high = max(0, 1 - spec[name]), 1 + spec[name]
-            params[name] = low + (high - low) * u[i]
-    if spec["hue"]:
-        params["hue"] = (2 * u[7] - 1) * spec["hue"]
-    for name, p in params.items():
-        params[name] = torch.from_numpy(p if p.dtype == bool else p.astype(np.float32))
-    return params
-
-
-def augment(x, flip=None, dy=None, dx=None, degrees=None, brightness=None, contrast=None, saturation=None, hue=None):
-    """
-    Return images x (B, C, H, W), float in 0..255, changed by these parameters; x itself stays as it is. Each
-    parameter is None or a (B,) tensor on x's device. They are applied in this order:
-
-        flip                              mirror the image where it is True
-        dy, dx                            crop from the zero-padded image, that many pixels down and right of its corner
-        degrees                           rotate about the centre, counter-clockwise
-        brightness, contrast, saturation  factors as those of torchvision's ColorJitter
-        hue                               a shift in turns, -0.5..0.5
-
-    Saturation and hue leave images alone that do not have 3 channels.
-    """
-    if any(p is not None for p in (flip, dy, dx, degrees)):
-        x = warp(x, flip, dy, dx, degrees)
-
-    def column(p):
-        return p[:, None, None, None] # (B, 1, 1, 1)
-    if brightness is not None:
-        x = (x * column(brightness)).clamp_(0, 255)
-    if contrast is not None:
-        x = torch.lerp(grey(x).mean((1, 2, 3), keepdim=True), x, column(contrast)).clamp_(0, 255)
-    if saturation is not None and x.size(1) == 3:
-        x = torch.lerp(grey(x), x, column(saturation)).clamp_(0, 255)
-    if hue is not None and x.size(1) == 3:
-        x = shift_hue(x, hue)
-    return x
-
-
-def warp(x, flip, dy, dx, degrees):
-    """Flip, crop and rotate by one affine map: each new pixel is interpolated from one place of x, or from zeros."""
-    B, _, H, W = x.shape
-    zeros = x.new_zeros(B)
-    side = zeros + 1 if flip is None else 1 - 2 * flip.to(x.dtype) # -1: mirrored
-    dy = zeros if dy is None else dy
-    dx = zeros if dx is None else dx
-    angle = zeros if degrees is None else torch.deg2rad(degrees)
-    cos, sin = angle.cos(), angle.sin()
-    # grid_sample counts in sides of the image; where these are powers of two, no shift by whole pixels is rounded
-    h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
-    if (h, w) != (H, W):
-        x = F.pad(x, (0, w - W, 0, h - H))
-    v = torch.arange(H, dtype=x.dtype, device=x.device) - (H - 1) / 2 # pixels from the centre, down
-    u = torch.arange(W, dtype=x.dtype, device=x.device) - (W - 1) / 2 # and to the right
-
-    # the grid is made by hand, as affine_grid's matrix product would be rounded to TF32 where that is allowed
-    def coordinate(a, b, c, n):
-        """Return pixel a u + b v + c of a side of n, in grid_sample's units of -1..1: (B, H, W), for a, b, c (B,)."""
-        along_u = 2 / n * torch.outer(a, u) # (B, W)
-        along_v = 2 / n * (torch.outer(b, v) + c[:, None]) + 1 / n - 1 # (B, H)
-        return along_u[:, None, :] + along_v[:, :, None]
-    from_column = coordinate(side * cos, -side * sin, side * dx + (W - 1) / 2, w)
-    from_row = coordinate(sin, cos, dy + (H - 1) / 2, h)
-    grid = torch.stack((from_column, from_row), -1) # (B, H, W, 2)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-def grey(x):
-    """Return the luma (B, 1, H, W) of images (B, 3, H, W), and grey images as they are."""
-    if x.size(1) != 3:
-        return x
-    r, g, b = x.split(1, 1)
-    return 0.299 * r + 0.587 * g + 0.114 * b
-
-
-def shift_hue(x, hue):
-    """Return x (B, 3, H, W) with its hue shifted by hue (B,) turns; saturation and value, in the sense of HSV, stay."""
-    r, g, b = x.unbind(1) # (B, H, W)
-    value = x.amax(1)
-    span = value - x.amin(1)
-    safe = torch.where(span > 0, span, 1)
-    green_or_blue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    h = torch.where(value == r, (g - b) / safe, green_or_blue) # the hue, in sixths of a turn
-    h = h + 6 * hue[:, None, None]
-
-    def channel(n):
-        k = (n + h) % 6
-        return value - span * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return torch.stack((channel(5), channel(3), channel(1)), 1)
 
 
 # -----------------------------------------------------------------------------

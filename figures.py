@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import textwrap
+from collections import namedtuple
 from operator import itemgetter
 
 import numpy as np
@@ -68,11 +69,16 @@ def legend(fig, axes, below=False):
         fig.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **place)
 
 
-def png(fig, dpi):
-    """The bytes of a PNG file, cut to what is drawn."""
-    file = io.BytesIO()
-    fig.savefig(file, format="png", dpi=dpi, bbox_inches="tight")
-    return file.getvalue()
+def vector(fig):
+    """The bytes of an SVG and of a PDF file, cut to what is drawn, and the same whenever it is drawn again."""
+    from matplotlib import rc_context
+    files = []
+    for kind, date in (("svg", "Date"), ("pdf", "CreationDate")):
+        file = io.BytesIO()
+        with rc_context({"svg.hashsalt": "distance heads", "pdf.fonttype": 42}): # fonts as publishers ask for
+            fig.savefig(file, format=kind, dpi=200, bbox_inches="tight", metadata={date: None})
+        files.append(file.getvalue())
+    return files
 
 
 def principal_plane(h):
@@ -320,49 +326,14 @@ def log_if_wide(ax, x):
         ax.set_xscale("log")
 
 
-def radar(section, heads, axes):
+def draw_course(ax, section, heads, key, over=None, rows="evals"):
     """
-    The means of heads, an axis for each (sector, metric), the axes of a sector side by side. On each axis the values
-    are scaled so that the best head is at the outer ring and the worst at the innermost.
+    Lines of the number `key` of the evaluations or log lines, a mean over seeds per head, over epochs or steps, or over
+    the mean of another number, `over`. Returns {head: (x (T,), values (seeds, T))}, both scaled.
     """
-    values = np.empty((len(heads), len(axes)))
-    for j, (_, key) in enumerate(axes):
-        sign = -1 if METRICS[key].lower else 1
-        values[:, j] = [sign * section.mean(head, key) for head in heads]
-    low, spread = values.min(0), np.ptp(values, 0)
-    scaled = np.where(spread > 0, (values - low) / np.where(spread > 0, spread, 1), 1)
-    angles = np.linspace(0, 2 * np.pi, len(axes), endpoint=False)
-    fig, ax = new_figure(8, 5.2, subplot_kw=dict(projection="polar"))
-    for i, sector in enumerate(dict.fromkeys(sector for sector, _ in axes)):
-        mine = [angle for angle, (other, _) in zip(angles, axes) if other == sector]
-        width = np.ptp(mine) + 2 * np.pi / len(axes)
-        ax.bar(np.mean(mine), 1.2, width=width, bottom=-0.2, color=("0.96", "0.9")[i % 2], lw=0, zorder=0)
-    for head, row in zip(heads, scaled):
-        ax.plot([*angles, angles[0]], [*row, row[0]], **style(head), label=plain(section.labels[head]), clip_on=False)
-    ax.set(ylim=(-0.2, 1), theta_offset=np.pi / 2, theta_direction=-1, yticks=[0, 0.5, 1], yticklabels=[])
-    ax.set_xticks(angles, [])
-    for angle, (sector, key) in zip(angles, axes):
-        up, right = np.cos(angle) > 0.5, np.sin(angle)
-        side = "center"
-        if abs(right) > 0.1:
-            side = "left" if right > 0 else "right"
-        place = dict(textcoords="offset points", ha=side, va="bottom" if up else "top", annotation_clip=False)
-        ax.annotate(METRICS[key].title.split(" (")[0], (angle, 1.06), (0, 12 if up else -4), fontsize=10, **place)
-        ax.annotate(sector, (angle, 1.06), (0, 0 if up else -18), fontsize=8, color="0.45", **place)
-    ax.spines["polar"].set_visible(False)
-    ax.grid(color="0.75", lw=0.6)
-    legend(fig, [ax])
-    return fig
-
-
-def draw_course(ax, section, heads, key, over=None, scale=1):
-    """
-    Lines of the evaluations' number `key`, a mean over seeds per head, over epochs or steps, or over the mean of
-    another number, `over`. Returns {head: (x (T,), values (seeds, T))}, both scaled.
-    """
-    drawn = {}
+    drawn, scale = {}, METRICS[key].scale if key in METRICS else 1
     for head in heads:
-        x, values = section.course(head, key)
+        x, values = section.course(head, key, rows)
         if over:
             steps, others = section.course(head, over)
             x = list(1000 * others.mean(0)) if steps == x else []
@@ -370,9 +341,20 @@ def draw_course(ax, section, heads, key, over=None, scale=1):
             drawn[head] = x, scale * values
             ax.plot(x, scale * values.mean(0), **style(head), markevery=max(1, len(x) // 8),
                     label=plain(section.labels[head]))
-    ax.set_xlabel("energy (Wh)" if over else section.x)
-    ax.set_ylabel(METRICS[key].title if key in METRICS else key)
+    x = "step" if rows == "logs" else section.x
+    ax.set(xlabel="energy (Wh)" if over else x, ylabel=METRICS[key].title if key in METRICS else key)
     return drawn
+
+
+def leave_out_the_untrained(ax, drawn):
+    """Set the limits of the axis of values to what comes after the first one, which would press the rest together."""
+    limits = []
+    for x, values in drawn.values():
+        if len(x) > 2:
+            limits += [values[:, 1:].min(), values[:, 1:].max()]
+    if limits:
+        margin = 0.05 * (max(limits) - min(limits) or 1)
+        ax.set_ylim(min(limits) - margin, max(limits) + margin)
 
 
 def section_curves(section, heads):
@@ -382,51 +364,104 @@ def section_curves(section, heads):
         panels = ("val_loss", None), ("val_loss", "energy_kwh_total")
     fig, axes = new_figure(10, 4.3, 1, 2)
     for ax, (key, over) in zip(axes, panels):
-        drawn = draw_course(ax, section, heads, key, over, METRICS[key].scale)
-        limits = []
+        drawn = draw_course(ax, section, heads, key, over)
         for head, (x, values) in drawn.items():
             ax.fill_between(x, values.min(0), values.max(0), color=style(head)["color"], alpha=0.15, lw=0)
-            if len(x) > 2: # the untrained model would press the rest together
-                limits += [values[:, 1:].min(), values[:, 1:].max()]
-        if limits:
-            margin = 0.05 * (max(limits) - min(limits) or 1)
-            ax.set_ylim(min(limits) - margin, max(limits) + margin)
+        leave_out_the_untrained(ax, drawn)
         if over:
             log_if_wide(ax, [x[-1] for x, _ in drawn.values()])
     legend(fig, axes, below=True)
     return fig
 
 
-def geometry(section, heads):
-    """The course of the prototypes' norm, the effective rank, and the variance and active ratios."""
-    fig, axes = new_figure(10, 6.8, 2, 2)
-    for ax, key in zip(axes.flat, ("prototype_norm", "effective_rank", "variance_ratio", "active_ratio")):
-        draw_course(ax, section, heads, key)
-    axes[0, 0].set_ylabel("mean prototype norm |w|")
-    legend(fig, axes.flat, below=True)
+# what is logged over training, and where: a panel each
+LOGGED = {"grad_norm": ("gradient norm", "logs"), "prototype_norm": ("mean prototype norm |w|", "evals"),
+          "effective_rank": ("effective rank", "evals"), "variance_ratio": ("variance ratio", "evals"),
+          "active_ratio": ("active ratio", "evals")}
+
+
+def courses(section, heads):
+    """The courses of those numbers in LOGGED that the heads have, or None."""
+    keys = [key for key, (_, rows) in LOGGED.items() if any(section.course(head, key, rows)[0] for head in heads)]
+    if not keys:
+        return None
+    fig, axes = panel_grid(len(keys), 3)
+    for ax, key in zip(axes, keys):
+        name, rows = LOGGED[key]
+        drawn = draw_course(ax, section, heads, key, rows=rows)
+        ax.set_ylabel(name)
+        if key == "grad_norm" and min(values.min() for _, values in drawn.values()) > 0:
+            ax.set_yscale("log")
+    legend(fig, axes, below=True)
     return fig
 
 
-def bars(panels, width=8):
+def panel_grid(count, columns, width=3.6, height=3.1):
+    """A Figure with so many panels, row by row, and the list of their axes."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    fig, axes = new_figure(width * columns, height * rows + 0.6, rows, columns, squeeze=False)
+    for ax in axes.flat[count:]:
+        ax.axis("off")
+    return fig, list(axes.flat[:count])
+
+
+def all_curves(sections):
+    """The validation quality over training, a panel per section, of the heads that are always drawn, or None."""
+    sections = [section for section in sections if section.few(0)]
+    if not sections:
+        return None
+    fig, axes = panel_grid(len(sections), 3)
+    for ax, section in zip(axes, sections):
+        key = "val_accuracy" if section.family == "vision" else "val_loss"
+        leave_out_the_untrained(ax, draw_course(ax, section, section.few(0), key))
+        ax.set_title(plain(textwrap.fill(section.name, 40)), fontsize=9)
+    legend(fig, axes, below=True)
+    return fig
+
+
+def axis_title(key):
+    """The metric, and which way is better where that is not upwards."""
+    return METRICS[key].title + (", lower is better" if METRICS[key].lower else "")
+
+
+# a panel of small multiples; points: (label, look as of style(), x, its std or None, y, its std or None)
+Panel = namedtuple("Panel", "title xlabel ylabel points")
+
+
+def multiples(panels):
+    """Panels of points with bars of their standard deviations, and one legend."""
+    fig, axes = panel_grid(len(panels), 2 if len(panels) in (2, 4) else 3)
+    for ax, panel in zip(axes, panels):
+        for label, look, x, x_std, y, y_std in panel.points:
+            ax.errorbar(x, y, xerr=x_std, yerr=y_std, label=plain(label), **{**look, "ls": "", "ms": 7}, elinewidth=0.8)
+        ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        ax.set_title(plain(textwrap.fill(panel.title, 40)), fontsize=9)
+        ax.margins(0.12)
+        ax.grid(color="0.93")
+    legend(fig, axes, below=True)
+    return fig
+
+
+def bars(panels, columns=2):
     """
-    Panels side by side of horizontal bars with texts at their ends, the first on top. panels: (xlabel, rows) each, with
-    rows (label, head, value, std or None, text). A row whose value is None has only its text.
+    Panels of horizontal bars with texts at their ends, the first on top. panels: (xlabel, rows) each, with rows (label,
+    look as of style(), value, std or None, text). A row whose value is None has only its text.
     """
-    height = 1.2 + 0.34 * max(len(rows) for _, rows in panels)
-    fig, axes = new_figure(width, height, 1, len(panels), squeeze=False)
-    for ax, (xlabel, rows) in zip(axes.flat, panels):
-        for i, (_, head, value, std, text) in enumerate(rows):
+    fig, axes = panel_grid(len(panels), columns, 6, 0.6 + 0.34 * max(len(rows) for _, rows in panels))
+    for ax, (xlabel, rows) in zip(axes, panels):
+        for i, (_, look, value, std, text) in enumerate(rows):
             end, right = 0, True
             if value is not None:
                 end, right = value + math.copysign(std or 0, value), value >= 0
-                ax.barh(i, value, color=style(head)["color"], height=0.65, xerr=std,
+                ax.barh(i, value, color=look["color"], height=0.65, xerr=std,
                         error_kw=dict(ecolor="0.35", lw=1, capsize=2))
             ax.annotate(text, (end, i), (4 if right else -4, 0), textcoords="offset points", va="center", fontsize=8,
                         ha="left" if right else "right",
                         color="0.4" if value is None else "k")
         ax.set_yticks(range(len(rows)), [plain(label) for label, *_ in rows], fontsize=9)
         ax.set_ylim(len(rows) - 0.4, -0.6)
-        ax.set_xlabel(xlabel)
+        ax.set_xlabel(plain(xlabel))
         ax.margins(x=0.2)
         ax.axvline(0, color="k", lw=0.8)
     return fig
@@ -494,22 +529,18 @@ def pca(section, probes, classes):
     Hidden states on their first two principal components, a panel per head on its own scale. probes: {head: (h (N, D),
     y (N,))}. classes: {class: name} of those that are coloured; the rest is grey.
     """
-    columns = min(3, len(probes))
-    rows = -(-len(probes) // columns)
-    fig, axes = new_figure(3.5 * columns + 1.4, 3.2 * rows, rows, columns, squeeze=False)
-    for ax in axes.flat[len(probes):]:
-        ax.axis("off")
-    for ax, (head, (h, y)) in zip(axes.flat, probes.items()):
+    fig, axes = panel_grid(len(probes), 3, 3.5, 3.2)
+    for ax, (head, (h, y)) in zip(axes, probes.items()):
         centre, directions, shares = principal_plane(h)
         points = (h - centre) @ directions.T
         rest = ~np.isin(y, list(classes))
-        ax.scatter(*points[rest].T, s=5, color="0.8", lw=0, label="others" if rest.any() else None)
+        ax.scatter(*points[rest].T, s=5, color="0.8", lw=0, label="others" if rest.any() else None, rasterized=True)
         for i, (k, name) in enumerate(classes.items()):
-            ax.scatter(*points[y == k].T, s=11, color=f"C{i}", lw=0, label=plain(name))
+            ax.scatter(*points[y == k].T, s=11, color=f"C{i}", lw=0, label=plain(name), rasterized=True)
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"{plain(section.labels[head])} ({sum(shares):.0%})", fontsize=9)
         ax.spines[:].set(color="0.7", visible=True)
-    legend(fig, axes.flat)
+    legend(fig, axes, below=True)
     return fig
 
 

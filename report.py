@@ -2,45 +2,50 @@
 A report of finished runs: tables, tests against the linear head, and figures, from what the runs have written.
 
 $ python report.py out/study_digits
-$ python report.py out/study_digits out/study_stdlib --out_dir=report
+$ python report.py out/study_digits out/study_gpt --out_dir=report
+$ python report.py out/claims        # the study of claims.py: its verdicts come first
 
 It reads every folder below the given ones that holds a config.json of a training script, and writes
-index.html (one file, opens from disk), index.md, a CSV per table in tables/, every number of every run in
-tables/runs.csv, and figures/*.png. Nothing is trained; checkpoints are read for the nearest prototypes only.
+index.html (one file, opens from disk), index.md, each table as CSV and as LaTeX in tables/, every number of every run
+in tables/runs.csv, and each figure as SVG and as PDF in figures/. Nothing is trained; checkpoints are read for the
+nearest prototypes only.
 
 Runs are averaged over seeds, and only when all else agrees: data, settings, commit, torch's version, device. Where
 something differs the runs come in sections of their own, and the top of the report says what it was. results.py reads
-and groups the runs, metrics.py defines every number, figures.py draws every figure.
+and groups the runs, comparisons.py compares them, metrics.py defines every number, figures.py draws every figure.
 """
 import math
 import os
 import re
-import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 
-import numpy as np
 from tqdm import tqdm
 
+import comparisons
 import figures
 import metrics
+import report_claims
+import report_figures
 import results
+import verdicts
 from configurator import configure, fail
-from data import load_encoding, load_meta
 from families import load_run
-from metrics import METRICS, RADAR, TABLES
-from page import Cell, Heading, Paragraph, Picture, Pre, Table, number, shown, write_csv, write_page
-from run_folder import Damaged, read_error, read_probe, readable
+from metrics import METRICS, TABLES
+from page import Cell, Heading, Paragraph, Pre, Table, number, shown, write_csv, write_page
+from run_folder import read_error, readable
 from sample import nearest_prototypes
 
 # -----------------------------------------------------------------------------
 # defaults
 out_dir = "report"
-top = 4 # heads that radar plots and curves show beside the baseline and Euclid: the best by quality
+top = 2 # heads that curves show beside the baseline and the paper's favourites: the best others by quality
 tokens = "self,return,True,int,if" # whose nearest prototypes to show, of language models; '': none
 num_nearest = 6
 significance = 0.05 # of the corrected p, for a best value to be marked
-dpi = 130 # of the figures
+# -----------------------------------------------------------------------------
+POWER = 0.9 # with which a difference of the detectable size is found
+
 # -----------------------------------------------------------------------------
 # tables and tests
 
@@ -48,10 +53,9 @@ dpi = 130 # of the figures
 def n_text(section, head):
     if head.is_baseline:
         return ""
-    text, n_at_end = f"{section.heads[head][0].info['n']:.3g}", section.n_at_end(head)
-    if head.setting == "learned" and n_at_end is not None:
-        text += f", ended at {n_at_end:.3g}"
-    return text
+    first, *_ = section.heads.get(head) or section.diverged[head]
+    n_at_end = section.n_at_end(head) if head.setting == "learned" and head in section.heads else None
+    return f"{first.info['n']:.3g}" + ("" if n_at_end is None else f", ended at {n_at_end:.3g}")
 
 
 def findings(section):
@@ -62,6 +66,15 @@ def findings(section):
                                 "differences, no tests."))
     elif max(map(len, section.heads.values())) < 2:
         blocks.append(Paragraph("One seed: no standard deviations and no test. Differences may be chance."))
+    failed = []
+    for head in {**section.heads, **section.diverged}:
+        for run in section.failures(head):
+            reason = run.error if run.diverged else "it learned nothing"
+            failed.append(f"{section.labels[head]}, seed {run.seed} ({reason:.120})")
+    if failed:
+        blocks.append(Paragraph(
+            f"Failed runs, whose heads are not tested: {'; '.join(failed)}. A run has learned nothing where its best "
+            f"validation result is no further from guessing than {results.LEAST_PROGRESS:.0%} of the baseline's."))
     for key in (section.quality, "energy_kwh"):
         tests = section.tests(key)
         if tests:
@@ -70,21 +83,36 @@ def findings(section):
 
 
 def finding(section, key, tests):
-    if all(test["p"] is None for test in tests.values()):
-        if all(test["n"] < 2 for test in tests.values()):
-            return "no test. No head shares two seeds with the baseline."
-        return "no test. The differences are the same for every seed."
-    better, worse = [], []
+    if all(test["n"] < 2 for test in tests.values()):
+        return "no test. No head shares two seeds with the baseline."
+    m, better, worse, equal, sizes = METRICS[key], [], [], [], []
     for head, test in tests.items():
+        label = section.labels[head]
         if results.significant(test, significance):
-            side = better if section.change(head, key) > 0 else worse
-            side.append(f"{section.labels[head]} (p = {test['p_corrected']:.2g})")
+            side = better if section.is_better(head, key) else worse
+            side.append(f"{label} (p = {test['p_corrected']:.2g})")
+        elif test["std"] == 0:
+            equal.append(f"{label} ({signed(m, test['mean'])})")
+        elif test["p"] is not None:
+            sizes.append(detectable(test))
     best = section.best(key, tests, significance)
-    mark = "No value is marked: the best mean does not beat the baseline so."
+    text = (f"better than the baseline with corrected p < {significance:g}: {', '.join(better) or 'none'}; "
+            f"worse: {', '.join(worse) or 'none'}; undecided: {len(sizes)}")
+    if sizes:
+        span = sorted({number(m.scale * size, m.spec.lstrip("+")) for size in (min(sizes), max(sizes))}, key=float)
+        text += f", of which a true difference of {' to '.join(span)} would have been found with a power of {POWER:g}"
+    if equal:
+        text += f"; the same difference in every seed, which allows no test: {', '.join(equal)}"
     if best:
-        mark = f"The best mean, of {section.labels[best]}, is in bold."
-    return (f"better than the baseline with corrected p < {significance:g}: {', '.join(better) or 'none'}; "
-            f"worse: {', '.join(worse) or 'none'}. {mark}")
+        return f"{text}. The best mean, of {section.labels[best]}, is in bold."
+    return f"{text}. No value is marked: the best mean does not beat the baseline so."
+
+
+def detectable(test):
+    """The true difference that a test of so many seeds finds with a power of POWER, before the correction of p."""
+    if test.get("p") is None:
+        return None
+    return test["std"] / test["n"] ** 0.5 * verdicts.detectable(test["n"] - 1, significance, POWER)
 
 
 def head_table(section, title):
@@ -100,18 +128,25 @@ def head_table(section, title):
     for key in keys:
         columns.append(column_title(section, key))
         if tests.get(key):
-            columns += ["difference [95%]", "d_z", "p, corrected"]
+            columns += ["difference [95%]", "detectable", "d_z", "p, corrected"]
     rows, records = [], []
     for head, runs in section.heads.items():
         label, n, seeds = section.labels[head], n_text(section, head), " ".join(str(r.seed) for r in runs)
-        row = [label, n, str(len(runs))]
-        record = dict(head=label, n=n, n_setting="" if head == section.baseline else head.setting, seeds=seeds)
+        failed = len(section.failures(head))
+        row = [label, n, f"{len(runs)}, {failed} failed" if failed else str(len(runs))]
+        setting = "" if head == section.baseline else head.setting
+        record = dict(head=label, n=n, n_setting=setting, seeds=seeds, failed=failed)
         for key in keys:
             cells, entries = entry(section, head, key, tests.get(key))
             row += cells
             record.update(entries)
         rows.append(row)
         records.append(record)
+    for head, runs in section.diverged.items():
+        if head not in section.heads:
+            label, n = section.labels[head], n_text(section, head)
+            rows.append([label, n, f"0, {len(runs)} failed"] + [""] * (len(columns) - 3))
+            records.append(dict(head=label, n=n, failed=len(runs)))
     return [Heading(title.capitalize(), 3), Table(f"{section.slug}_{title}", columns, rows, records)]
 
 
@@ -124,190 +159,40 @@ def column_title(section, key):
 
 def entry(section, head, key, tests):
     """The cells of one head and metric, and their numbers by name for the CSV. tests: those of the metric, or None."""
-    m, mean, std, change = METRICS[key], section.mean(head, key), section.std(head, key), section.change(head, key)
-    if head == section.baseline and key in ("model_health", "speed"):
+    m, mean, std = METRICS[key], section.mean(head, key), section.std(head, key)
+    difference, change = section.difference(head, key), section.change(head, key)
+    if head == section.baseline and key in results.DIFFERENCES:
         mean = std = None # 0, by definition
-    text = shown(m, mean, std)
+    text, small = shown(m, mean, std), ""
     if text and not section.complete(head, key):
         text += f" (of {len(section.values(head, key))})" # some seeds have none
-    marked = bool(tests) and section.best(key, tests, significance) == head
-    cells = [Cell(text, "" if change is None else f"{change:+.1f}%", marked)]
-    entries = {f"{key}_mean": mean, f"{key}_std": std, f"{key}_change_percent": change}
+    entries = {f"{key}_mean": mean, f"{key}_std": std}
+    if key in results.IN_PERCENT:
+        entries[f"{key}_change_percent"] = change
+        small = "" if change is None else f"{change:+.1f}%"
+    elif key not in results.DIFFERENCES:
+        entries[f"{key}_change"] = difference
+        small = signed(m, difference)
     if not tests:
-        return cells, entries
-    test = tests.get(head, {})
-    entries |= {f"{key}_pairs": test.get("n"), f"{key}_difference": test.get("mean"), f"{key}_best": int(marked)}
+        return [Cell(text, small)], entries
+    test, marked = tests.get(head, {}), section.best(key, tests, significance) == head
+    entries |= {f"{key}_pairs": test.get("n"), f"{key}_difference": test.get("mean"), f"{key}_best": int(marked),
+                f"{key}_detectable": detectable(test)}
     for name in ("low", "high", "effect_size", "p", "p_corrected"):
         entries[f"{key}_{name}"] = test.get(name)
-    mean, low, high = (signed(m, test.get(name)) for name in ("mean", "low", "high"))
-    cells.append(Cell(mean, f"[{low}, {high}]" if low else ""))
+    mean, low, high, least = (signed(m, x) for x in (test.get("mean"), test.get("low"), test.get("high"),
+                                                     detectable(test)))
+    interval = "in every seed" if test.get("std") == 0 else low and f"[{low}, {high}]"
+    cells = [Cell(text, small, marked), Cell(mean, interval), least.lstrip("+")]
     cells += [number(test.get("effect_size"), "+.2f"), number(test.get("p_corrected"), ".3g")]
     return cells, entries
 
 
 def signed(metric, difference):
-    return "" if difference is None else number(metric.scale * difference, "+" + metric.spec)
+    return "" if difference is None else number(metric.scale * difference, "+" + metric.spec.lstrip("+"))
 
 # -----------------------------------------------------------------------------
-# figures of a section, and the tables that belong to them
-
-
-def figure_blocks(section, probes):
-    blocks = [Heading("Figures", 3)]
-    if len(section.drawn) < len(section.heads):
-        blocks.append(Paragraph("Figures show the heads with their fixed n; other n are in the section on n."))
-    for part in (radar, curves, pareto, efficiency, emissions, geometry):
-        blocks += part(section)
-    return blocks + states(section, probes)
-
-
-def picture(section, name, fig, caption):
-    return Picture(f"{section.slug}_{name}", figures.png(fig, dpi), f"{section.name}: {caption}")
-
-
-def radar(section):
-    heads, axes = section.few(top), []
-    for sector, keys in RADAR[section.family].items():
-        for key in keys:
-            if all(section.values(head, key) for head in heads):
-                axes.append((sector, key))
-    if len(axes) < 3 or len(heads) < 2:
-        return [Paragraph("No radar plot: it takes two heads and three metrics that all of them have.")]
-    return [picture(section, "radar", figures.radar(section, heads, axes),
-                    f"means over seeds, min-max normalised on each axis over the {len(heads)} heads drawn, so that the "
-                    "outer ring is the best of them and the innermost the worst, however little lies between; where "
-                    "lower is better the axis is turned round.")]
-
-
-def curves(section):
-    energy = " (right: at their mean energy)" if section.family == "language" else ""
-    return [picture(section, "curves", figures.section_curves(section, section.few(top)),
-                    "mean over seeds, bands from the least to the largest seed, not normalised; "
-                    f"{section.x}s that every seed of the head has{energy}. The axis leaves out the untrained model.")]
-
-
-def pareto(section):
-    points, front, outside = results.trade_off(section)
-    if len(points) < 2:
-        return []
-    on = ", ".join(section.labels[head] for head in points if head in front)
-    caption = ("quality against energy, means over seeds, not normalised; the line joins the heads that no other beats "
-               f"in both ({on}).")
-    if outside:
-        caption += f" Far below the frame: {', '.join(section.labels[head] for head in outside)}."
-    return [picture(section, "pareto", figures.pareto(section, points, front), caption)]
-
-
-def efficiency(section):
-    vision, panels = section.family == "vision", []
-    if any(section.values(head, "wh_to_target") for head in section.drawn):
-        what = "an error" if vision else "a loss"
-        panels.append((f"Wh to {what} of {section.target:.3g}", efficiency_rows(section, "wh_to_target")))
-    if any(section.values(head, "quality_per_wh") for head in section.drawn):
-        unit = "accuracy points above chance per Wh" if vision else "(log V - validation loss) per Wh"
-        panels.append((unit, efficiency_rows(section, "quality_per_wh")))
-    if not panels:
-        return []
-    caption = "quality per energy; mean and standard deviation over seeds, not normalised."
-    if len(panels) > 1:
-        caption = f"energy to the quality at which the baseline has made 90% of its progress (left), and {caption}"
-    return [picture(section, "efficiency", figures.bars(panels, 1 + 5.2 * len(panels)), caption)]
-
-
-def efficiency_rows(section, key):
-    """Rows for figures.bars, from the best on; a head that misses the number for a seed comes last, without a bar."""
-    means, missing = {}, []
-    for head in section.drawn:
-        if section.complete(head, key):
-            means[head] = section.mean(head, key)
-        elif section.values(head, "energy_kwh"):
-            missing.append(head)
-    rows = []
-    for head in sorted(means, key=means.get, reverse=not METRICS[key].lower):
-        text = number(means[head], ".3g")
-        rows.append((section.labels[head], head, means[head], section.std(head, key), text))
-    return rows + [(section.labels[head], head, None, None, "not by every seed") for head in missing]
-
-
-def emissions(section):
-    rows = []
-    for head, d in results.emission_differences(section).items():
-        rows.append((section.labels[head], head, d["mean"], d["std"], number(d["mean"], "+.3g")))
-    if not rows:
-        return []
-    return [picture(section, "emissions", figures.bars([("g CO2eq per run, less the baseline", rows)]),
-                    "g CO2eq per run less the baseline's of the same seed, mean and standard deviation over seeds, not "
-                    "normalised; negative emits less.")]
-
-
-def geometry(section):
-    blocks = [picture(section, "geometry", figures.geometry(section, section.few(top)),
-                      "prototypes and hidden states of validation samples over training, mean over seeds, not "
-                      "normalised. Variance and active ratio are defined below.")]
-    records = results.prototype_growth(section)
-    if not records:
-        return blocks
-    rows, growing, others = [], [], []
-    for r in records:
-        rows.append([r["head"], f"{r['start']:.3g}", f"{r['end']:.3g}", f"{r['end_over_start']:.3f}",
-                     f"{r['end_over_middle']:.3f}"])
-        (growing if r["end_over_middle"] > 1.01 else others).append(r["head"])
-    columns = ["head", "|w| at the start", "|w| at the end", "end / start", "end / middle"]
-    blocks.append(Paragraph(
-        "Norms of the prototypes, mean over seeds. The paper's Theorem 1 lets cross-entropy's grow without bound and "
-        "a harmonic head's not; a finite run can show growth, not a bound. Still growing in the second half "
-        f"(end / middle above 1.01): {', '.join(growing) or 'none'}; not: {', '.join(others) or 'none'}."))
-    return [*blocks, Table(f"{section.slug}_prototype_norms", columns, rows, records)]
-
-
-def read_probes(section):
-    """({head: (h (N, D), y (N,))} of each drawn head's first seed, notes about those that cannot be read)"""
-    probes, notes = {}, []
-    for head in section.few(top):
-        try:
-            probe = read_probe(section.heads[head][0].path)
-        except Damaged as e:
-            notes.append(f"no figure of hidden states: {e}")
-            continue
-        h = probe["h"]
-        if min(len(h) - 1, h.shape[1]) > 1 and np.isfinite(h).all() and np.ptp(h, 0).any():
-            probes[head] = h, probe["y"]
-    return probes, notes
-
-
-def states(section, probes):
-    if not probes:
-        return [Paragraph("No figure of hidden states: no probe.npz.")]
-    _, y = next(iter(probes.values()))
-    classes = class_names(section, y)
-    what = "classes" if section.family == "vision" else "target tokens"
-    return [picture(section, "spectrum", figures.spectra(section, probes), "singular values of the centred hidden "
-                    "states at the end (first seed), each divided by the head's largest."),
-            picture(section, "pca", figures.pca(section, probes, classes), "hidden states at the end (first seed) on "
-                    "their first two principal components, each panel on its own scale, with their share of the "
-                    f"variance; coloured are the {len(classes)} most frequent {what}.")]
-
-
-def class_names(section, y):
-    """{class: name} of the most frequent classes or tokens in y (N,)"""
-    vision = section.family == "vision"
-    often = [k for k, _ in Counter(y.tolist()).most_common(10 if vision else 6)]
-    if vision:
-        return {k: str(k) for k in sorted(often)}
-    try:
-        encoding = run_encoding(section.runs[0])
-        return {k: repr(encoding.decode([k])) for k in often}
-    except (ImportError, OSError, ValueError, LookupError, OverflowError):
-        return {k: f"token {k}" for k in often}
-
-
-def run_encoding(r):
-    """The encoding of a language run's dataset. Raises ValueError or OSError where that is not there any more."""
-    folder = os.path.join(r.info["config"]["data_dir"], r.dataset)
-    meta = load_meta(folder)
-    if meta.get("hash") != r.info["data"].get("hash"):
-        raise ValueError(f"{folder} holds other data than the run's")
-    return load_encoding(meta, folder)
+# nearest prototypes
 
 
 def nearest(section):
@@ -316,7 +201,7 @@ def nearest(section):
     for head in section.few(top):
         r = section.heads[head][0]
         try:
-            encoding = run_encoding(r)
+            encoding = report_figures.run_encoding(r)
             name = "best.pt" if os.path.exists(os.path.join(r.path, "best.pt")) else "ckpt.pt"
             with readable(os.path.join(r.path, name)):
                 model, _, _ = load_run(r.path, name, "cpu")
@@ -360,7 +245,7 @@ def exponents(section):
     for link, lines in by_link.items():
         blocks += [Paragraph(f"Link {link}; {m.title}:"), *exponent_table(section, link, lines)]
     caption = f"{m.title} over n, mean over seeds, not normalised; a star is the n at which learning ended."
-    return [*blocks, picture(section, "n", figures.exponents(section, by_link), caption)]
+    return [*blocks, report_figures.picture(section, "n", figures.exponents(section, by_link), caption)]
 
 
 def exponent_table(section, link, lines):
@@ -410,25 +295,6 @@ def rankings(fixed_means, best_means, lower):
 # over sections, and what there was
 
 
-def over_sections(sections):
-    rows = [[label, *map(str, counts.values())] for label, counts in results.wins(sections).items()]
-    blocks = [Heading("Over all sections"), Paragraph(
-        "In how many sections a head has the best mean, or one of the five best: of test accuracy or validation loss, "
-        "and of energy (kWh). Heads with their fixed n, where there are any. Counts say nothing of how much lies "
-        "between."), Table("wins", ["head", *results.WINS], rows)]
-    rows = []
-    for label, head, values in results.pooled_emissions(sections):
-        mean = statistics.mean(values)
-        std = statistics.stdev(values) if len(values) > 1 else None
-        rows.append((f"{label} ({len(values)})", head, mean, std, number(mean, "+.3g")))
-    if rows:
-        fig = figures.bars([("g CO2eq per run, less the baseline", rows)])
-        blocks.append(Picture("emissions_all", figures.png(fig, dpi), "g CO2eq per run less the baseline's, mean and "
-                              "standard deviation over sections (how many: in brackets), not normalised: sections "
-                              "with long runs weigh most."))
-    return blocks
-
-
 def commands(runs):
     """The command lines of these runs; those that differ in the seed and its folder only become one loop."""
     seeds = defaultdict(list)
@@ -466,8 +332,8 @@ def provenance(sections):
         Table("provenance", columns, rows), Pre("\n".join(lines), "The commands that make these runs again")]
 
 
-def definitions(sections):
-    shown_keys = set()
+def definitions(sections, others):
+    shown_keys = set(others)
     for section in sections:
         shown_keys.update(*TABLES[section.family].values())
     rows = []
@@ -476,25 +342,32 @@ def definitions(sections):
             rows.append([m.title, "lower" if m.lower else "higher", m.definition])
     return [Heading("Definitions", 3), Paragraph(
         "± is the standard deviation over seeds (ddof 1). Percentages are against the baseline, of the mean over the "
-        "seeds that both have; positive is better whichever way the number goes. Differences are head - baseline, over "
-        f"the same seeds; d_z has their sign. {metrics.PAIRED_TEST}"),
+        "seeds that both have; positive is better whichever way the number goes. Differences, and small numbers "
+        "without a percent sign, are head - baseline, over the same seeds; the detectable one is what a single test "
+        f"finds with a power of {POWER:g}; d_z has their sign. {metrics.PAIRED_TEST}"),
         Table("definitions", ["number", "better", "definition"], rows)]
 
 
 def what_was_read(runs, ended, broken, error_folders):
     """Paragraphs that say which runs there are, and which are in no average."""
+    if not runs:
+        return []
     seeds = ", ".join(map(str, sorted({r.seed for r in ended})))
     kinds = "; ".join(sorted({f"{r.dataset}, {r.model}" for r in ended}))
     texts = [f"{len(ended)} runs that have ended, seeds {seeds}, dataset and model: {kinds}."]
     unfinished = []
     for r in runs:
-        if r.summary is None:
+        if r.summary is None and not r.error:
             last = r.evals[-1]["step"] if r.evals else "none"
             unfinished.append(f"{r.path} (last evaluation at step {last})")
     if unfinished:
         texts.append("Not ended, and in no average: " + ", ".join(unfinished))
+    diverged = {r.path: r.error for r in runs if r.diverged}
+    for path, error in diverged.items():
+        texts.append(f"Diverged, a failure of its head: {path}: {error}")
     for path in error_folders:
-        texts.append(f"Broken, and in no average: {path}: {read_error(path)}")
+        if path not in diverged:
+            texts.append(f"Broken, and in no average: {path}: {read_error(path)}")
     if broken:
         texts.append("Skipped: " + "; ".join(broken))
     torn = [r.path for r in runs if not r.whole]
@@ -543,8 +416,7 @@ def check_settings(folders):
               (os.path.isdir(out_dir) or not os.path.exists(out_dir), f"out_dir is {out_dir!r}, which is no folder"),
               (top >= 0, f"top is {top}, it must be >= 0"),
               (num_nearest >= 1, f"num_nearest is {num_nearest}, it must be at least 1"),
-              (0 < significance < 1, f"significance is {significance}, it must lie in (0, 1)"),
-              (dpi >= 30, f"dpi is {dpi}, it must be at least 30"))
+              (0 < significance < 1, f"significance is {significance}, it must lie in (0, 1)"))
     fail(problems + [message for legal, message in checks if not legal])
 
 
@@ -555,42 +427,46 @@ def main(argv):
     below = f"below {', '.join(folders)}"
 
     # read and measure the runs
-    runs, broken = results.read_runs(folders)
-    if not runs:
+    claims = report_claims.studies(folders)
+    without = [study.path for study in claims] # their runs are in their tables
+    runs, broken = results.read_runs(folders, without)
+    if not runs and not claims:
         message = f"no runs {below}: a run is a folder with a config.json of train.py or train_vision.py"
         raise SystemExit("\n  - skipped ".join([message, *broken]))
     ended = results.measure_all(runs, broken)
-    if not ended:
+    if not ended and not claims:
         message = f"{len(runs)} runs {below}, but none has ended (summary.json): go on with --init_from=resume"
         raise SystemExit("\n  - skipped ".join([message, *broken]))
 
     # group them
-    groups = results.group(ended)
+    groups = results.group([*ended, *[r for r in runs if r.diverged]])
     sections = results.make_sections(groups)
 
     # what there is to say
     unfinished = [r for r in runs if r.summary is None]
     top_of_page = [Heading("Distance heads: a report", 1),
-                   *what_was_read(runs, ended, broken, results.find_runs(folders, "error.txt")),
+                   *[block for study in claims for block in report_claims.blocks(study)],
+                   *what_was_read(runs, ended, broken, results.find_runs(folders, "error.txt", without)),
                    *what_differs(groups), *note_blocks(unfinished + ended)]
     body = []
     for section in tqdm(sections, desc="sections", leave=False):
-        probes, notes = read_probes(section)
-        top_of_page += map(Paragraph, notes)
         body += [Heading(section.name), *findings(section)]
         for title in TABLES[section.family]:
             body += head_table(section, title)
-        body += figure_blocks(section, probes) + exponents(section)
+        body += report_figures.figure_blocks(section, section.few(top)) + exponents(section)
         if section.family == "language" and tokens:
             body += nearest(section)
     if len(sections) > 1:
-        body += over_sections(sections)
-    body += provenance(sections) + definitions(sections)
+        body += report_figures.over_sections(sections)
+    if sections:
+        body += provenance(sections)
+    body += definitions(sections, [key for study in claims for key in report_claims.metrics_shown(study)])
 
     write_page(out_dir, "Distance heads: a report", top_of_page + body)
-    write_csv(os.path.join(out_dir, "tables", "runs.csv"), results.records(sections))
+    write_csv(os.path.join(out_dir, "tables", "runs.csv"), comparisons.records(sections))
     index = os.path.join(out_dir, "index.html")
-    print(f"{len(ended)} runs in {len(sections)} sections: {index}, index.md, tables, figures")
+    tabled = f"{sum(len(study.rows) for study in claims)} runs of claims, " if claims else ""
+    print(f"{tabled}{len(ended)} runs in {len(sections)} sections: {index}, index.md, tables, figures")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from run_folder import (
     head_of,
     read_config,
     read_emissions,
+    read_error,
     read_rows,
     read_summary,
     readable,
@@ -42,6 +43,15 @@ VALIDATION = {"vision": "val_accuracy", "language": "val_loss"}
 # what decides neither a result nor its energy. All other settings have to agree where runs are averaged
 IGNORED = (*HEAD_KEYS, "seed", "out_dir", "data_dir", "overwrite", "plots", "wandb_log", "tracker",
            "wandb_project", "wandb_run_name", "wandb_mode", "device", "dtype", "time_limit")
+# the distances that the paper names as the best for something, always drawn
+FAVOURITES = ("euclidean", "cosine", "manhattan", "bray_curtis", "mahalanobis")
+# what is compared with the baseline in percent; of what may be near 0 there, as losses and ratios, it would say nothing
+IN_PERCENT = ("test_accuracy", "val_accuracy", "f1_macro", "pc2_ev", "energy_kwh", "emissions_g", "cpu_seconds",
+              "emissions_per_1000_steps", "seconds_per_epoch", "seconds_per_step", "seconds_to_90", "steps_to_90",
+              "wh_to_90", "wh_to_target", "quality_per_wh")
+# what is a difference to the baseline already
+DIFFERENCES = ("model_health", "speed", "speed_steps")
+LEAST_PROGRESS = 0.1 # of the baseline's way from guessing to its best, below which a run has learned nothing
 
 # -----------------------------------------------------------------------------
 # reading
@@ -64,15 +74,23 @@ class Run:
     summary: dict | None # summary.json, None: the run has not ended
     emissions: dict | None # the last row of emissions.csv
     notes: tuple # what a reader should know about this run
+    error: str = "" # the last line of error.txt, of a run that broke
     values: dict = field(default_factory=dict) # numbers by their names in METRICS
 
+    @property
+    def diverged(self):
+        """Whether it ended because a number was not finite, as run.stop_non_finite says it: a failure of its head."""
+        return self.summary is None and "not finite" in self.error
 
-def find_runs(folders, name="config.json"):
-    """The paths of the folders with a file of that name at or below the given ones, each once."""
+
+def find_runs(folders, name="config.json", without=()):
+    """The paths of the folders with a file of that name at or below the given ones, but for those in without."""
     found = {}
     for folder in folders:
-        for path, _, files in os.walk(folder):
-            if name in files:
+        for path, below, files in os.walk(folder):
+            if path in without:
+                below.clear()
+            elif name in files:
                 found[os.path.realpath(path)] = path
     return sorted(found.values())
 
@@ -87,10 +105,13 @@ def fingerprint_of(info):
     return result
 
 
-def read_runs(folders):
-    """(the Runs at and below these folders, messages about the folders that hold none but look like one)"""
+def read_runs(folders, without=()):
+    """
+    (the Runs at and below these folders, but for those in without; messages about the folders that hold none but look
+    like one)
+    """
     runs, broken = [], []
-    for path in tqdm(find_runs(folders), desc="reading", leave=False):
+    for path in tqdm(find_runs(folders, without=without), desc="reading", leave=False):
         try:
             runs.append(read_run(path))
         except Damaged as e:
@@ -121,8 +142,9 @@ def read_run(path):
         notes.append("several nodes: the energy is that of node 0")
     if info.get("runs_at_once", 1) > 1:
         notes.append(f"energy: the machine's, which {info['runs_at_once']} runs shared, so that each counts the others")
+    broke = summary is None and os.path.exists(os.path.join(path, "error.txt"))
     return Run(path=path, **about, evals=evals, logs=logs, whole=whole, summary=summary, emissions=emissions,
-               notes=tuple(notes))
+               notes=tuple(notes), error=read_error(path) if broke else "")
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -133,6 +155,19 @@ def errors(run):
     if run.family == "vision":
         return [1 - row["val_accuracy"] for row in run.evals]
     return [row["val_loss"] for row in run.evals]
+
+
+def guess_error(run):
+    """The error, see errors, of guessing among the classes or tokens."""
+    if run.family == "vision":
+        return 1 - 1 / run.info["data"]["num_classes"]
+    return math.log(run.info["model_args"]["vocab_size"])
+
+
+def progress(runs):
+    """How far below guessing the best error of the runs comes, a mean over those that have evaluations, or None."""
+    found = [guess_error(run) - min(errors(run)) for run in runs if run.evals]
+    return statistics.mean(found) if found else None
 
 
 def numbers(rows, key):
@@ -166,24 +201,25 @@ def measured(run):
     vision = run.family == "vision"
     classes = run.info["data"]["num_classes"] if vision else run.info["model_args"]["vocab_size"]
     last = run.evals[-1] if run.evals else {}
-    logged = {**last, **run.summary}
-    values = {key: logged[key] for key in METRICS if key in logged}
-    values["energy_kwh"] = run.summary.get("energy_kwh_total")
-    values["emissions_g"] = run.summary.get("emissions_g_total")
+    values = {key: value for key, value in {**last, **run.summary}.items() if key in METRICS}
+    values |= {key: run.summary.get(f"{key}_total") for key in ("energy_kwh", "emissions_g")}
     times = numbers(run.logs, "ms")
     if times and not vision:
         values["seconds_per_step"] = statistics.median(times) / 1000
     norms, notes = settled_norms(run)
     if norms:
         values["gradient_stability"] = metrics.gradient_stability(norms)
+        values["grad_norm"] = statistics.median(norms)
         values["clipping_quality"] = metrics.clipping_quality(norms, run.info["config"]["grad_clip"])
     course = errors(run)
     if run.evals and not vision:
         values["learning_quality"] = metrics.learning_quality(course[0], min(course), classes)
+    values["steps_to_90"] = metrics.time_to([row["step"] for row in run.evals], course) if course else None
+    if finite(values["emissions_g"]) and run.summary.get("step"):
+        values["emissions_per_1000_steps"] = 1000 * values["emissions_g"] / run.summary["step"]
     if run.evals and all("energy_kwh_total" in row for row in run.evals):
         values["seconds_to_90"] = metrics.time_to([row["seconds_total"] for row in run.evals], course)
-        kwh_to_90 = metrics.time_to([row["energy_kwh_total"] for row in run.evals], course)
-        values["wh_to_90"] = None if kwh_to_90 is None else 1000 * kwh_to_90
+        values["wh_to_90"] = metrics.time_to([1000 * row["energy_kwh_total"] for row in run.evals], course)
     if values["energy_kwh"]:
         quality = 100 * (values["test_accuracy"] - 1 / classes) if vision else math.log(classes) - values["val_loss"]
         values["quality_per_wh"] = quality / (1000 * values["energy_kwh"])
@@ -314,9 +350,9 @@ def add_baseline_metrics(runs, baseline_runs, target):
     result = []
     for run in runs:
         values, base = dict(run.values), baselines.get(run.seed)
-        for key, source in (("model_health", "collapse_score"), ("speed", "seconds_to_90")):
-            if base and source in values and source in base.values:
-                values[key] = base.values[source] - values[source]
+        for key, of in (("model_health", "collapse_score"), ("speed", "seconds_to_90"), ("speed_steps", "steps_to_90")):
+            if base and of in values and of in base.values:
+                values[key] = base.values[of] - values[of]
         if target is not None:
             for row, error in zip(run.evals, errors(run)):
                 if error <= target and "energy_kwh_total" in row:
@@ -328,11 +364,16 @@ def add_baseline_metrics(runs, baseline_runs, target):
 
 @dataclass(frozen=True)
 class Section:
-    """Runs that may be averaged: heads maps each Head to its runs, a seed each; the baseline first, then the best."""
+    """
+    Runs that may be averaged: heads maps each Head to its runs that have ended, a seed each; the baseline first, then
+    the best. diverged: {Head: its runs that did}. floor: a run whose progress is no more than that has learned nothing.
+    """
     name: str
     slug: str
     family: str
     heads: dict
+    diverged: dict
+    floor: float
     baseline: Head | None
     target: float | None
     usual: dict
@@ -358,11 +399,20 @@ class Section:
         return fixed if len(fixed) > 1 else list(self.heads)
 
     def few(self, count):
-        """The heads in figures that have room for a few: the baseline, Euclid, and the best others, `count` of them."""
+        """
+        The heads in figures that have room for a few: the baseline, the best of each of the FAVOURITES, and the best
+        others, `count` of them.
+        """
         first = [self.baseline] if self.baseline else []
-        first += [head for head in self.drawn if head.distance == "euclidean"][:1]
+        for distance in FAVOURITES:
+            first += [head for head in self.drawn if head.distance == distance][:1]
         others = [head for head in self.drawn if head not in first]
         return first + others[:count]
+
+    def failures(self, head):
+        """The runs of the head that diverged, or learned nothing."""
+        ended = [run for run in self.heads.get(head, ()) if run.evals and progress([run]) <= self.floor]
+        return [*self.diverged.get(head, ()), *ended]
 
     def values(self, head, key):
         """{seed: value} of the runs that have one"""
@@ -372,11 +422,12 @@ class Section:
         """Whether any run has the number."""
         return any(key in run.values for run in self.runs)
 
-    def course(self, head, key):
-        """(x (T,), values (seeds, T)) of an evaluation's number, at the epochs or steps that every seed has"""
+    def course(self, head, key, rows="evals"):
+        """(x (T,), values (seeds, T)) of a number of each evaluation, or log line, that every seed has"""
         by_seed = []
+        x = "step" if rows == "logs" else self.x
         for run in self.heads[head]:
-            by_seed.append({row[self.x]: row[key] for row in run.evals if finite(row.get(key))})
+            by_seed.append({row[x]: row[key] for row in getattr(run, rows) if finite(row.get(key))})
         x = sorted(set.intersection(*map(set, by_seed)))
         return x, np.array([list(map(values.get, x)) for values in by_seed])
 
@@ -405,20 +456,36 @@ class Section:
         seeds = [seed for seed in mine if seed in base]
         return list(map(mine.get, seeds)), list(map(base.get, seeds))
 
-    def change(self, head, key):
-        """The percent of change against the baseline, over the seeds that both have; positive is better. Or None."""
+    def difference(self, head, key):
+        """The mean difference to the baseline, over the seeds that both have, or None."""
         mine, base = self.paired(head, key)
-        if not mine:
+        return statistics.mean(mine) - statistics.mean(base) if mine else None
+
+    def is_better(self, head, key):
+        """Whether its mean is better than the baseline's, over the seeds that both have."""
+        difference = self.difference(head, key)
+        return difference is not None and (difference < 0 if METRICS[key].lower else difference > 0)
+
+    def change(self, head, key):
+        """
+        The percent of change against the baseline, over the seeds that both have; positive is better. None where there
+        is none, and of what is not IN_PERCENT.
+        """
+        mine, base = self.paired(head, key)
+        if not mine or key not in IN_PERCENT:
             return None
         change = metrics.percent_change(statistics.mean(mine), statistics.mean(base), METRICS[key].lower)
         return change if finite(change) else None
 
     def tests(self, key):
-        """{head: the result of metrics.paired, with p_corrected} over the heads of this section"""
+        """
+        {head: the result of metrics.paired, with p_corrected} over the heads of this section. A head with a failed run
+        is not tested: it would make the family of the correction larger by what nobody asks.
+        """
         tests = {}
         for head in self.heads:
             mine, base = self.paired(head, key)
-            if mine:
+            if mine and not self.failures(head) and not self.failures(self.baseline):
                 tests[head] = metrics.paired(mine, base)
         if not tests:
             return {}
@@ -431,12 +498,12 @@ class Section:
         for head in self.heads:
             values = self.values(head, key)
             lost = self.baseline and not set(values) >= set(self.values(self.baseline, key))
-            if values and not lost: # a head that lost a seed does not compete
+            if values and not lost and not self.failures(head): # a head that lost a seed does not compete
                 means[head] = self.mean(head, key)
         if not means:
             return None
         head = (min if METRICS[key].lower else max)(means, key=means.get)
-        supported = significant(tests.get(head), significance) and self.change(head, key) > 0
+        supported = significant(tests.get(head), significance) and self.is_better(head, key)
         return head if supported else None
 
 
@@ -446,15 +513,19 @@ def significant(test, significance):
 
 def make_section(name, slug, runs):
     """The Section of these runs: labels, what the baseline defines, and the order of the heads."""
-    heads = by_head(runs)
+    heads, diverged = by_head([run for run in runs if not run.diverged]), by_head([run for run in runs if run.diverged])
     baseline, most = None, 0
     for head in heads:
         if head.is_baseline and len(heads[head]) > most:
             baseline, most = head, len(heads[head])
     target = target_error(heads.get(baseline, []))
     usual = usual_settings(runs)
-    heads = by_head(add_baseline_metrics(runs, heads.get(baseline, []), target))
-    section = Section(name, slug, runs[0].family, heads, baseline, target, usual, make_labels(heads, usual))
+    reference = progress(heads[baseline]) if baseline else max(filter(None, map(progress, heads.values())), default=0)
+    floor = max(0, LEAST_PROGRESS * (reference or 0))
+    ended = [run for runs in heads.values() for run in runs]
+    heads = by_head(add_baseline_metrics(ended, heads.get(baseline, []), target))
+    labels = make_labels({**heads, **diverged}, usual)
+    section = Section(name, slug, runs[0].family, heads, diverged, floor, baseline, target, usual, labels)
     return replace(section, heads=ordered(section))
 
 
@@ -472,116 +543,17 @@ def ordered(section):
 
 
 def make_sections(groups):
-    """A Section per Group, each with a slug for its files: names may differ in what a file's name cannot hold."""
+    """
+    A Section per Group with a run that has ended, each with a slug for its files: names may differ in what a file's
+    name cannot hold.
+    """
     sections, slugs = [], []
     for i, (_, name, runs, _, _) in enumerate(groups):
+        if all(run.diverged for run in runs):
+            continue
         slug = re.sub(r"\W+", "_", name).strip("_")[:80] # it is part of file names
         if slug in slugs:
             slug += f"_{i}"
         slugs.append(slug)
         sections.append(make_section(name, slug, runs))
     return sections
-
-# -----------------------------------------------------------------------------
-# what follows from a section
-
-
-def records(sections):
-    """A dict per run: what it is, and every number of METRICS that it has."""
-    result = []
-    for section in sections:
-        for run in section.runs:
-            setting, n = run.head.setting, run.info["n"]
-            if run.head.is_baseline: # has no n
-                setting = n = ""
-            values = {key: run.values.get(key) for key in METRICS}
-            result.append(dict(dataset=run.dataset, model=run.model, head=section.labels[run.head], n_setting=setting,
-                               n=n, seed=run.seed, path=run.path, section=section.name, **values))
-    return result
-
-
-def emission_differences(section):
-    """{head: metrics.paired} of the emissions against the baseline's, from the least on."""
-    found, means = {}, {}
-    for head in section.drawn:
-        mine, base = section.paired(head, "emissions_g")
-        if mine:
-            found[head] = metrics.paired(mine, base)
-            means[head] = found[head]["mean"]
-    return {head: found[head] for head in sorted(means, key=means.get)}
-
-
-def trade_off(section):
-    """
-    ({head: (energy in Wh, quality)} of means over seeds, the heads that no other beats in both, the heads left out:
-    they are so much worse than the median that a figure with them would show nothing of the rest).
-    """
-    m, points = METRICS[section.quality], {}
-    for head in section.drawn:
-        if section.values(head, "energy_kwh") and section.values(head, section.quality):
-            quality = m.scale * section.mean(head, section.quality)
-            points[head] = (1000 * section.mean(head, "energy_kwh"), quality)
-    if len(points) < 2:
-        return points, [], []
-    qualities = [quality for _, quality in points.values()]
-    best, median = (min if m.lower else max)(qualities), statistics.median(qualities)
-    outside = []
-    for head, (_, quality) in points.items():
-        if abs(quality - best) > 5 * abs(median - best) > 0 and head != section.baseline:
-            outside.append(head)
-    inside = {head: point for head, point in points.items() if head not in outside}
-    front = []
-    for head, point in inside.items():
-        if not any(beats(other, point, m.lower) for other in inside.values()):
-            front.append(head)
-    return inside, front, outside
-
-
-def beats(a, b, lower):
-    """Whether a (energy, quality) is not b, needs no more energy, and is no worse; lower: a lower quality is better."""
-    no_worse = a[1] <= b[1] if lower else a[1] >= b[1]
-    return a[0] <= b[0] and no_worse and a != b
-
-
-def prototype_growth(section):
-    """Records of the mean norm of the prototypes over training, means over seeds."""
-    result = []
-    for head in section.drawn:
-        x, norms = section.course(head, "prototype_norm")
-        if len(x) > 1 and (norms[:, 0] > 0).all():
-            start, middle, end = norms[:, 0], norms[:, len(x) // 2], norms[:, -1]
-            result.append(dict(head=section.labels[head], start=start.mean(), end=end.mean(),
-                               end_over_start=(end / start).mean(), end_over_middle=(end / middle).mean()))
-    return result
-
-
-WINS = ("quality sections", "quality wins", "quality top 5", "energy sections", "energy wins", "energy top 5")
-
-
-def wins(sections):
-    """{label: {column of WINS: count}}: in how many sections a head is the best, or among the five best; best first."""
-    counts = {}
-    for section in sections:
-        for key, what in ((section.quality, "quality"), ("energy_kwh", "energy")):
-            means = {head: section.mean(head, key) for head in section.drawn if section.values(head, key)}
-            best_first = sorted(means, key=means.get, reverse=not METRICS[key].lower)
-            for place, head in enumerate(best_first):
-                count = counts.setdefault(section.labels[head], dict.fromkeys(WINS, 0))
-                count[f"{what} sections"] += 1
-                count[f"{what} wins"] += place == 0
-                count[f"{what} top 5"] += place < 5
-    order = {}
-    for label, count in counts.items():
-        order[label] = [-count[column] for column in ("quality wins", "quality top 5", "energy wins")]
-    return {label: counts[label] for label in sorted(order, key=order.get)}
-
-
-def pooled_emissions(sections):
-    """[(label, head, the mean differences of its emissions to the baseline's, one per section)], from the least on"""
-    pooled = defaultdict(list)
-    for section in sections:
-        for head, test in emission_differences(section).items():
-            head_anywhere = head._replace(n=0.0, eps=0.0, feature_scale=0.0)
-            pooled[section.labels[head], head_anywhere].append(test["mean"])
-    means = {key: statistics.mean(values) for key, values in pooled.items()}
-    return [(*key, pooled[key]) for key in sorted(means, key=means.get)]

@@ -7,7 +7,10 @@ and the run's folder, which study.py, figures.py and report.py read:
   emissions.csv      a row per evaluation, see emissions.py
   ckpt.pt, best.pt   the last and the best weights: plain values, torch.load(weights_only=True)
   probe.npz          hidden states of a fixed batch at the end, h (N, D), and their classes y (N,); after training on
-                     images also class_means (K, D), of all test images
+                     images also class_means (K, D), of all test images; of a language model of L blocks
+                     layer_pc2_ev (L,) and layer_pca90 (L,), see probing.of_layers
+  predictions.npz    the loss nll (N,) of each test example at the end, where there is a test; images also have their
+                     class y (N,) and the predicted one
   summary.json       the end result; a run without it has not ended
   *.png              pictures of all this, see figures.py
   ckpt_before.pt     the checkpoint before the last one, for the case that that is damaged
@@ -33,15 +36,12 @@ import numpy as np
 import torch
 
 import configurator
-import metrics
 import safe
 from configurator import fail
 from data import replacing
 from distances import DistanceHead, head_arguments
 from emissions import Emissions, grid_factor
 from safe import print0, ranks, read_metrics
-
-PROBE_SIZE = 512 # hidden states: their rank can be seen up to this number
 
 # All that a run opens (the energy tracker, wandb, the process group) is closed here, the last one first: by the script
 # at its end, or however else its process ends. Whoever runs a script inside another process closes it after the script.
@@ -100,13 +100,14 @@ RANGES = (
      lambda x: 1 <= x <= 1e9),
     ("n_embd intermediate_size lr_step embedding_size", "in [1, 10^9]", lambda x: 1 <= x <= 1e9),
     ("n_layer n_head", "in [1, 10,000]", lambda x: 1 <= x <= 1e4),
-    ("max_iters warmup_iters lr_decay_iters epochs patience vocab_size", "in [0, 10^9]", lambda x: 0 <= x <= 1e9),
+    ("max_iters warmup_iters lr_decay_iters epochs patience vocab_size train_images test_images",
+     "in [0, 10^9]", lambda x: 0 <= x <= 1e9),
     ("image_size held_out classes_per_batch", "in [0, 10,000]", lambda x: 0 <= x <= 1e4),
     ("learning_rate min_lr weight_decay grad_clip feature_scale time_limit pos_margin neg_margin triplet_margin "
      "arcface_margin ccl_margin ccl_weight", ">= 0 and finite", lambda x: 0 <= x < math.inf),
     ("infonce_temperature scl_temperature arcface_scale ccl_scale", "> 0 and finite", lambda x: 0 < x < math.inf),
     ("min_improvement", "in [0, 100)", lambda x: 0 <= x < 100),
-    ("dropout beta1 beta2 momentum active_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
+    ("dropout beta1 beta2 momentum active_fraction test_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
     ("val_fraction mlm_probability", "in (0, 1)", lambda x: 0 < x < 1),
     ("n", "> 0 and finite, or for a language model 0, the distance's default", lambda x: 0 <= x < math.inf),
     ("lr_gamma", "in (0, 10,000]", lambda x: 0 < x <= 1e4),
@@ -245,6 +246,13 @@ def gather(items):
     return sorted(items, key=itemgetter(0))
 
 
+def mean_of(losses):
+    """The mean over the samples of all ranks, a float, of this rank's [(first sample, how many, their mean loss)]."""
+    losses = gather([(first, count, loss.item()) for first, count, loss in losses])
+    sums = torch.tensor([(loss * count, count) for _, count, loss in losses], dtype=torch.float64).sum(0)
+    return (sums[0] / sums[1]).item()
+
+
 # dense bf16 peak in FLOP/s by part of a GPU's name, a longer name before a shorter one
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -286,15 +294,19 @@ def flops_per_token(model, head_share=1.0):
 # -----------------------------------------------------------------------------
 # model and optimizer
 
-def parameter_groups(model, weight_decay):
-    """Every parameter in exactly one of two groups: matrices decay; norms, biases and the head's own metric do not."""
+def parameter_groups(model, weight_decay, decay_head=True):
+    """
+    Every parameter in exactly one of two groups: matrices decay; norms, biases and the head's own metric do not, nor
+    without decay_head the prototypes, even where they are the embeddings too.
+    """
     decay, other = [], []
     for name, p in model.named_parameters(): # a tied matrix is named once
         if not p.requires_grad:
             continue
         is_matrix = p.dim() >= 2
         of_the_metric = name.startswith("head.") and name != "head.weight"
-        if is_matrix and not of_the_metric:
+        is_spared = not decay_head and p is model.head.weight
+        if is_matrix and not of_the_metric and not is_spared:
             decay.append(p)
         else:
             other.append(p)
@@ -334,7 +346,11 @@ def load_weights(model, weights):
 def load_optimizer(optimizer, state):
     """Load the optimizer's state, but keep the settings that it has now. A line says which of them changed."""
     now = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as e: # the sizes of its groups
+        raise SystemExit("cannot resume: the optimizer's groups are others than in the checkpoint, is decay_head as it "
+                         f"was? ({e})") from None
     for group, settings in zip(optimizer.param_groups, now):
         for key in ("weight_decay", "betas", "momentum"):
             if key in group and group[key] != settings[key]:
@@ -441,53 +457,19 @@ def energy_text(totals):
     return f" | {totals['energy_kwh_total']:.4g} kWh, {totals['emissions_g_total']:.3g} g CO2eq"
 
 
-def probe(head, h, y):
-    """
-    Numbers by name about hidden states h (N, D), the head's input, with classes y (N,), for an evaluation's row. Each
-    is defined in metrics.py, and None where it has no value; h_grad_norm is the mean over the samples of
-    |d(-log p_y)/dh|, prototype_norm the mean of |w_k|. A single sample has no variance: what is made of it is left out.
-    """
-    training = head.training
-    head.eval() # in training it may update its statistics, or add noise
-    with torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
-        h = h.detach().float().requires_grad_()
-        nll = head.loss(h, y, reduction="none") # (N,)
-        norms = torch.autograd.grad(nll.sum(), h)[0].norm(dim=1) # (N,)
-    head.train(training)
-    features = h.detach().cpu().numpy()
-    of_several = {}
-    if len(features) > 1:
-        s, variance = metrics.spectrum(features), metrics.class_variance(features, y.cpu().numpy())
-        of_several = dict(
-            effective_rank=metrics.effective_rank(s),
-            collapse_score=metrics.collapse_score(s),
-            pc2_ev=metrics.explained_variance(s, 2),
-            pca5=metrics.explained_variance(s, 5),
-            intra_variance=variance["intra"],
-            inter_variance=variance["inter"],
-            variance_ratio=variance["ratio"],
-        )
-    result = dict(
-        **of_several,
-        active_ratio=metrics.active_ratio(norms.cpu().numpy()) if norms.isfinite().all() else math.nan,
-        h_grad_norm=norms.mean().item(),
-        h_norm=h.detach().norm(dim=1).mean().item(),
-        prototype_norm=head.prototype_norms().mean().item(),
-    )
-    for key, value in result.items():
-        if not math.isfinite(value): # JSON has no nan
-            result[key] = None
-    return result
-
-
 # -----------------------------------------------------------------------------
 # the run's folder
 
-def save_probe(out_dir, h, y, **more):
-    """Write probe.npz, whole or not at all: h (N, D), y (N,), and more arrays by name."""
-    path = os.path.join(out_dir, "probe.npz")
+def save_arrays(out_dir, name, **arrays):
+    """Write an .npz of numpy arrays into the run's folder, whole or not at all."""
+    path = os.path.join(out_dir, name)
     with safe.explained(path), replacing(path) as (f,):
-        np.savez(f, h=h.float().cpu().numpy(), y=y.cpu().numpy(), **more)
+        np.savez(f, **arrays)
+
+
+def save_probe(out_dir, h, y, **more):
+    """Write probe.npz: hidden states h (N, D), their classes y (N,), and more arrays by name."""
+    save_arrays(out_dir, "probe.npz", h=h.float().cpu().numpy(), y=y.cpu().numpy(), **more)
 
 
 def git_commit():
@@ -520,7 +502,8 @@ def describe(model, device_type, dtype):
 
 
 # files that a run leaves besides config.json, metrics.jsonl, summary.json and emissions*.csv
-LEFT_OVERS = ("ckpt.pt", "ckpt_before.pt", "best.pt", "probe.npz", "loss.png", "curves.png", "learned.png")
+LEFT_OVERS = ("ckpt.pt", "ckpt_before.pt", "best.pt", "probe.npz", "predictions.npz", "loss.png", "curves.png",
+              "learned.png")
 
 
 def begin(out_dir, info, resume_step=None):
@@ -554,6 +537,15 @@ def begin(out_dir, info, resume_step=None):
             (shutil.rmtree if name.startswith("shards_") else os.remove)(os.path.join(out_dir, name))
     safe.write(path, json.dumps(info, indent=1))
     safe.write(os.path.join(out_dir, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cpu_seconds(out_dir, resume_step):
+    """
+    The CPU seconds of this process's training so far, on all threads: those of the last line of metrics.jsonl where the
+    run is resumed (steps that are lost count, as their energy does), else 0. To be read before begin() cuts the file.
+    """
+    rows = [] if resume_step is None else read_metrics(out_dir)[0]
+    return max((row.get("cpu_seconds", 0.0) for row in rows), default=0.0)
 
 
 def start_emissions(config, resumed_at, current_step):

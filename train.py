@@ -18,6 +18,7 @@ Go on with a run that was stopped, with its own settings:
 $ python train.py --init_from=resume --out_dir=out/gpt2_cosine
 
 A run writes into out_dir: config.json, metrics.jsonl, emissions.csv, ckpt.pt (last), best.pt, summary.json, loss.png.
+With a test split also predictions.npz, the loss of each of its tokens.
 """
 import json
 import math
@@ -32,6 +33,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import figures
+import probing
 import run
 import safe
 from configurator import fail
@@ -52,6 +54,7 @@ overwrite = False # True: start afresh in an out_dir that holds a run already
 init_from = "scratch" # or 'resume', or with transformers a name: 'gpt2', 'bert-base-uncased', 'Qwen/Qwen2-0.5B', ...
 eval_interval = 1000 # steps between evaluations; each also writes a checkpoint and a row of emissions.csv
 eval_iters = 100 # batches of the validation range, the same tokens every time; -1: the whole split
+test_fraction = 0.0 # of the validation split: its last blocks, looked at once, with the last weights; 0: no test
 log_interval = 10 # steps between log lines
 wandb_log = False # also log to Weights & Biases (rank 0)
 tracker = "wandb" # or 'trackio', which takes its place and keeps all on this machine
@@ -101,6 +104,7 @@ optimizer = "adamw" # or 'muon': Muon for the matrices of the blocks, AdamW for 
 learning_rate = 6e-4
 max_iters = 600000 # steps in all
 weight_decay = 1e-1 # of matrices and embeddings; not of norms, biases, and the head's extra parameters
+decay_head = True # False: the prototypes do not decay either; where they are tied, with them the embeddings
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0 # clip the gradient's norm at this value, 0: never
@@ -160,6 +164,9 @@ if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
 if saved and saved["config"].get("sharding", "none") != sharding:
     problems.append(f"cannot resume {out_dir}: it has sharding={saved['config'].get('sharding', 'none')}, "
                     f"here it is {sharding}")
+if saved and saved["config"].get("test_fraction", 0.0) != test_fraction: # it has validated on what would be tested
+    problems.append(f"cannot resume {out_dir}: its test_fraction is {saved['config'].get('test_fraction', 0.0)}, "
+                    f"here it is {test_fraction}")
 if gradient_accumulation_steps % world_size:
     lower = gradient_accumulation_steps // world_size * world_size
     nearest = f"{lower + world_size} or {lower}" if lower > 0 else world_size
@@ -189,13 +196,17 @@ try:
         val_data = Blocks(data_folder, "val", block_size, vocab_size, seed)
         check_hash(data_folder, meta)
         data_hash = identity(meta, train_data.stream, val_data.stream)
+        num_test = math.ceil(test_fraction * val_data.num_fixed) # blocks, the last ones
+        num_val = val_data.num_fixed - num_test # of an evaluation
+        if num_val < 1:
+            problems.append(f"test_fraction {test_fraction} of the {val_data.num_fixed} blocks of the validation split "
+                            f"is {num_test}, which leaves none for validation: use less, or a smaller block_size")
 except (ValueError, OSError) as e:
     problems.append(str(e))
 fail(problems)
 
 micro_steps = gradient_accumulation_steps // world_size # on this rank
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-num_val = val_data.num_fixed # blocks of an evaluation
 if eval_iters > 0:
     num_val = min(num_val, eval_iters * batch_size)
 halt = run.guard(config) # out_dir is this run's own; a signal or time_limit ends it after a whole step
@@ -236,7 +247,7 @@ try:
 except ValueError as e:
     raise SystemExit(str(e)) from None
 raw_model.to(device)
-groups = run.parameter_groups(raw_model, weight_decay)
+groups = run.parameter_groups(raw_model, weight_decay, decay_head)
 adam = dict(lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
 opt = MuonAdamW(raw_model, groups, **adam) if optimizer == "muon" else torch.optim.AdamW(groups, **adam)
 
@@ -288,12 +299,15 @@ def train_batch(index):
     return to_device(masked(x, seed, i, 1) if model == "bert" else (x, y))
 
 
-def val_batch(first, count):
-    """Blocks first..first+count-1 of the validation split; BERT's have masks of their own, whatever the seed."""
-    x, y = read(val_data.fixed, first, count)
+def val_batch(first, count, data=val_data, key=2):
+    """
+    Blocks first..first+count-1 of a split in the order of the text, by default of the validation split; BERT's have
+    masks of their own, whatever the seed.
+    """
+    x, y = read(data.fixed, first, count)
     if model != "bert":
         return to_device((x, y))
-    blocks = [masked(x[i:i + 1], 0, first + i, 2) for i in range(count)]
+    blocks = [masked(x[i:i + 1], 0, first + i, key) for i in range(count)]
     return to_device([torch.cat(parts) for parts in zip(*blocks)])
 
 
@@ -309,40 +323,59 @@ if ddp and not is_sharded:
 # evaluation, learning rate, checkpoints
 
 @torch.no_grad()
-def evaluate():
+def forwards(start, stop, reduction="mean", **which):
     """
-    The validation loss, the mean of -log p in nats over the first num_val blocks, of which every rank takes its share;
-    the accuracy; and the probe, up to PROBE_SIZE hidden states h (N, D) with their targets y (N,): the last token of
-    each block, or BERT's masked positions.
+    Forward passes over the blocks start..stop-1 of the validation split, or `which` val_batch is to take, of which
+    every rank takes its share. Yields for each batch its first block, the hidden states h (B, T, D), their targets y
+    (B, T), the head's loss, and its predictions (B, T).
     """
     raw_model.eval()
-    losses, probe = [], []
-    for of_all in range(0, num_val, world_size * batch_size):
+    for of_all in range(start, stop, world_size * batch_size):
         first = of_all + rank * batch_size
-        count = min(batch_size, num_val - first)
+        count = min(batch_size, stop - first)
         is_idle = count < 1
         if is_idle and not is_sharded:
             break
-        x, y, *positions = val_batch(0, 1) if is_idle else val_batch(first, count)
+        x, y, *positions = val_batch(0, 1) if is_idle else val_batch(first, count, **which)
         with run.forward_pass(autocast, stop_non_finite):
             h = raw_model.features(x, *positions) # (B, T, D)
-            loss, measures = raw_model.head.loss(h, y, measures=True)
-        if is_idle: # sharded ranks need each other's forward passes, nobody needs this one's loss
-            break
-        right = (measures.predicted == y).float().mean()
-        losses.append((first, count, loss, right)) # on the device: no batch waits for it
+            loss, measures = raw_model.head.loss(h, y, reduction=reduction, measures=True)
+        if not is_idle: # sharded ranks need each other's forward passes, nobody needs this one's loss
+            yield first, h, y, loss, measures.predicted
+    raw_model.train()
+
+
+def evaluate():
+    """
+    The validation loss, the mean of -log p in nats over the first num_val blocks; the accuracy; and the probe, up to
+    PROBE_SIZE hidden states h (N, D) with their targets y (N,): the last token of each block, or BERT's masked ones.
+    """
+    losses, right, probe = [], [], []
+    for first, h, y, loss, predicted in forwards(0, num_val):
+        losses.append((first, len(y), loss)) # on the device: no batch waits for it
+        right.append((first, len(y), (predicted == y).float().mean()))
         if model != "bert":
             h, y = h[:, -1:], y[:, -1:]
-        if first * y.size(1) < run.PROBE_SIZE:
+        if first * y.size(1) < probing.PROBE_SIZE:
             probe.append((first, h.flatten(0, 1).clone(), y.flatten())) # a clone, as a view would keep all of h
-    raw_model.train()
-    losses = run.gather([(first, count, loss.item(), right.item()) for first, count, loss, right in losses])
-    sums = torch.tensor([(loss * count, count, right * count) for _, count, loss, right in losses],
-                        dtype=torch.float64).sum(0)
     probe = run.gather([(first, h.cpu(), y.cpu()) for first, h, y in probe])
-    h = torch.cat([h for _, h, _ in probe])[:run.PROBE_SIZE].to(device)
-    y = torch.cat([y for _, _, y in probe])[:run.PROBE_SIZE].to(device)
-    return (sums[0] / sums[1]).item(), (sums[2] / sums[1]).item(), h, y
+    h = torch.cat([h for _, h, _ in probe])[:probing.PROBE_SIZE].to(device)
+    y = torch.cat([y for _, _, y in probe])[:probing.PROBE_SIZE].to(device)
+    return run.mean_of(losses), run.mean_of(right), h, y
+
+
+def probed_positions():
+    """Forward passes over the blocks of the probe: for each its first block, and where (B, k) the probe looks."""
+    for first, _, y, *_ in forwards(0, min(num_val, probing.PROBE_SIZE)):
+        yield first, val_batch(first, len(y))[2] if model == "bert" else torch.full_like(y[:, :1], -1)
+
+
+def test():
+    """-log p (N,) in float32 of every token of the last num_test blocks, in their order; BERT's of the masked ones."""
+    parts = []
+    for first, _, _, nll, _ in forwards(val_data.num_fixed - num_test, val_data.num_fixed, reduction="none"):
+        parts.append((first, nll.float().flatten().cpu()))
+    return torch.cat([nll for _, nll in run.gather(parts)])
 
 
 def get_lr(step):
@@ -394,7 +427,7 @@ def stop_non_finite(loss, norm, at=None):
 
 about = run.describe(raw_model, device_type, dtype)
 print0(f"{dataset}: {train_data.num_tokens:,} training tokens, vocab_size {vocab_size:,} ({meta['source']}); "
-       f"validation on {num_val * block_size:,} tokens")
+       f"validation on {num_val * block_size:,} tokens, test on {num_test * block_size:,}")
 print0(f"{family.Model.__name__}: {about['num_params'] / 1e6:.2f}M parameters; "
        f"head: {about['head']}, features x {raw_model.head.feature_scale:.4g}")
 if optimizer == "muon":
@@ -403,6 +436,7 @@ if optimizer == "muon":
 print0(f"{tokens_per_step:,} tokens per step = {gradient_accumulation_steps} micro-batches x {batch_size} x "
        f"{block_size}, on {world_size} rank(s), {device_type}, {dtype}")
 
+cpu_seconds = run.cpu_seconds(out_dir, resumed_at) # of training
 if master:
     data = {key: value for key, value in meta.items() if key not in ("stoi", "itos")}
     run.begin(out_dir, dict(about, script="train.py", config=config, sources=sources, data=data), resumed_at)
@@ -418,7 +452,7 @@ peak_flops = run.peak_flops(about["device_name"], dtype)
 raw_model.train()
 pending = [] # (loss, gradient norm) of the steps since the last log line, still on the device
 first_step, width = step, len(str(max_iters))
-start = t0 = time.time()
+start, t0, cpu0 = time.time(), time.time(), time.process_time()
 while True:
 
     # once in a while: validate, log, save. A run that is resumed may have done so at its first step
@@ -434,14 +468,15 @@ while True:
         if master:
             print0(f"step {step:>{width}}/{max_iters} | val loss {val_loss:.4f} | "
                    f"best {best_val_loss:.4f} at step {best_step}{run.energy_text(energy)}")
-        probed = run.probe(raw_model.head, *probe) if is_new and (master or is_sharded) else {}
+        probed = probing.probe(raw_model.head, *probe) if is_new and (master or is_sharded) else {}
         if master and is_new:
             run.log(out_dir, dict(
                 kind="eval", step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss,
-                val_accuracy=val_accuracy, n=run.exponent(raw_model.head), **probed, **energy), wandb_run)
+                val_accuracy=val_accuracy, n=run.exponent(raw_model.head), cpu_seconds=cpu_seconds,
+                **probed, **energy), wandb_run)
         if is_new and step > 0: # ckpt.pt last: what it tells is there
             save(*["best.pt"] * (step == best_step), "ckpt.pt")
-        t0 = time.time() # evaluation is not part of a step's time
+        t0, cpu0 = time.time(), time.process_time() # evaluation is not part of a step's time
     if step == max_iters:
         break
 
@@ -477,9 +512,10 @@ while True:
 
     if is_logged:
         last_loss, last_norm = values[-1].tolist()
-        t1 = time.time()
+        t1, cpu1 = time.time(), time.process_time()
         seconds = (t1 - t0) / len(values) # per step
-        t0, pending = t1, []
+        cpu_seconds += cpu1 - cpu0
+        t0, cpu0, pending = t1, cpu1, []
         tokens_per_s = tokens_per_step / seconds
         mfu = flops_per_token * tokens_per_s / (peak_flops * world_size) if peak_flops else None
         mfu_text = f"mfu {mfu:.1%} | " if mfu else ""
@@ -489,7 +525,7 @@ while True:
         if master:
             run.log(out_dir, dict(
                 kind="train", step=step, tokens=step * tokens_per_step, loss=last_loss, lr=lr, grad_norm=last_norm,
-                ms=seconds * 1000, tokens_per_s=tokens_per_s, mfu=mfu), wandb_run)
+                ms=seconds * 1000, tokens_per_s=tokens_per_s, mfu=mfu, cpu_seconds=cpu_seconds), wandb_run)
         emissions.note(step)
     if is_last:
         save("ckpt.pt")
@@ -499,15 +535,23 @@ while True:
 # -----------------------------------------------------------------------------
 # the end result
 
+tested = test() if num_test else None
+of_layers = probing.of_layers(raw_model.transformer.h, probed_positions())
+passes = forwards(0, min(num_val, train_data.num_fixed), data=train_data, key=3) # the estimator of the validation loss
+train_loss = run.mean_of([(first, len(y), loss) for first, _, y, loss, _ in passes])
 if master:
-    run.save_probe(out_dir, *probe)
+    run.save_probe(out_dir, *probe, **{key: np.array(values, np.float64) for key, values in of_layers.items()})
     summary = dict(
         step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(min(val_loss, 700)),
-        best_val_loss=best_val_loss, best_step=best_step, val_accuracy=val_accuracy,
-        n=run.exponent(raw_model.head), num_params=about["num_params"],
-        peak_memory_bytes=run.peak_memory(device_type), **energy)
+        best_val_loss=best_val_loss, best_step=best_step, best_share=best_step / step if step else None,
+        train_loss=train_loss, val_accuracy=val_accuracy, n=run.exponent(raw_model.head),
+        num_params=about["num_params"], peak_memory_bytes=run.peak_memory(device_type), cpu_seconds=cpu_seconds, **energy, **of_layers)
     if meta.get("val_bytes") and model != "bert": # whose loss is that of the masked tokens
         summary["bits_per_byte"] = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+    if num_test:
+        run.save_arrays(out_dir, "predictions.npz", nll=tested.numpy())
+        summary["test_loss"] = tested.double().mean().item()
+        print0(f"test loss {summary['test_loss']:.4f} nats per token")
     safe.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))
     print0(f"done: validation loss {val_loss:.4f} nats per token, perplexity {summary['perplexity']:.1f}")
     print0(f"energy: {emissions.describe()}")

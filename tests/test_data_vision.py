@@ -270,6 +270,47 @@ def test_a_part_of_a_dataset_is_named(tmp_path):
     assert "here are 60,000 and 9,999" in load("mnist", str(tmp_path)).note
 
 
+def test_the_first_images_of_the_files(tmp_path):
+    """They are the same data, by their hash, as files that hold no more."""
+    x, y, test_x, test_y = write_mnist(tmp_path / "all", n=40, m=20)
+    few = x[:25], y[:25], test_x[:10], test_y[:10]
+    for kind, a, b in ("train", *few[:2]), ("t10k", *few[2:]):
+        write(tmp_path / "few" / "mnist" / f"{kind}-images-idx3-ubyte", idx(a[:, 0]))
+        write(tmp_path / "few" / "mnist" / f"{kind}-labels-idx1-ubyte", idx(b))
+    found, expected = load("mnist", str(tmp_path / "all"), 25, 10), load("mnist", str(tmp_path / "few"))
+    assert same(found, few) and same(expected, few) and found.hash == expected.hash
+    hashes = {load("mnist", str(tmp_path / "all"), *counts).hash for counts in ((), (25,), (0, 10), (25, 10))}
+    assert len(hashes) == 4
+    assert found.note == "" and "here are 25 and 10" in expected.note # what was asked for is no surprise
+    assert "here are 25 and 20" in load("mnist", str(tmp_path / "all"), 25).note # but these should be 10,000
+    with pytest.raises(ValueError, match=r"train_images is 41, but there are 40 \(.*mnist"):
+        load("mnist", str(tmp_path / "all"), 41)
+    with pytest.raises(ValueError, match="test_images is 21, but there are 20"):
+        load("mnist", str(tmp_path / "all"), 0, 21)
+    with pytest.raises(ValueError, match="no training image of class 1, 2, 3, 5, 6, 8, 9"):
+        load("mnist", str(tmp_path / "all"), 3)
+
+
+def test_images_are_split_anew_by_the_seed():
+    plain, a, b = load("digits"), load("digits", "data", 0, 0, 1), load("digits", "data", 0, 0, 2)
+    assert same(load("digits", "data", 0, 0, 1), [x.numpy() for x in (a.train_x, a.train_y, a.test_x, a.test_y)])
+    rows = [np.concatenate([part.train_x, part.test_x]).reshape(1797, 64) for part in (plain, a, b)]
+    y = [np.concatenate([part.train_y, part.test_y]) for part in (plain, a, b)]
+    everything = [sorted((int(k), row.tobytes()) for k, row in zip(*pair)) for pair in zip(y, rows)]
+    assert everything[0] == everything[1] == everything[2] # each image once, with its own label
+    assert not torch.equal(a.test_x, b.test_x) and not torch.equal(a.test_x, plain.test_x)
+    for part in (a, b):
+        assert part.train_x.shape == plain.train_x.shape and part.test_x.shape == plain.test_x.shape
+        assert np.abs(np.bincount(part.test_y) - np.bincount(y[0]) * 360 / 1797).max() <= 1
+        assert part.hash == a.hash != plain.hash # runs of all seeds are of the same data
+    few = load("digits", "data", 300, 100, 1)
+    assert len(few.train_y) == 300 and len(few.test_y) == 100
+    pool = {row.tobytes() for row in np.concatenate([plain.train_x[:300], plain.test_x[:100]])}
+    assert {row.tobytes() for row in np.concatenate([few.train_x, few.test_x])} == pool
+    with pytest.raises(ValueError, match=r"test share=0.0\d+ leaves class \d, .* without one for the test"):
+        load("digits", "data", 300, 3, 1)
+
+
 def test_the_note_is_printed(tmp_path):
     write_mnist(tmp_path, n=300, m=20)
     settings = dict(dataset="mnist", data_dir=tmp_path, out_dir=tmp_path / "out", epochs=0, device="cpu",

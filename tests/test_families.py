@@ -113,15 +113,18 @@ def test_validation_loss_by_hand():
     model, _, step = load_run("out", "ckpt.pt", "cpu")
     ids = np.fromfile("data/tiny/val.bin", np.uint16).astype(np.int64)
     x = torch.from_numpy(ids)[:21 * 16].view(21, 16)
-    total = 0.0
+    of_blocks = []
     for i in range(21):
         inputs, labels, positions = mask_tokens(x[i:i + 1], np.random.RandomState([0, i, 2]), model.mask_id, 97)
         changed = (inputs != x[i]).nonzero()[:, 1]
         assert torch.isin(changed, positions).all() # nothing else is
         with torch.no_grad():
             z = model.head(model.features(inputs))[0, positions[0]]
-        total += F.cross_entropy(z, x[i, positions[0]]).item() / 21
-    assert metrics("out", "eval")[-1]["val_loss"] == pytest.approx(total, abs=1e-5) and step == 2
+        of_blocks.append(F.cross_entropy(z, x[i, positions[0]]).item())
+    assert metrics("out", "eval")[-1]["val_loss"] == pytest.approx(np.mean(of_blocks), abs=1e-5) and step == 2
+    train(out_dir="tested", max_iters=2, eval_interval=2, model="bert", distance="cosine", test_fraction=0.5)
+    found = np.load("tested/predictions.npz")["nll"].reshape(11, 2) # two masks in each of the last 11 blocks
+    assert found.mean(1) == pytest.approx(of_blocks[10:], abs=1e-5)
     for settings in (dict(batch_size=9), dict(seed=5)):
         _, script = train(out_dir="other", overwrite=True, max_iters=0, model="bert", **settings)
         _, again = train(out_dir="again", overwrite=True, max_iters=0, model="bert", batch_size=2)

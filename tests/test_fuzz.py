@@ -333,7 +333,7 @@ def check_report(families, script, name, how):
     """The report of runs of which one is damaged: the others are in it as ever, and that one is named, if it is not."""
     bad = families / "runs" / "bad"
     damage(bad, families / "source" / script, name, how)
-    _, message = quietly(report.main, [str(families / "runs"), f"--out_dir={families / 'report'}", "--dpi=30"])
+    _, message = quietly(report.main, [str(families / "runs"), f"--out_dir={families / 'report'}"])
     assert message is None
     found = numbers_of_runs(families)
     if str(bad) not in found:
@@ -470,7 +470,7 @@ def train_from(name):
 
 
 def make_report():
-    report.main(["run", "--out_dir=report", "--dpi=30"])
+    report.main(["run", "--out_dir=report"])
 
 
 BATCH = {b"data": Bomb(), b"labels": [0]}

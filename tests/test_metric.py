@@ -505,7 +505,7 @@ def test_the_report_and_the_figure_of_a_study(monkeypatch, capsys):
     for (loss, settings), seed in itertools.product(heads.items(), (1, 2)):
         name = "head" if loss == "baseline" else loss
         train(out_dir=f"out/{loss}_{seed}", loss=name, seed=seed, epochs=1, **settings)
-    run_script("report.py", "out", "--out_dir=report", "--dpi=40")
+    run_script("report.py", "out", "--out_dir=report")
     page = open("report/index.md").read()
     for part in ("Retrieval", "recall@1, classes held out", "triplet", "scl manhattan standard", "baseline"):
         assert f"| {part}" in page or f"### {part}" in page, part

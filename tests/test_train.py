@@ -44,6 +44,8 @@ from helpers import (
     train,
     train_processes,
 )
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 
 import configurator
 import data
@@ -112,6 +114,10 @@ def test_a_run_learns_and_says_so(runs):
     assert summary["step"] == summary["best_step"] == 20
     assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"])) and summary["n"] == evals[2]["n"]
     assert summary["bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2)) # a byte per token here
+    assert summary["best_share"] == 1.0
+    with open(out / "metrics.jsonl") as f:
+        cpu = [row["cpu_seconds"] for row in map(json.loads, f)]
+    assert cpu[0] == 0 < cpu[1] and cpu == sorted(cpu) and cpu[-1] == summary["cpu_seconds"]
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
     assert f"{summary['val_loss']:.4f}" in printed[0]
@@ -200,6 +206,87 @@ def test_the_evaluated_range_may_be_shorter(runs):
     assert metrics("out", "eval")[-1]["val_loss"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_training_loss_and_the_layers_by_hand(runs):
+    folder, _ = runs
+    summary, model = json.loads((folder / "whole" / "summary.json").read_text()), model_of(load(folder / "whole"))
+    ids = torch.from_numpy(np.fromfile(folder / "data" / "tiny" / "train.bin", np.uint16).astype(np.int64))
+    x, y = ids[:21 * 16].view(21, 16), ids[1:21 * 16 + 1].view(21, 16) # as many blocks as there are for validation
+    with torch.no_grad():
+        expected = F.cross_entropy(model.head(model.features(x)).flatten(0, 1), y.flatten()).item()
+        assert summary["train_loss"] == pytest.approx(expected, abs=1e-5)
+        ids = torch.from_numpy(np.fromfile(folder / "data" / "tiny" / "val.bin", np.uint16).astype(np.int64))
+        h = model.transformer.wte(ids[:21 * 16].view(21, 16)) + model.transformer.wpe.weight[:16]
+        probe = np.load(folder / "whole" / "probe.npz")
+        for i, block in enumerate(model.transformer.h):
+            h = block(h)
+            of_sklearn = PCA().fit(h[:, -1].double()).explained_variance_ratio_
+            assert summary["layer_pc2_ev"][i] == pytest.approx(of_sklearn[:2].sum(), rel=1e-4)
+            of_sklearn = PCA().fit(StandardScaler().fit_transform(h[:, -1].double())).explained_variance_ratio_
+            assert summary["layer_pca90"][i] == (of_sklearn.cumsum() < 0.9).sum() + 1
+    assert probe["layer_pc2_ev"].tolist() == summary["layer_pc2_ev"] and len(summary["layer_pca90"]) == 2
+    assert probe["layer_pca90"].tolist() == summary["layer_pca90"]
+
+
+def test_cpu_time_adds_up_over_resumed_runs_and_lost_steps():
+    train(out_dir="out", max_iters=2, eval_interval=2)
+    before = json.load(open("out/summary.json"))["cpu_seconds"]
+    run_script("train.py", "--init_from=resume", "--out_dir=out", "--max_iters=4")
+    after = json.load(open("out/summary.json"))["cpu_seconds"]
+    assert before < after < before + 60
+    with open("out/metrics.jsonl", "a") as f: # a step that a kill has undone
+        f.write('{"kind": "train", "step": 5, "loss": 1.0, "cpu_seconds": 1000.0}\n')
+    run_script("train.py", "--init_from=resume", "--out_dir=out", "--max_iters=6")
+    assert 1000 < json.load(open("out/summary.json"))["cpu_seconds"] < 1060
+    train(out_dir="out", max_iters=1, overwrite=True)
+    assert 0 < json.load(open("out/summary.json"))["cpu_seconds"] < 60
+
+
+def test_the_test_split_is_the_end_of_the_validation_split_and_is_seen_once():
+    printed, _ = train(out_dir="out", test_fraction=0.25, max_iters=4, eval_interval=2, **HARD)
+    ids = torch.from_numpy(np.fromfile("data/tiny/val.bin", np.uint16).astype(np.int64))
+    x, y = ids[:21 * 16].view(21, 16), ids[1:21 * 16 + 1].view(21, 16)
+    model = model_of(load("out"))
+    with torch.no_grad():
+        z = model.head(model.features(x))
+        nll = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(21, 16)
+    summary, found = json.load(open("out/summary.json")), np.load("out/predictions.npz")["nll"]
+    assert found.dtype == np.float32 and found == pytest.approx(nll[15:].flatten().numpy(), abs=1e-5) # 5.25 blocks: 6
+    assert summary["test_loss"] == pytest.approx(found.astype(np.float64).mean(), abs=1e-12)
+    assert summary["val_loss"] == pytest.approx(nll[:15].mean().item(), abs=1e-5)
+    assert "validation on 240 tokens, test on 96" in printed and f"test loss {summary['test_loss']:.4f}" in printed
+    # nothing that was logged or chosen before the end can depend on it
+    train(out_dir="first", eval_iters=3, max_iters=4, eval_interval=2, **HARD) # 12 blocks of all 21
+    train(out_dir="capped", eval_iters=3, test_fraction=0.25, max_iters=4, eval_interval=2, **HARD)
+    assert_same_training("first", "capped")
+    assert np.load("capped/predictions.npz")["nll"] == pytest.approx(found, abs=1e-5)
+    assert not os.path.exists("first/predictions.npz") and "test_loss" not in json.load(open("first/summary.json"))
+
+
+def test_half_of_an_odd_number_of_blocks_leaves_the_lower_half_for_validation(here):
+    make_dataset(here / "own" / "tiny", val_tokens=2 * 1121 + 1)
+    settings = dict(data_dir="own", block_size=2, batch_size=16, max_iters=0)
+    _, script = train(out_dir="whole", test_fraction=0.5, **settings)
+    _, capped = train(out_dir="capped", eval_iters=35, **settings)
+    assert script["num_val"] == capped["num_val"] == 560 and script["num_test"] == 561
+    assert metrics("whole") == metrics("capped") and len(np.load("whole/predictions.npz")["nll"]) == 2 * 561
+
+
+def test_the_test_of_a_resumed_run_and_of_ranks_is_that_of_one(here):
+    settings = {**SETTINGS, **HARD, "test_fraction": 0.4, "eval_interval": 2}
+    train(**{**settings, "out_dir": "whole", "max_iters": 4})
+    train(**{**settings, "out_dir": "half", "max_iters": 2})
+    run_script("train.py", "--init_from=resume", "--out_dir=half", "--max_iters=4")
+    ended(fork_ranks(2, **{**settings, "out_dir": "two", "max_iters": 4}))
+    whole, half, two = (np.load(f"{name}/predictions.npz")["nll"] for name in ("whole", "half", "two"))
+    assert len(whole) == 9 * 16 and np.array_equal(whole, half) # 8.4 blocks: 9, which neither 4 nor 2 x 4 divides
+    assert two == pytest.approx(whole, rel=1e-4)
+    before = contents("whole")
+    assert "nothing to do" in run_script("train.py", "--init_from=resume", "--out_dir=whole")[0]
+    assert contents("whole") == before
+    message = refused(init_from="resume", out_dir="half", max_iters=6, test_fraction=0.2)
+    assert "its test_fraction is 0.4, here it is 0.2" in message
+
+
 def test_a_resumed_run_is_the_same_to_the_last_bit(runs):
     folder, printed = runs
     assert_same_training(folder / "whole", folder / "half")
@@ -244,6 +331,7 @@ def test_a_compiled_run_resumes_to_the_last_bit_on_two_threads():
     if "does not work here" in printed:
         pytest.skip("no compiler")
     assert_same_training("whole", "half")
+    assert len(json.load(open("whole/summary.json"))["layer_pc2_ev"]) == 1 # its graph calls no hooks
 
 
 def test_lines_behind_the_checkpoint_are_dropped_on_resume():
@@ -343,6 +431,22 @@ def test_the_optimizer_has_every_parameter_once_and_the_heads_own_do_not_decay(n
     assert ("transformer.wte.weight" if settings.get("tie_weights") else "head.weight") in decay
     assert not torch.equal(load("out")["model"][f"head.{name}"], initial) # learned, not only there
     assert len(load("out")["optimizer"]["state"]) == len(names)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_prototypes_need_not_decay(tied):
+    weights = {}
+    for out, settings in dict(none=dict(weight_decay=0), spared=dict(weight_decay=1, decay_head=False),
+                              every=dict(weight_decay=1)).items():
+        train(out_dir=out, max_iters=1, warmup_iters=0, tie_weights=tied, **settings)
+        weights[out] = load(out)["model"]
+    none, spared, every = weights.values() # after a step whose gradients are the same
+    attention = "transformer.h.0.attn.c_attn.weight"
+    for name in ("head.weight", "transformer.wte.weight") if tied else ("head.weight",):
+        assert torch.equal(spared[name], none[name]) and not torch.equal(every[name], none[name])
+    assert torch.equal(spared[attention], every[attention]) and not torch.equal(none[attention], every[attention])
+    assert "the optimizer's groups are others" in refused(init_from="resume", out_dir="every", max_iters=2,
+                                                          decay_head=False)
 
 
 def test_schedule(runs):
@@ -457,6 +561,8 @@ def test_everything_that_is_wrong_is_in_one_report(here):
     (dict(distance="cosine", eps=-1), "eps must be >= 0"),
     (dict(block_size=400), "lower block_size or prepare more text"),
     (dict(block_size=0), "block_size is 0"),
+    (dict(test_fraction=1.0), "test_fraction is 1.0, it must be in [0, 1)"),
+    (dict(test_fraction=0.97), "test_fraction 0.97 of the 21 blocks of the validation split is 21, which leaves none"),
     (dict(vocab_size=90), "vocab_size 90 is smaller than the 97 tokens of the data"),
     (dict(init_from="resume", out_dir="nowhere"), "nowhere holds no ckpt.pt"),
     (dict(init_from="gpt2-small"), "init_from is 'gpt2-small'"),
