@@ -545,7 +545,8 @@ if master:
         step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(min(val_loss, 700)),
         best_val_loss=best_val_loss, best_step=best_step, best_share=best_step / step if step else None,
         train_loss=train_loss, val_accuracy=val_accuracy, n=run.exponent(raw_model.head),
-        num_params=about["num_params"], peak_memory_bytes=run.peak_memory(device_type), cpu_seconds=cpu_seconds, **energy, **of_layers)
+        num_params=about["num_params"], peak_memory_bytes=run.peak_memory(device_type), cpu_seconds=cpu_seconds,
+        **energy, **of_layers)
     if meta.get("val_bytes") and model != "bert": # whose loss is that of the masked tokens
         summary["bits_per_byte"] = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
     if num_test:
