@@ -180,24 +180,25 @@ def measured(run):
     vision = run.family == "vision"
     classes = run.info["data"]["num_classes"] if vision else run.info["model_args"]["vocab_size"]
     last = run.evals[-1] if run.evals else {}
-    logged = {**last, **run.summary}
-    values = {key: logged[key] for key in METRICS if key in logged}
-    values["energy_kwh"] = run.summary.get("energy_kwh_total")
-    values["emissions_g"] = run.summary.get("emissions_g_total")
+    values = {key: value for key, value in {**last, **run.summary}.items() if key in METRICS}
+    values |= {key: run.summary.get(f"{key}_total") for key in ("energy_kwh", "emissions_g")}
     times = numbers(run.logs, "ms")
     if times and not vision:
         values["seconds_per_step"] = statistics.median(times) / 1000
     norms, notes = settled_norms(run)
     if norms:
         values["gradient_stability"] = metrics.gradient_stability(norms)
+        values["grad_norm"] = statistics.median(norms)
         values["clipping_quality"] = metrics.clipping_quality(norms, run.info["config"]["grad_clip"])
     course = errors(run)
     if run.evals and not vision:
         values["learning_quality"] = metrics.learning_quality(course[0], min(course), classes)
+    values["steps_to_90"] = metrics.time_to([row["step"] for row in run.evals], course) if course else None
+    if finite(values["emissions_g"]) and run.summary.get("step"):
+        values["emissions_per_1000_steps"] = 1000 * values["emissions_g"] / run.summary["step"]
     if run.evals and all("energy_kwh_total" in row for row in run.evals):
         values["seconds_to_90"] = metrics.time_to([row["seconds_total"] for row in run.evals], course)
-        kwh_to_90 = metrics.time_to([row["energy_kwh_total"] for row in run.evals], course)
-        values["wh_to_90"] = None if kwh_to_90 is None else 1000 * kwh_to_90
+        values["wh_to_90"] = metrics.time_to([1000 * row["energy_kwh_total"] for row in run.evals], course)
     if values["energy_kwh"]:
         quality = 100 * (values["test_accuracy"] - 1 / classes) if vision else math.log(classes) - values["val_loss"]
         values["quality_per_wh"] = quality / (1000 * values["energy_kwh"])
@@ -325,9 +326,9 @@ def add_baseline_metrics(runs, baseline_runs, target):
     result = []
     for run in runs:
         values, base = dict(run.values), baselines.get(run.seed)
-        for key, source in (("model_health", "collapse_score"), ("speed", "seconds_to_90")):
-            if base and source in values and source in base.values:
-                values[key] = base.values[source] - values[source]
+        for key, of in (("model_health", "collapse_score"), ("speed", "seconds_to_90"), ("speed_steps", "steps_to_90")):
+            if base and of in values and of in base.values:
+                values[key] = base.values[of] - values[of]
         if target is not None:
             for row, error in zip(run.evals, errors(run)):
                 if error <= target and "energy_kwh_total" in row:

@@ -7,7 +7,8 @@ and the run's folder, which study.py, figures.py and report.py read:
   emissions.csv      a row per evaluation, see emissions.py
   ckpt.pt, best.pt   the last and the best weights: plain values, torch.load(weights_only=True)
   probe.npz          hidden states of a fixed batch at the end, h (N, D), and their classes y (N,); after training on
-                     images also class_means (K, D), of all test images
+                     images also class_means (K, D), of all test images; of a language model of L blocks
+                     layer_pc2_ev (L,) and layer_pca90 (L,), see probing.of_layers
   predictions.npz    the loss nll (N,) of each test example at the end, where there is a test; images also have their
                      class y (N,) and the predicted one
   summary.json       the end result; a run without it has not ended
@@ -35,15 +36,12 @@ import numpy as np
 import torch
 
 import configurator
-import metrics
 import safe
 from configurator import fail
 from data import replacing
 from distances import DistanceHead, parse_head
 from emissions import Emissions, grid_factor
 from safe import print0, ranks, read_metrics
-
-PROBE_SIZE = 512 # hidden states: their rank can be seen up to this number
 
 # All that a run opens (the energy tracker, wandb, the process group) is closed here, the last one first: by the script
 # at its end, or however else its process ends. Whoever runs a script inside another process closes it after the script.
@@ -249,6 +247,13 @@ def gather(items):
     return sorted(items, key=itemgetter(0))
 
 
+def mean_of(losses):
+    """The mean over the samples of all ranks, a float, of this rank's [(first sample, how many, their mean loss)]."""
+    losses = gather([(first, count, loss.item()) for first, count, loss in losses])
+    sums = torch.tensor([(loss * count, count) for _, count, loss in losses], dtype=torch.float64).sum(0)
+    return (sums[0] / sums[1]).item()
+
+
 # dense bf16 peak in FLOP/s by part of a GPU's name, a longer name before a shorter one
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -450,45 +455,6 @@ def energy_text(totals):
     return f" | {totals['energy_kwh_total']:.4g} kWh, {totals['emissions_g_total']:.3g} g CO2eq"
 
 
-def probe(head, h, y):
-    """
-    Numbers by name about hidden states h (N, D), the head's input, with classes y (N,), for an evaluation's row. Each
-    is defined in metrics.py, and None where it has no value; h_grad_norm is the mean over the samples of
-    |d(-log p_y)/dh|, prototype_norm the mean of |w_k|. A single sample has no variance: what is made of it is left out.
-    """
-    training = head.training
-    head.eval() # in training it may update its statistics, or add noise
-    with torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
-        h = h.detach().float().requires_grad_()
-        nll = head.loss(h, y, reduction="none") # (N,)
-        norms = torch.autograd.grad(nll.sum(), h)[0].norm(dim=1) # (N,)
-    head.train(training)
-    features = h.detach().cpu().numpy()
-    of_several = {}
-    if len(features) > 1:
-        s, variance = metrics.spectrum(features), metrics.class_variance(features, y.cpu().numpy())
-        of_several = dict(
-            effective_rank=metrics.effective_rank(s),
-            collapse_score=metrics.collapse_score(s),
-            pc2_ev=metrics.explained_variance(s, 2),
-            pca5=metrics.explained_variance(s, 5),
-            intra_variance=variance["intra"],
-            inter_variance=variance["inter"],
-            variance_ratio=variance["ratio"],
-        )
-    result = dict(
-        **of_several,
-        active_ratio=metrics.active_ratio(norms.cpu().numpy()) if norms.isfinite().all() else math.nan,
-        h_grad_norm=norms.mean().item(),
-        h_norm=h.detach().norm(dim=1).mean().item(),
-        prototype_norm=head.prototype_norms().mean().item(),
-    )
-    for key, value in result.items():
-        if not math.isfinite(value): # JSON has no nan
-            result[key] = None
-    return result
-
-
 # -----------------------------------------------------------------------------
 # the run's folder
 
@@ -569,6 +535,15 @@ def begin(out_dir, info, resume_step=None):
             (shutil.rmtree if name.startswith("shards_") else os.remove)(os.path.join(out_dir, name))
     safe.write(path, json.dumps(info, indent=1))
     safe.write(os.path.join(out_dir, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cpu_seconds(out_dir, resume_step):
+    """
+    The CPU seconds of this process's training so far, on all threads: those of the last line of metrics.jsonl where the
+    run is resumed (steps that are lost count, as their energy does), else 0. To be read before begin() cuts the file.
+    """
+    rows = [] if resume_step is None else read_metrics(out_dir)[0]
+    return max((row.get("cpu_seconds", 0.0) for row in rows), default=0.0)
 
 
 def start_emissions(config, resumed_at, current_step):

@@ -33,6 +33,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import figures
+import probing
 import run
 import safe
 from configurator import fail
@@ -96,8 +97,8 @@ optimizer = "adamw" # or 'muon': Muon for the matrices of the blocks, AdamW for 
 learning_rate = 6e-4
 max_iters = 600000 # steps in all
 weight_decay = 1e-1 # of matrices and embeddings; not of norms, biases, and the head's extra parameters
-beta1 = 0.9
 decay_head = True # False: the prototypes do not decay either; where they are tied, with them the embeddings
+beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0 # clip the gradient's norm at this value, 0: never
 # schedule
@@ -291,12 +292,15 @@ def train_batch(index):
     return to_device(masked(x, seed, i, 1) if model == "bert" else (x, y))
 
 
-def val_batch(first, count):
-    """Blocks first..first+count-1 of the validation split; BERT's have masks of their own, whatever the seed."""
-    x, y = read(val_data.fixed, first, count)
+def val_batch(first, count, data=val_data, key=2):
+    """
+    Blocks first..first+count-1 of a split in the order of the text, by default of the validation split; BERT's have
+    masks of their own, whatever the seed.
+    """
+    x, y = read(data.fixed, first, count)
     if model != "bert":
         return to_device((x, y))
-    blocks = [masked(x[i:i + 1], 0, first + i, 2) for i in range(count)]
+    blocks = [masked(x[i:i + 1], 0, first + i, key) for i in range(count)]
     return to_device([torch.cat(parts) for parts in zip(*blocks)])
 
 
@@ -312,10 +316,11 @@ if ddp and not is_sharded:
 # evaluation, learning rate, checkpoints
 
 @torch.no_grad()
-def forwards(start, stop, reduction="mean"):
+def forwards(start, stop, reduction="mean", **which):
     """
-    Forward passes over the blocks start..stop-1 of the validation split, of which every rank takes its share. Yields
-    for each batch its first block, the hidden states h (B, T, D), their targets y (B, T), and the head's loss.
+    Forward passes over the blocks start..stop-1 of the validation split, or `which` val_batch is to take, of which
+    every rank takes its share. Yields for each batch its first block, the hidden states h (B, T, D), their targets y
+    (B, T), and the head's loss.
     """
     raw_model.eval()
     for of_all in range(start, stop, world_size * batch_size):
@@ -324,7 +329,7 @@ def forwards(start, stop, reduction="mean"):
         is_idle = count < 1
         if is_idle and not is_sharded:
             break
-        x, y, *positions = val_batch(0, 1) if is_idle else val_batch(first, count)
+        x, y, *positions = val_batch(0, 1) if is_idle else val_batch(first, count, **which)
         with run.forward_pass(autocast, stop_non_finite):
             h = raw_model.features(x, *positions) # (B, T, D)
             loss = raw_model.head.loss(h, y, reduction=reduction)
@@ -343,14 +348,19 @@ def evaluate():
         losses.append((first, len(y), loss)) # on the device: no batch waits for it
         if model != "bert":
             h, y = h[:, -1:], y[:, -1:]
-        if first * y.size(1) < run.PROBE_SIZE:
+        if first * y.size(1) < probing.PROBE_SIZE:
             probe.append((first, h.flatten(0, 1).clone(), y.flatten())) # a clone, as a view would keep all of h
-    losses = run.gather([(first, count, loss.item()) for first, count, loss in losses])
-    sums = torch.tensor([(loss * count, count) for _, count, loss in losses], dtype=torch.float64).sum(0)
+    val_loss = run.mean_of(losses)
     probe = run.gather([(first, h.cpu(), y.cpu()) for first, h, y in probe])
-    h = torch.cat([h for _, h, _ in probe])[:run.PROBE_SIZE].to(device)
-    y = torch.cat([y for _, _, y in probe])[:run.PROBE_SIZE].to(device)
-    return (sums[0] / sums[1]).item(), h, y
+    h = torch.cat([h for _, h, _ in probe])[:probing.PROBE_SIZE].to(device)
+    y = torch.cat([y for _, _, y in probe])[:probing.PROBE_SIZE].to(device)
+    return val_loss, h, y
+
+
+def probed_positions():
+    """Forward passes over the blocks of the probe: for each its first block, and where (B, k) the probe looks."""
+    for first, _, y, _ in forwards(0, min(num_val, probing.PROBE_SIZE)):
+        yield first, val_batch(first, len(y))[2] if model == "bert" else torch.full_like(y[:, :1], -1)
 
 
 def test():
@@ -419,6 +429,7 @@ if optimizer == "muon":
 print0(f"{tokens_per_step:,} tokens per step = {gradient_accumulation_steps} micro-batches x {batch_size} x "
        f"{block_size}, on {world_size} rank(s), {device_type}, {dtype}")
 
+cpu_seconds = run.cpu_seconds(out_dir, resumed_at) # of training
 if master:
     data = {key: value for key, value in meta.items() if key not in ("stoi", "itos")}
     run.begin(out_dir, dict(about, script="train.py", config=config, sources=sources, data=data), resumed_at)
@@ -434,7 +445,7 @@ peak_flops = run.peak_flops(about["device_name"], dtype)
 raw_model.train()
 pending = [] # (loss, gradient norm) of the steps since the last log line, still on the device
 first_step, width = step, len(str(max_iters))
-start = t0 = time.time()
+start, t0, cpu0 = time.time(), time.time(), time.process_time()
 while True:
 
     # once in a while: validate, log, save. A run that is resumed may have done so at its first step
@@ -450,14 +461,14 @@ while True:
         if master:
             print0(f"step {step:>{width}}/{max_iters} | val loss {val_loss:.4f} | "
                    f"best {best_val_loss:.4f} at step {best_step}{run.energy_text(energy)}")
-        probed = run.probe(raw_model.head, *probe) if is_new and (master or is_sharded) else {}
+        probed = probing.probe(raw_model.head, *probe) if is_new and (master or is_sharded) else {}
         if master and is_new:
             run.log(out_dir, dict(
                 kind="eval", step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss,
-                n=run.exponent(raw_model.head), **probed, **energy), wandb_run)
+                n=run.exponent(raw_model.head), cpu_seconds=cpu_seconds, **probed, **energy), wandb_run)
         if is_new and step > 0: # ckpt.pt last: what it tells is there
             save(*["best.pt"] * (step == best_step), "ckpt.pt")
-        t0 = time.time() # evaluation is not part of a step's time
+        t0, cpu0 = time.time(), time.process_time() # evaluation is not part of a step's time
     if step == max_iters:
         break
 
@@ -493,9 +504,10 @@ while True:
 
     if is_logged:
         last_loss, last_norm = values[-1].tolist()
-        t1 = time.time()
+        t1, cpu1 = time.time(), time.process_time()
         seconds = (t1 - t0) / len(values) # per step
-        t0, pending = t1, []
+        cpu_seconds += cpu1 - cpu0
+        t0, cpu0, pending = t1, cpu1, []
         tokens_per_s = tokens_per_step / seconds
         mfu = flops_per_token * tokens_per_s / (peak_flops * world_size) if peak_flops else None
         mfu_text = f"mfu {mfu:.1%} | " if mfu else ""
@@ -505,7 +517,7 @@ while True:
         if master:
             run.log(out_dir, dict(
                 kind="train", step=step, tokens=step * tokens_per_step, loss=last_loss, lr=lr, grad_norm=last_norm,
-                ms=seconds * 1000, tokens_per_s=tokens_per_s, mfu=mfu), wandb_run)
+                ms=seconds * 1000, tokens_per_s=tokens_per_s, mfu=mfu, cpu_seconds=cpu_seconds), wandb_run)
         emissions.note(step)
     if is_last:
         save("ckpt.pt")
@@ -516,12 +528,16 @@ while True:
 # the end result
 
 tested = test() if num_test else None
+of_layers = probing.of_layers(raw_model.transformer.h, probed_positions())
+passes = forwards(0, min(num_val, train_data.num_fixed), data=train_data, key=3) # the estimator of the validation loss
+train_loss = run.mean_of([(first, len(y), loss) for first, _, y, loss in passes])
 if master:
-    run.save_probe(out_dir, *probe)
+    run.save_probe(out_dir, *probe, **{key: np.array(values, np.float64) for key, values in of_layers.items()})
     summary = dict(
         step=step, tokens=step * tokens_per_step, val_loss=val_loss, perplexity=math.exp(min(val_loss, 700)),
-        best_val_loss=best_val_loss, best_step=best_step, n=run.exponent(raw_model.head),
-        num_params=about["num_params"], peak_memory_bytes=run.peak_memory(device_type), **energy)
+        best_val_loss=best_val_loss, best_step=best_step, best_share=best_step / step if step else None,
+        train_loss=train_loss, n=run.exponent(raw_model.head), num_params=about["num_params"],
+        peak_memory_bytes=run.peak_memory(device_type), cpu_seconds=cpu_seconds, **energy, **of_layers)
     if meta.get("val_bytes") and model != "bert": # whose loss is that of the masked tokens
         summary["bits_per_byte"] = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
     if num_test:

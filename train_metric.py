@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 import metrics
+import probing
 import run
 import safe
 from configurator import fail
@@ -376,7 +377,7 @@ summary = dict(
     loss_steps_to_90=steps_to_90([row["val_loss"] for row in rows]),
     peak_memory_bytes=run.peak_memory(device_type),
     **{key: value for key, value in rows[-1].items() if key.endswith("_total")})
-probed = torch.linspace(0, len(y) - 1, min(len(y), run.PROBE_SIZE)).long()
+probed = torch.linspace(0, len(y) - 1, min(len(y), probing.PROBE_SIZE)).long()
 class_means = metrics.class_means(e.double().numpy(), y.numpy(), len(sets.classes))
 run.save_probe(out_dir, e[probed], y[probed], class_means=class_means)
 safe.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))

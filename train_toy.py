@@ -32,6 +32,7 @@ import torch
 import figures_toy
 import metrics
 import model_toy
+import probing
 import run
 import safe
 from configurator import configure, fail
@@ -449,7 +450,7 @@ def finish(folder, batch, task, i, rows, step, seconds):
     delay = None if None in reached.values() else reached["test"] - reached["train"]
     last = {key: value for key, value in rows[-1].items() if key not in ("kind", "val_loss")}
     safe.save(os.path.join(folder, "best.pt"), {"model": batch.state(i)})
-    probed = torch.linspace(0, len(y) - 1, min(len(y), run.PROBE_SIZE)).long() # of all classes, however they lie
+    probed = torch.linspace(0, len(y) - 1, min(len(y), probing.PROBE_SIZE)).long() # of all classes, however they lie
     more = dict(class_means=metrics.class_means(h.cpu().numpy(), y.cpu().numpy(), task.num_classes))
     if study == "two_layer":
         own = batch.state(i)

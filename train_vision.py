@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import figures
 import metrics
+import probing
 import run
 import safe
 from configurator import fail
@@ -81,8 +82,8 @@ optimizer = "adam" # 'adam', 'adamw', 'sgd'
 learning_rate = 1e-3
 epochs = 40
 weight_decay = 0.0 # of matrices and kernels; not of norms, biases, and the head's extra parameters
-beta1 = 0.9
 decay_head = True # False: the prototypes do not decay either
+beta1 = 0.9
 beta2 = 0.999
 momentum = 0.9 # of sgd
 grad_clip = 0.0 # clip the gradient's norm at this value, 0: never
@@ -166,6 +167,8 @@ def batches(x, y, augmentation):
 train_data = batches(images.train_x[train_idx], images.train_y[train_idx], augment)
 val_data = batches(images.train_x[val_idx], images.train_y[val_idx], "none")
 test_data = batches(images.test_x, images.test_y, "none")
+seen_idx = train_idx[:len(val_idx)] # for the training loss: as many as for validation
+seen_data = batches(images.train_x[seen_idx], images.train_y[seen_idx], "none")
 steps_per_epoch, images_per_step = train_data.steps_per_epoch, train_data.batch_size
 
 torch.manual_seed(seed)
@@ -264,6 +267,7 @@ def test():
     if ddp:
         for tensor in raw_model.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
+    _, z_seen = outputs(seen_data, keep=0)
     h, z = outputs(test_data, keep=len(test_data.y))
     if not master:
         return None
@@ -271,17 +275,20 @@ def test():
     loss, _ = quality(z, test_data.y)
     nll = F.cross_entropy(z.double(), test_data.y.cpu(), reduction="none").float().numpy()
     predictions = dict(y=y, predicted=z.argmax(1).numpy(), nll=nll)
-    result = metrics.classification(y, z.argmax(1).numpy(), images.num_classes)
+    result = metrics.classification(y, predictions["predicted"], images.num_classes)
     class_means = metrics.class_means(features, y, images.num_classes)
     standardised = metrics.spectrum(metrics.standardised(features))
+    probed = probing.probe(raw_model.head, h.to(device), test_data.y)
     with torch.no_grad():
         scores = raw_model.head.eval()(torch.as_tensor(class_means, dtype=torch.float32).to(device)) # (K, K)
     numbers = dict(
-        test_loss=loss, test_accuracy=result["accuracy"], f1_macro=result["f1_macro"], confusion=result["confusion"],
+        train_loss=quality(z_seen, seen_data.y)[0], test_loss=loss, test_accuracy=result["accuracy"],
+        f1_macro=result["f1_macro"], confusion=result["confusion"],
         pc2_ev=metrics.explained_variance(metrics.spectrum(features), 2),
         pca90=metrics.components_for(standardised, 0.9, cap=50),
         pca90_uncapped=metrics.components_for(standardised, 0.9),
-        prototype_alignment=metrics.prototype_alignment(scores.cpu().numpy()))
+        prototype_alignment=metrics.prototype_alignment(scores.cpu().numpy()),
+        **{key: probed.get(key) for key in probing.OF_CLASSES})
     return numbers, h, class_means, predictions
 
 
@@ -312,6 +319,7 @@ print0(f"{model}: {about['num_params'] / 1e6:.2f}M parameters; head: {about['hea
 print0(f"{steps_per_epoch:,} steps of {images_per_step:,} images per epoch, on {world_size} rank(s), "
        f"{device_type}, {dtype}")
 
+cpu_seconds = run.cpu_seconds(out_dir, resumed_at) # of training
 if master:
     data = dict(source=images.source, hash=images.hash, num_classes=images.num_classes, train_images=len(train_data.y),
                 val_images=len(val_data.y), test_images=len(test_data.y))
@@ -327,14 +335,14 @@ raw_model.train()
 pending = [] # (loss, gradient norm) of the steps since the last log line, still on the device
 seconds = 0.0 # of training since the last evaluation
 first_step, width = step, len(str(epochs))
-start = t0 = time.time()
+start, t0, cpu0 = time.time(), time.time(), time.process_time()
 while True:
 
     # at the end of an epoch: validate, log, save. A run that is resumed may have done so at its first step
     epoch = step // steps_per_epoch
     is_evaluated = step % steps_per_epoch == 0 and (epoch % eval_interval == 0 or epoch == epochs)
     if is_evaluated and step != evaluated_at:
-        h, z = outputs(val_data, keep=run.PROBE_SIZE)
+        h, z = outputs(val_data, keep=probing.PROBE_SIZE)
         val_loss, val_accuracy = quality(z, val_data.y)
         if not math.isfinite(val_loss): # before it is saved over a good checkpoint
             stop_non_finite(f"of the validation split {val_loss}", "not taken", at=step)
@@ -349,11 +357,12 @@ while True:
             run.log(out_dir, dict(
                 kind="eval", step=step, epoch=epoch, images=step * images_per_step, val_loss=val_loss,
                 val_accuracy=val_accuracy, best_accuracy=best_accuracy, n=run.exponent(raw_model.head), seconds=seconds,
-                **run.probe(raw_model.head, h.to(device), val_data.y[:len(h)]), **energy), wandb_run)
+                cpu_seconds=cpu_seconds,
+                **probing.probe(raw_model.head, h.to(device), val_data.y[:len(h)]), **energy), wandb_run)
             if improved:
                 save("best.pt")
             save("ckpt.pt") # last: what it tells is there
-        t0, seconds = time.time(), 0.0 # evaluation is not part of an epoch's time
+        t0, cpu0, seconds = time.time(), time.process_time(), 0.0 # evaluation is not part of an epoch's time
     if is_evaluated and stops(epoch):
         break
 
@@ -382,17 +391,18 @@ while True:
 
     if is_logged:
         mean_loss, last_norm = values[:, 0].mean().item(), values[-1, 1].item()
-        t1 = time.time()
+        t1, cpu1 = time.time(), time.process_time()
         ms = (t1 - t0) / len(values) * 1000 # per step
         seconds += t1 - t0
-        t0, pending = t1, []
+        cpu_seconds += cpu1 - cpu0
+        t0, cpu0, pending = t1, cpu1, []
         eta = timedelta(seconds=round((t1 - start) / (step - first_step) * (epochs * steps_per_epoch - step)))
         print0(f"epoch {step / steps_per_epoch:>{width + 3}.2f}/{epochs} | loss {mean_loss:.4f} | lr {lr:.2e} | "
                f"norm {last_norm:7.3f} | {ms:7.1f} ms | {images_per_step / ms * 1000:>8,.0f} images/s | eta {eta}")
         if master:
             run.log(out_dir, dict(
                 kind="train", step=step, epoch=epoch, images=step * images_per_step, loss=mean_loss, lr=lr,
-                grad_norm=last_norm, ms=ms), wandb_run)
+                grad_norm=last_norm, ms=ms, cpu_seconds=cpu_seconds), wandb_run)
         emissions.note(step)
     if is_last:
         if master:
@@ -412,14 +422,15 @@ if master:
     energies = [row.get("energy_kwh_total") for row in rows]
     counted = None not in energies and energies == sorted(energies) # else emissions.csv was lost on the way
     summary = dict(
-        epochs=epoch, step=step, images=step * images_per_step, best_epoch=best_epoch, val_accuracy=best_accuracy,
-        **numbers, n=run.exponent(raw_model.head), num_params=about["num_params"],
+        epochs=epoch, step=step, images=step * images_per_step, best_epoch=best_epoch,
+        best_share=best_epoch / epoch if epoch else None, val_accuracy=best_accuracy, **numbers,
+        n=run.exponent(raw_model.head), num_params=about["num_params"],
         seconds_per_epoch=float(np.median(seconds_per_epoch)) if seconds_per_epoch else None,
         steps_to_90=metrics.time_to([row["step"] for row in rows], errors),
         energy_kwh_to_90=metrics.time_to(energies, errors) if counted else None,
-        peak_memory_bytes=run.peak_memory(device_type),
+        peak_memory_bytes=run.peak_memory(device_type), cpu_seconds=cpu_seconds,
         **{key: value for key, value in rows[-1].items() if key.endswith("_total")})
-    run.save_probe(out_dir, h[:run.PROBE_SIZE], test_data.y[:run.PROBE_SIZE], class_means=class_means)
+    run.save_probe(out_dir, h[:probing.PROBE_SIZE], test_data.y[:probing.PROBE_SIZE], class_means=class_means)
     run.save_arrays(out_dir, "predictions.npz", **predictions)
     safe.write(os.path.join(out_dir, "summary.json"), json.dumps(summary, indent=1))
     if plots:
@@ -429,7 +440,7 @@ if master:
             print0(f"no curves.png and learned.png: {e}")
     print0(f"test accuracy {numbers['test_accuracy']:.2%}, macro F1 {numbers['f1_macro']:.4f} with the weights of "
            f"epoch {best_epoch}; PC2 EV {numbers['pc2_ev']:.3f}, PCA@90% {numbers['pca90_uncapped']}, "
-           f"prototypes at their own class {numbers['prototype_alignment']:.0%}")
+           f"nearest class mean {numbers['mean_accuracy'] or 0:.2%}")
     print0(f"energy: {emissions.describe()}")
 if ddp: # no rank leaves while another still works
     torch.distributed.barrier()

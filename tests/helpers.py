@@ -176,7 +176,8 @@ def metrics(out_dir, kind=None):
     """The lines of metrics.jsonl without what differs from run to run: times and energy."""
     with open(os.path.join(out_dir, "metrics.jsonl")) as f:
         rows = [json.loads(line) for line in f]
-    return [{k: v for k, v in row.items() if k not in ("ms", "tokens_per_s", "mfu") and not k.endswith("_total")}
+    times = ("ms", "tokens_per_s", "mfu", "cpu_seconds")
+    return [{k: v for k, v in row.items() if k not in times and not k.endswith("_total")}
             for row in rows if kind in (None, row["kind"])]
 
 

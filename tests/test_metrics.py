@@ -398,3 +398,15 @@ def test_nothing_given_is_changed():
                            (metrics.explained_variance, (norms, 1)), (metrics.effective_rank, (norms,))):
         function(*args)
     assert all(np.array_equal(a, b) for a, b in zip((h, y, scores, norms), before))
+
+
+def test_the_nearest_mean_and_the_offset_by_hand():
+    others = [[math.inf, 2], [math.inf, 1], [3, math.inf], [0.5, math.inf]]
+    assert metrics.mean_accuracy([1, 1, 1, 1], others) == 0.5 # nearer, a tie, nearer, farther
+    assert metrics.prototype_offset([1, 3], [2, 2]) == 1.0 and metrics.prototype_offset([0, 0], [1, 5]) == 0
+    assert math.isnan(metrics.prototype_offset([1, 3], [2, 0]))
+    for wrong in ([1, 1], [[1, 1]]), ([1], [[math.nan, 2]]), ([1], [2]):
+        with pytest.raises(ValueError, match="1 samples take|2 samples take"):
+            metrics.mean_accuracy(*wrong)
+    with pytest.raises(ValueError, match="2 prototypes have 1 spreads"):
+        metrics.prototype_offset([1, 2], [1])

@@ -9,6 +9,7 @@ import torch
 from helpers import defaults_of
 
 import metrics
+import probing
 import run
 from distances import DistanceHead
 from model import GPT, GPTConfig
@@ -18,7 +19,7 @@ def test_the_probe_of_a_linear_head_by_its_formulas():
     torch.manual_seed(0)
     h, y = torch.randn(64, 12, dtype=torch.float64).float(), torch.randint(0, 7, (64,))
     head = DistanceHead(12, 8, "baseline", num_classes=7)
-    found = run.probe(head, h, y)
+    found = probing.probe(head, h, y)
     w = head.weight[:7].detach()
     p = (h @ w.T).softmax(1)
     gradient = (p - torch.nn.functional.one_hot(y, 7)) @ w # of -log p_y
@@ -41,21 +42,21 @@ def test_the_probe_leaves_the_head_as_it_was():
     for distance, variant in (("mahalanobis", "covariance"), ("hamming", "gumbel")):
         head = DistanceHead(6, 3, distance, variant).train()
         before = {k: v.clone() for k, v in head.state_dict().items()}
-        assert run.probe(head, h, y) == run.probe(head, h, y) # in eval mode: no noise
+        assert probing.probe(head, h, y) == probing.probe(head, h, y) # in eval mode: no noise
         assert head.training and head.weight.grad is None
         assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items())
 
 
 def test_what_has_no_value_is_none():
     y = torch.tensor([0, 1, 2]) # no class has two samples
-    found = run.probe(DistanceHead(4, 9, "euclidean"), torch.randn(3, 4), y)
+    found = probing.probe(DistanceHead(4, 9, "euclidean"), torch.randn(3, 4), y)
     assert found["variance_ratio"] is None and found["intra_variance"] is None and found["effective_rank"] > 0
     json.dumps(found, allow_nan=False)
 
 
 def test_a_single_sample_has_no_variance():
     head, h = DistanceHead(4, 9, "euclidean"), torch.randn(1, 4)
-    found = run.probe(head, h, torch.tensor([2]))
+    found = probing.probe(head, h, torch.tensor([2]))
     assert found["h_norm"] == pytest.approx(h.norm().item()) and "effective_rank" not in found
     json.dumps(found, allow_nan=False)
 

@@ -222,8 +222,10 @@ def test_a_sharded_run_goes_on_at_other_numbers_of_ranks_and_equals_one_process(
     train(out_dir="whole", **settings)
     of_one = load("whole")
     for x, y in zip(metrics("sharded"), metrics("whole"), strict=True):
+        missing = y.keys() - x.keys() # no rank has what they take
+        assert missing in (set(), {"mean_accuracy", "prototype_offset", "own_variance_ratio"})
         for key, value in y.items():
-            if type(value) not in (str, type(None)):
+            if type(value) not in (str, type(None)) and key not in missing:
                 assert x[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (key, x)
     nll = [np.load(f"{name}/predictions.npz")["nll"] for name in ("sharded", "whole")]
     assert nll[0] == pytest.approx(nll[1], rel=1e-4) and len(nll[0]) == 9 * 16

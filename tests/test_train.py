@@ -44,6 +44,8 @@ from helpers import (
     train,
     train_processes,
 )
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 
 import configurator
 import data
@@ -112,6 +114,10 @@ def test_a_run_learns_and_says_so(runs):
     assert summary["step"] == summary["best_step"] == 20
     assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"])) and summary["n"] == evals[2]["n"]
     assert summary["bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2)) # a byte per token here
+    assert summary["best_share"] == 1.0
+    with open(out / "metrics.jsonl") as f:
+        cpu = [row["cpu_seconds"] for row in map(json.loads, f)]
+    assert cpu[0] == 0 < cpu[1] and cpu == sorted(cpu) and cpu[-1] == summary["cpu_seconds"]
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
     assert f"{summary['val_loss']:.4f}" in printed[0]
@@ -198,6 +204,41 @@ def test_the_evaluated_range_may_be_shorter(runs):
     with torch.no_grad():
         expected = F.cross_entropy(model.head(model.features(ids[:-1].view(8, 16))).flatten(0, 1), ids[1:]).item()
     assert metrics("out", "eval")[-1]["val_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_training_loss_and_the_layers_by_hand(runs):
+    folder, _ = runs
+    summary, model = json.loads((folder / "whole" / "summary.json").read_text()), model_of(load(folder / "whole"))
+    ids = torch.from_numpy(np.fromfile(folder / "data" / "tiny" / "train.bin", np.uint16).astype(np.int64))
+    x, y = ids[:21 * 16].view(21, 16), ids[1:21 * 16 + 1].view(21, 16) # as many blocks as there are for validation
+    with torch.no_grad():
+        expected = F.cross_entropy(model.head(model.features(x)).flatten(0, 1), y.flatten()).item()
+        assert summary["train_loss"] == pytest.approx(expected, abs=1e-5)
+        ids = torch.from_numpy(np.fromfile(folder / "data" / "tiny" / "val.bin", np.uint16).astype(np.int64))
+        h = model.transformer.wte(ids[:21 * 16].view(21, 16)) + model.transformer.wpe.weight[:16]
+        probe = np.load(folder / "whole" / "probe.npz")
+        for i, block in enumerate(model.transformer.h):
+            h = block(h)
+            of_sklearn = PCA().fit(h[:, -1].double()).explained_variance_ratio_
+            assert summary["layer_pc2_ev"][i] == pytest.approx(of_sklearn[:2].sum(), rel=1e-4)
+            of_sklearn = PCA().fit(StandardScaler().fit_transform(h[:, -1].double())).explained_variance_ratio_
+            assert summary["layer_pca90"][i] == (of_sklearn.cumsum() < 0.9).sum() + 1
+    assert probe["layer_pc2_ev"].tolist() == summary["layer_pc2_ev"] and len(summary["layer_pca90"]) == 2
+    assert probe["layer_pca90"].tolist() == summary["layer_pca90"]
+
+
+def test_cpu_time_adds_up_over_resumed_runs_and_lost_steps():
+    train(out_dir="out", max_iters=2, eval_interval=2)
+    before = json.load(open("out/summary.json"))["cpu_seconds"]
+    run_script("train.py", "--init_from=resume", "--out_dir=out", "--max_iters=4")
+    after = json.load(open("out/summary.json"))["cpu_seconds"]
+    assert before < after < before + 60
+    with open("out/metrics.jsonl", "a") as f: # a step that a kill has undone
+        f.write('{"kind": "train", "step": 5, "loss": 1.0, "cpu_seconds": 1000.0}\n')
+    run_script("train.py", "--init_from=resume", "--out_dir=out", "--max_iters=6")
+    assert 1000 < json.load(open("out/summary.json"))["cpu_seconds"] < 1060
+    train(out_dir="out", max_iters=1, overwrite=True)
+    assert 0 < json.load(open("out/summary.json"))["cpu_seconds"] < 60
 
 
 def test_the_test_split_is_the_end_of_the_validation_split_and_is_seen_once():
@@ -290,6 +331,7 @@ def test_a_compiled_run_resumes_to_the_last_bit_on_two_threads():
     if "does not work here" in printed:
         pytest.skip("no compiler")
     assert_same_training("whole", "half")
+    assert len(json.load(open("whole/summary.json"))["layer_pc2_ev"]) == 1 # its graph calls no hooks
 
 
 def test_lines_behind_the_checkpoint_are_dropped_on_resume():
@@ -391,6 +433,22 @@ def test_the_optimizer_has_every_parameter_once_and_the_heads_own_do_not_decay(n
     assert len(load("out")["optimizer"]["state"]) == len(names)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_prototypes_need_not_decay(tied):
+    weights = {}
+    for out, settings in dict(none=dict(weight_decay=0), spared=dict(weight_decay=1, decay_head=False),
+                              every=dict(weight_decay=1)).items():
+        train(out_dir=out, max_iters=1, warmup_iters=0, tie_weights=tied, **settings)
+        weights[out] = load(out)["model"]
+    none, spared, every = weights.values() # after a step whose gradients are the same
+    attention = "transformer.h.0.attn.c_attn.weight"
+    for name in ("head.weight", "transformer.wte.weight") if tied else ("head.weight",):
+        assert torch.equal(spared[name], none[name]) and not torch.equal(every[name], none[name])
+    assert torch.equal(spared[attention], every[attention]) and not torch.equal(none[attention], every[attention])
+    assert "the optimizer's groups are others" in refused(init_from="resume", out_dir="every", max_iters=2,
+                                                          decay_head=False)
+
+
 def test_schedule(runs):
     lr = [row["lr"] for row in metrics(runs[0] / "whole", "train")]
     assert lr[:5] == pytest.approx([1e-2 * i / 6 for i in range(1, 6)]) # a straight line, and no first step at 0
@@ -433,22 +491,6 @@ def test_without_a_compiler_training_goes_on(monkeypatch):
 def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
     settings = dict(max_iters=6, eval_interval=3, dropout=0.1, dtype="float32")
     # the second one has two micro-steps per rank, whose gradients are exchanged once
-@pytest.mark.parametrize("tied", [False, True])
-def test_prototypes_need_not_decay(tied):
-    weights = {}
-    for out, settings in dict(none=dict(weight_decay=0), spared=dict(weight_decay=1, decay_head=False),
-                              every=dict(weight_decay=1)).items():
-        train(out_dir=out, max_iters=1, warmup_iters=0, tie_weights=tied, **settings)
-        weights[out] = load(out)["model"]
-    none, spared, every = weights.values() # after a step whose gradients are the same
-    attention = "transformer.h.0.attn.c_attn.weight"
-    for name in ("head.weight", "transformer.wte.weight") if tied else ("head.weight",):
-        assert torch.equal(spared[name], none[name]) and not torch.equal(every[name], none[name])
-    assert torch.equal(spared[attention], every[attention]) and not torch.equal(none[attention], every[attention])
-    assert "the optimizer's groups are others" in refused(init_from="resume", out_dir="every", max_iters=2,
-                                                          decay_head=False)
-
-
     heads = dict(euclidean=dict(distance="euclidean", learn_n=True),
                  manhattan=dict(distance="manhattan", gradient_accumulation_steps=4))
     for name, head in heads.items():
