@@ -19,7 +19,7 @@ says where that can happen.
 """
 import numpy as np
 
-from metrics_table import METRICS, PAIRED_TEST, RADAR, TABLES  # noqa: F401 a part of this file that has become long
+from metrics_table import METRICS, PAIRED_TEST, TABLES  # noqa: F401 a part of this file that has become long
 
 
 def array(x, what, ndim=1):

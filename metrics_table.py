@@ -1,5 +1,5 @@
 """
-The report's numbers in words: METRICS has for each its title, its direction and its definition, TABLES and RADAR say
+The report's numbers in words: METRICS has for each its title, its direction and its definition, TABLES says
 where it is shown. metrics.py computes them.
 """
 from collections import namedtuple
@@ -174,7 +174,7 @@ METRICS = {
         "Vision: points of test accuracy above chance (100/K) per Wh. Language: (log V - validation loss) per Wh. The "
         "definition is ours."),
 }
-# the tables of a family of runs, and the sectors of its radar plot
+# the tables of a family of runs
 _TO_TARGET = ("seconds_to_90", "steps_to_90", "speed", "speed_steps", "wh_to_90", "wh_to_target", "quality_per_wh")
 TABLES = {
     "vision": {
@@ -194,13 +194,6 @@ TABLES = {
         "sustainability": ("energy_kwh", "cpu_seconds", "emissions_g", "emissions_per_1000_steps", "seconds_per_step",
                            *_TO_TARGET),
     },
-}
-RADAR = {
-    "vision": {"model quality": ("f1_macro", "test_accuracy"), "interpretability": ("pc2_ev", "pca90"),
-               "sustainability": ("seconds_per_epoch", "emissions_g")},
-    "language": {"model quality": ("val_loss", "model_health", "gradient_stability", "learning_quality",
-                                   "clipping_quality"),
-                 "interpretability": ("pca5",), "sustainability": ("emissions_g",)},
 }
 PAIRED_TEST = (
     "The test is the paired t test, two-sided, of the differences over seeds: t = mean / (std / sqrt n) with n - 1 "
