@@ -44,7 +44,7 @@ tokens = "self,return,True,int,if" # whose nearest prototypes to show, of langua
 num_nearest = 6
 significance = 0.05 # of the corrected p, for a best value to be marked
 # -----------------------------------------------------------------------------
-POWER = 0.9 # with which a difference of the detectable size is found
+_POWER = 0.9 # with which a difference of the detectable size is found
 
 # -----------------------------------------------------------------------------
 # tables and tests
@@ -100,7 +100,7 @@ def finding(section, key, tests):
             f"worse: {', '.join(worse) or 'none'}; undecided: {len(sizes)}")
     if sizes:
         span = sorted({number(m.scale * size, m.spec.lstrip("+")) for size in (min(sizes), max(sizes))}, key=float)
-        text += f", of which a true difference of {' to '.join(span)} would have been found with a power of {POWER:g}"
+        text += f", of which a true difference of {' to '.join(span)} would have been found with a power of {_POWER:g}"
     if equal:
         text += f"; the same difference in every seed, which allows no test: {', '.join(equal)}"
     if best:
@@ -109,10 +109,10 @@ def finding(section, key, tests):
 
 
 def detectable(test):
-    """The true difference that a test of so many seeds finds with a power of POWER, before the correction of p."""
+    """The true difference that a test of so many seeds finds with a power of _POWER, before the correction of p."""
     if test.get("p") is None:
         return None
-    return test["std"] / test["n"] ** 0.5 * verdicts.detectable(test["n"] - 1, significance, POWER)
+    return test["std"] / test["n"] ** 0.5 * verdicts.detectable(test["n"] - 1, significance, _POWER)
 
 
 def head_table(section, title):
@@ -344,7 +344,7 @@ def definitions(sections, others):
         "± is the standard deviation over seeds (ddof 1). Percentages are against the baseline, of the mean over the "
         "seeds that both have; positive is better whichever way the number goes. Differences, and small numbers "
         "without a percent sign, are head - baseline, over the same seeds; the detectable one is what a single test "
-        f"finds with a power of {POWER:g}; d_z has their sign. {metrics.PAIRED_TEST}"),
+        f"finds with a power of {_POWER:g}; d_z has their sign. {metrics.PAIRED_TEST}"),
         Table("definitions", ["number", "better", "definition"], rows)]
 
 

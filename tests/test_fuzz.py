@@ -27,6 +27,7 @@ import configurator
 import data_vision
 import figures
 import report
+import report_figures
 import run_folder
 import study
 from distances import DISTANCES
@@ -342,7 +343,8 @@ def check_report(families, script, name, how):
 
 
 def test_a_damaged_run_changes_nothing_else_in_a_report(fuzz, families, monkeypatch):
-    monkeypatch.setattr(report, "figure_blocks", lambda section, probes: []) # they take most of the time
+    for name in ("figure_blocks", "small_multiples"): # they take most of the time
+        monkeypatch.setattr(report_figures, name, lambda *args: [])
     quietly(report.main, [str(families / "runs"), f"--out_dir={families / 'report'}"])
     expected = numbers_of_runs(families)
 
