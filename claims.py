@@ -37,7 +37,7 @@ stage = "all" # or 'tune', 'confirm', or 'table': only runs.csv is written, from
 jobs = 0 # how many run at once; 0: one for each core, with a GPU one
 # -----------------------------------------------------------------------------
 STAGES = ("all", "tune", "confirm", "table")
-ROUNDS = 12 # of suggestions at most
+_ROUNDS = 12 # of suggestions at most
 # rung: of tuning, from 1 on; point: {flag: value} of what is tuned
 Run = namedtuple("Run", "setting head stage rung seed point folder recipe")
 
@@ -145,7 +145,7 @@ def tune(plan, name, make):
         ranked = run(rung)
         if rung < last:
             points = {head: [run.point for run in runs[:setting["kept"]]] for head, runs in ranked.items()}
-    for _ in range(ROUNDS):
+    for _ in range(_ROUNDS):
         for head, about in heads.items():
             best, tried = ranked[head][0], [run.point for run in done[head]]
             full = [run.point for run in ranked[head]]
