@@ -134,7 +134,7 @@ def looks(study):
     for head, about in study.design["heads"].items():
         flags = dict(word[2:].split("=", 1) for word in shlex.split(about["flags"]) if "=" in word)
         look = figures.style(SimpleNamespace(distance=flags.get("distance", ""), variant=flags.get("variant", ""),
-                                             link=flags.get("link", "harmonic")))
+                                             link=flags.get("link", "harmonic"), is_baseline=head == baseline(study)))
         same = look["color"], look["mfc"]
         result[head] = {**look, "marker": "os^DvPX*"[seen[same] % 8]}
         seen[same] += 1

@@ -196,7 +196,7 @@ try:
         val_data = Blocks(data_folder, "val", block_size, vocab_size, seed)
         check_hash(data_folder, meta)
         data_hash = identity(meta, train_data.stream, val_data.stream)
-        num_test = math.ceil(test_fraction * val_data.num_fixed) # blocks, the last ones
+        num_test = math.ceil(min(max(test_fraction, 0), 1) * val_data.num_fixed) # blocks, the last ones
         num_val = val_data.num_fixed - num_test # of an evaluation
         if num_val < 1:
             problems.append(f"test_fraction {test_fraction} of the {val_data.num_fixed} blocks of the validation split "
