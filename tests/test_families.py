@@ -18,6 +18,7 @@ from helpers import (
     assert_close_runs,
     assert_same_training,
     ended,
+    flags,
     fork_ranks,
     load,
     metrics,
@@ -58,6 +59,16 @@ def test_two_ranks_equal_one_with_twice_the_micro_steps(here):
         ended(fork_ranks(2, **{**SETTINGS, **settings, **own, "out_dir": f"{name}2"}))
         train(out_dir=f"{name}1", **settings, **own)
         assert_close_runs(f"{name}2", f"{name}1")
+
+
+@pytest.mark.torture # two processes that compile take minutes
+@both
+def test_two_compiled_ranks_equal_one(here, family):
+    settings = {**SETTINGS, **FAMILY[family], "n_layer": 1, "max_iters": 4, "eval_interval": 2, "distance": "cosine",
+                "compile": True}
+    ended(fork_ranks(2, **settings, out_dir="two"))
+    run_script("train.py", *flags(**settings, out_dir="one"))
+    assert_close_runs("two", "one")
 
 
 @both

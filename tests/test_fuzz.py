@@ -225,7 +225,7 @@ def test_a_study_refuses_or_lists_any_grid(fuzz, folder, monkeypatch):
             except SystemExit as e:
                 assert isinstance(e.code, str) and "to fix:\n" in e.code
         assert os.listdir() == ["data"]
-    fuzz(check, arguments(defaults_of("study.py"), "dry_run"), cases=50)
+    fuzz(check, arguments(defaults_of("study.py"), "dry_run", "measure"), cases=50) # which would train
 
 
 def test_a_report_refuses_any_settings(fuzz, folder):
