@@ -655,6 +655,14 @@ def test_two_ranks_equal_one(here, head, tolerance):
     assert json.load(open("two/config.json"))["world_size"] == 2
 
 
+@pytest.mark.torture # two processes that compile take minutes
+def test_two_compiled_ranks_equal_one(here):
+    settings = {**SETTINGS, **SPLIT, "epochs": 2, "compile": True}
+    ended(fork_ranks(2, "train_vision.py", **{**settings, "out_dir": "two"}))
+    train(**{**settings, "out_dir": "one"})
+    assert_close_runs("two", "one")
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(here):
     settings = {**SETTINGS, **SPLIT}
     train(**{**settings, "epochs": 2, "out_dir": "whole"})
