@@ -2,10 +2,11 @@
 Forecasts the hours and kWh of a study, for --dry-run --measure=MINUTES of study.py.
 
 One run of each kind, the first of those that differ in their seed alone, is made with its own settings for so many
-minutes in a folder that is thrown away, as many at once as in the study. If it ends in that time, its time is known.
-Else it is taken apart, from the files that it leaves: steps, evaluations, and the rest (imports, data, the compiler,
-the energy tracker, the warm-up), which any run has once. A step's time is that of the steps behind the first log line,
-an evaluation's the mean of those behind the first one, or where there is none the first one's without its saving.
+minutes in a folder that is thrown away, as many at once as in the study, if need be with a second one beside it. If it
+ends in that time, its time is known. Else it is taken apart, from the files that it leaves: steps, evaluations, and the
+rest (imports, data, the compiler, the energy tracker, the warm-up), which any run has once. A step's time is that of
+the steps behind the first log line, an evaluation's the mean of those behind the first one, or where there is none the
+first one's without its saving.
 
 What is not counted: pictures, what a language model does at its end, and that a run may stop early, by its patience.
 Images are tested at the end, which counts as one more evaluation. A run that was stopped counts as a whole one. The
@@ -109,6 +110,8 @@ def forecast(todo, at_once, minutes):
     with tempfile.TemporaryDirectory() as scratch:
         flags = ["--track_emissions=true", "--wandb_log=false", "--log_interval=5", f"--time_limit={minutes}"]
         tried = [(os.path.join(scratch, str(i)), [*group[0][1], *flags]) for i, group in enumerate(groups)]
+        beside = -len(tried) % at_once # so that the last ones have as many beside them as all the others
+        tried += [(f"{folder}_beside", recipe) for folder, recipe in (tried * at_once)[:beside]]
         study.import_ahead()
         with contextlib.redirect_stdout(io.StringIO()): # it would say how to go on
             broken, _ = study.run_all(tried, at_once)
