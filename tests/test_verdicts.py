@@ -96,7 +96,9 @@ def verdict_again(claim, own, p_holm, alpha):
     effect = claim["effect"]
     if claim.get("equal"):
         apart = own["low"] > abs(effect) or own["high"] < -abs(effect)
-        return "refuted" if apart else "supported" if p_holm <= alpha else "inconclusive"
+        if apart:
+            return "refuted"
+        return "supported" if p_holm <= alpha else "inconclusive"
     if effect < 0: # as a claim of the opposite contrast
         own = own | dict(low=-own["high"], high=-own["low"], estimate=-own["estimate"])
     if own["high"] < abs(effect):
