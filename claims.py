@@ -241,15 +241,16 @@ def main():
     fail(problems)
 
     os.makedirs(out_dir, exist_ok=True)
-    if stage != "table":
-        study.import_ahead()
-        for name in names or plan["settings"]:
-            chosen, _ = tune(plan, name, make if stage != "confirm" else list_only)
-            if stage != "tune":
-                freeze(text)
-                confirm(plan, name, chosen, make)
-            table(plan)
-    rows = table(plan)
+    try:
+        if stage != "table":
+            study.import_ahead()
+            for name in names or plan["settings"]:
+                chosen, _ = tune(plan, name, make if stage != "confirm" else list_only)
+                if stage != "tune":
+                    freeze(text)
+                    confirm(plan, name, chosen, make)
+    finally: # also where it is stopped
+        rows = table(plan)
     print(f"{len(rows)} runs: {os.path.join(out_dir, 'runs.csv')}")
     print(f"python report.py {out_dir}")
 
