@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import sys
 from collections import namedtuple
 
@@ -58,15 +59,15 @@ def make_run(plan, name, head, stage, seed, point, rung=None):
     return Run(name, head, stage, rung, seed, point, folder, recipe)
 
 
-def make(runs):
-    """Make those runs that are new or have been stopped."""
+def make(runs, at_once=0):
+    """Make those runs that are new or have been stopped, so many at once; 0: jobs."""
     todo = [(run.folder, run.recipe) for run in runs if study.state(run.folder) in ("new", "stopped")]
     if todo:
         print(f"{todo[0][0]} and so on: {len(todo)} of {len(runs)} runs to make")
-        study.run_all(todo, jobs or study.cores())
+        study.run_all(todo, at_once or jobs or study.cores())
 
 
-def list_only(runs):
+def list_only(runs, at_once=0):
     """Make nothing: what takes this in the place of make() finds the runs that there are."""
 
 
@@ -123,8 +124,13 @@ def suggestions(head, setting, best, tried):
 
 
 def tune(plan, name, make):
-    """Tune the heads of a setting, all side by side. Returns ({head: the Run of its best point}, all Runs)."""
+    """
+    Tune the heads of a setting, all side by side. Returns ({head: the Run of its best point}, all Runs). One that is
+    `like` another setting makes no runs, and has that one's.
+    """
     setting = plan["settings"][name]
+    if "like" in setting:
+        return tune(plan, setting["like"], list_only)
     heads = {head: about for head, about in plan["heads"].items() if "like" not in about}
     points = {head: grid(about, setting) for head, about in heads.items()}
     done = {head: [] for head in heads} # its Runs
@@ -164,22 +170,44 @@ def tune(plan, name, make):
 
 def confirm(plan, name, chosen, make):
     """Make the runs that judge each head at its best point, seed by seed. Returns them all."""
-    seeds = range(1, plan["settings"][name]["looks"][-1] + 1)
-    runs = []
-    for seed in seeds:
-        for head, about in plan["heads"].items():
+    setting, runs = plan["settings"][name], []
+    for seed in range(1, setting["looks"][-1] + 1):
+        for head in setting.get("heads", plan["heads"]):
+            about = plan["heads"][head]
             tuned = chosen.get(about.get("like", head))
             if tuned and name in about.get("settings", [name]):
                 runs.append(make_run(plan, name, head, "confirm", seed, tuned.point))
-    make(runs)
+    make(runs, setting.get("jobs", 0))
     return runs
+
+
+def target(plan, name, tuned):
+    """
+    What a run of the setting has to reach, as score() counts: the median of what the first head, the linear one, has
+    reached at full length in tuning. Minus infinity where it has no such run: nothing reaches it.
+    """
+    setting, first = plan["settings"][name], next(iter(plan["heads"]))
+    last = len(plan["settings"][setting.get("like", name)]["rungs"])
+    reached = [score(run, setting) for run in tuned if run.head == first and run.rung == last]
+    return statistics.median(reached) if reached else -math.inf
+
+
+def to_target(evals, setting, goal):
+    """
+    {steps_to_target, cpu_to_target, arrived} of the evaluations of a run. One that does not arrive has all that it
+    took, which is less than it would have needed: so a difference to another head is rather too small than too large.
+    """
+    sign, key = 1 if setting["lower"] else -1, setting["tuned_by"]
+    arrived = [row for row in evals if sign * row[key] <= goal]
+    row = arrived[0] if arrived else evals[-1]
+    return dict(steps_to_target=row["step"], cpu_to_target=row.get("cpu_seconds"), arrived=bool(arrived))
 
 
 # -----------------------------------------------------------------------------
 # the table
 
-def row_of(run, chosen):
-    """Return a run as a row of runs.csv, or None where it has not been made."""
+def row_of(run, setting, chosen, goal):
+    """Return a run as a row of runs.csv, or None where it has not been made. goal: see target()."""
     state = study.state(run.folder)
     if state not in ("ended", "broken"):
         return None
@@ -195,6 +223,8 @@ def row_of(run, chosen):
             print(e)
             return None
         row.update({key: read.values.get(key) for key in METRICS}, git=read.info.get("git"))
+        if run.stage == "confirm":
+            row.update(to_target(read.evals, setting, goal))
     return row
 
 
@@ -202,9 +232,12 @@ def table(plan):
     """Write runs.csv, of all settings, and return its rows."""
     rows = []
     for name in plan["settings"]:
-        chosen, runs = tune(plan, name, list_only)
-        runs += confirm(plan, name, chosen, list_only)
-        rows += [row for run in runs if (row := row_of(run, chosen))]
+        setting = plan["settings"][name]
+        chosen, tuned = tune(plan, name, list_only)
+        goal, runs = target(plan, name, tuned), confirm(plan, name, chosen, list_only)
+        if "like" not in setting: # whose runs are in the table already
+            runs = [*tuned, *runs]
+        rows += [row for run in runs if (row := row_of(run, setting, chosen, goal))]
     write_csv(os.path.join(out_dir, "runs.csv"), rows)
     return rows
 

@@ -169,6 +169,14 @@ METRICS = {
         "The energy to the first evaluation as good as the target, which is the same for all heads: where the "
         "baseline's mean over seeds has made 90% of its progress. Runs that never get there have none. The definition "
         "is ours."),
+    "steps_to_target": Metric(
+        "steps to target", ".4g", 1, True,
+        "Of a study of claims: the steps to the first evaluation as good as the linear head's runs at full length in "
+        "tuning, their median. A run that never gets there has all of its own, which is too few. The definition is "
+        "ours."),
+    "cpu_to_target": Metric(
+        "CPU time to target (s)", ".4g", 1, True,
+        "The CPU time of the same steps."),
     "quality_per_wh": Metric(
         "quality per Wh", ".3g", 1, False,
         "Vision: points of test accuracy above chance (100/K) per Wh. Language: (log V - validation loss) per Wh. The "

@@ -92,24 +92,30 @@ def load(text):
 
 
 def check(design):
-    """Raises ValueError with all that is wrong with the claims of the design, a line for each."""
+    """Raises ValueError with all that is wrong with the settings and claims of the design, a line for each."""
     problems, names = [], set()
     for key in ("confidence", "power"):
         if not 0.5 < design.get(key, 0) < 1:
             problems.append(f"{key} must be between 0.5 and 1, got {design.get(key)}")
+    heads, settings = design.get("heads", {}), design.get("settings", {})
+    for name, setting in settings.items():
+        strangers = set(setting.get("heads", heads)) - set(heads) | {setting.get("like", name)} - set(settings)
+        if strangers:
+            problems.append(f"setting {name}: there is no {sorted(strangers)}")
     for claim in design.get("claims", []):
         name, odd = claim.get("name"), REQUIRED - set(claim) | set(claim) - REQUIRED - OPTIONAL
         if odd or name in names:
             problems.append(f"claim {name} is there twice, or misses or does not know {sorted(odd)}")
             continue
         names.add(name)
-        weights, setting = claim["contrast"], design.get("settings", {}).get(claim["setting"], {})
-        looks, strangers = setting.get("looks", [0]), set(weights) - set(design.get("heads", {}))
+        weights, setting = claim["contrast"], settings.get(claim["setting"], {})
+        looks, strangers = setting.get("looks", [0]), set(weights) - set(setting.get("heads", heads))
         if looks[0] < 2 or sorted(set(looks)) != looks or "quality" not in setting:
             problems.append(f"claim {name}: setting {claim['setting']!r} needs a quality and looks that ascend from 2 "
                             f"seeds on, got {setting}")
         if strangers or len(weights) < 2 or abs(sum(weights.values())) > 1e-9:
-            problems.append(f"claim {name}: a contrast has weights that sum to 0, of heads in [heads], got {weights}")
+            problems.append(f"claim {name}: a contrast has weights that sum to 0, of the setting's heads, got "
+                            f"{weights}")
         if not math.isfinite(claim["effect"]) or claim["effect"] == 0:
             problems.append(f"claim {name}: effect must be a number other than 0, got {claim['effect']}")
     if problems:

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import statistics
 import sys
 
 import pytest
@@ -65,7 +66,7 @@ def made_up(tmp_path, monkeypatch):
         monkeypatch.setattr(study, "run_all", run_all)
         monkeypatch.setattr(study, "import_ahead", lambda: None)
         monkeypatch.setattr(claims.results, "read_run", lambda folder: folder)
-        monkeypatch.setattr(claims.results, "measure", lambda folder: FakeRun())
+        monkeypatch.setattr(claims.results, "measure", FakeRun)
         monkeypatch.setattr(sys, "argv", ["claims.py", "--design=design.toml", "--out_dir=out", *args])
         for key, value in DEFAULTS.items():
             monkeypatch.setattr(claims, key, value)
@@ -80,7 +81,12 @@ DEFAULTS = {key: getattr(claims, key) for key in ("design", "out_dir", "stage", 
 
 
 class FakeRun:
+    """A run whose validation accuracy rises by 1 a step, from -4 on."""
     values, info = {"test_accuracy": 0.5}, {"git": "abc"}
+    evals = [dict(step=step, cpu_seconds=2.0 * step, val_accuracy=step - 4) for step in range(5)]
+
+    def __init__(self, folder):
+        pass
 
 
 def bowl(recipe):
@@ -123,6 +129,30 @@ def test_confirmation_takes_fresh_seeds_and_what_tuning_found(made_up):
 
     rows, made = made_up(DESIGN, bowl) # again: nothing is left to do
     assert made == [] and len(rows) > len(judged)
+
+
+def test_a_setting_that_is_like_another_has_its_points_and_a_target(made_up):
+    of_digits = DESIGN.partition("[settings.digits]")[2].replace('title = "digits"', 'title = "cost"')
+    cost = "\n[settings.cost]\nlike = 'digits'\nheads = ['linear', 'learned']" + of_digits
+    rows, made = made_up(DESIGN + cost, bowl)
+    judged = [row for row in rows if row["setting"] == "cost"]
+    assert [(row["seed"], row["head"]) for row in judged] == [
+        (seed, head) for seed in "12" for head in ("linear", "learned")]
+    assert {float(row["learning_rate"]) for row in judged} == {1e-4} and {row["stage"] for row in judged} == {"confirm"}
+    assert len(made) == len(rows) # no run is there twice
+    # the linear head's runs at full length have losses of 0 to 2.25
+    losses = [bowl([f"--learning_rate={row['learning_rate']}", f"--feature_scale={row['feature_scale']}"])
+              for row in rows if row["head"] == "linear" and row["rung"] == "2"]
+    steps = math.ceil(4 - statistics.median(losses))
+    assert {(row["steps_to_target"], row["cpu_to_target"], row["arrived"]) for row in judged} == {
+        (str(steps), str(2.0 * steps), "True")}
+
+
+def test_a_run_that_does_not_arrive_has_all_that_it_took():
+    setting = dict(lower=True, tuned_by="val_loss")
+    evals = [dict(step=10 * i, cpu_seconds=float(i), val_loss=5 - i) for i in range(4)] # 5, 4, 3, 2
+    assert claims.to_target(evals, setting, 3.5) == dict(steps_to_target=20, cpu_to_target=2.0, arrived=True)
+    assert claims.to_target(evals, setting, 1.5) == dict(steps_to_target=30, cpu_to_target=3.0, arrived=False)
 
 
 def test_a_run_that_fails_is_a_row_and_a_head_that_always_fails_is_not_judged(made_up):
@@ -180,4 +210,8 @@ def test_the_designs_of_the_repository_make_sense(name):
         assert set(head) <= {"flags", "scale", "like", "settings"}
         assert head.get("like", next(iter(plan["heads"]))) in plan["heads"] and ("like" in head) != ("scale" in head)
     for setting in plan["settings"].values():
+        assert set(setting.get("heads", ())) <= set(plan["heads"])
+        if "like" in setting:
+            assert plan["settings"][setting["like"]]["tuned_by"] == setting["tuned_by"]
+            continue
         assert setting["looks"] == sorted(setting["looks"]) and setting["seed"] > setting["looks"][-1]

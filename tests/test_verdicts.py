@@ -309,6 +309,16 @@ def test_a_design_that_is_not_one_is_refused(change, message):
         verdicts.judge(design, rows)
 
 
+@pytest.mark.parametrize("change, message", [
+    (dict(like="nowhere"), "there is no .'nowhere'"), (dict(heads=["zero", "nobody"]), "there is no .'nobody'"),
+    (dict(heads=["zero"]), "of the setting's heads")])
+def test_a_setting_that_names_what_is_not_there_is_refused(change, message):
+    design, rows = study()
+    design["settings"] = {name: {**setting, **change} for name, setting in design["settings"].items()}
+    with pytest.raises(ValueError, match=message):
+        verdicts.judge(design, rows)
+
+
 def test_a_claim_with_effects_is_one_for_each_setting():
     text = """
         [[claims]]
