@@ -1,7 +1,8 @@
 # make demo    prepares a corpus that needs no network, trains a small GPT with a cosine head, and shows what it learned
 # make test    runs the linter and the tests
 # make torture runs what takes longer: ten thousand fuzzed cases and kills at random moments, half an hour on 2 cores
-# make study   trains every head on the digits and six in a small GPT, three seeds each; report/index.html shows it
+# make study   trains every head on the digits and six in a small GPT, three seeds each, and tunes and judges six heads
+#              by a small design of claims; report/index.html shows it
 # make toys    trains small versions of the small studies, 20 seeds each, in about five minutes; figures in out/toys
 # make gpu     measures what only an NVIDIA GPU can show, in 25 minutes, without a network: gpu-tests, gpu-bench, gpu-runs
 # make clean   removes what these have made, except the corpus
@@ -23,7 +24,8 @@ study: $(VENV)/demo.installed
 	$(VENV)/bin/python prepare_stdlib.py
 	-$(VENV)/bin/python study.py config/study_digits.py
 	-$(VENV)/bin/python study.py config/study_gpt.py
-	$(VENV)/bin/python report.py out/study_digits out/study_gpt --out_dir=report
+	-$(VENV)/bin/python claims.py --design=config/claims_small.toml --out_dir=out/claims_small
+	$(VENV)/bin/python report.py out/claims_small out/study_digits out/study_gpt --out_dir=report
 
 toys: $(VENV)/demo.installed
 	$(VENV)/bin/python train_toy.py config/toy_modular.py --epochs=250 --heads=baseline,euclidean \
@@ -56,6 +58,6 @@ gpu-tests gpu-bench gpu-runs:
 	$(GPU_PYTHON) gpu.py $(@:gpu-%=%)
 
 clean:
-	rm -rf .venv out/demo out/study_digits out/study_gpt out/toys report
+	rm -rf .venv out/demo out/study_digits out/study_gpt out/claims_small out/toys report
 
 .PHONY: demo test torture study toys gpu gpu-tests gpu-bench gpu-runs clean

@@ -227,15 +227,15 @@ def decide(claim, result, looks, alpha):
     if not claim.get("equal"):
         verdict, why = weigh(low, sign * result["estimate"], high, effect)
     elif low > effect or high < -effect:
-        verdict, why = "refuted", f"The whole interval is further from 0 than {effect:.3g}."
+        verdict, why = "refuted", "The whole interval is further from 0 than the effect."
     elif result["p_overall"] <= alpha:
-        verdict, why = "supported", f"Both one-sided tests exclude a difference of {effect:.3g}."
+        verdict, why = "supported", "Both one-sided tests exclude a difference of that size."
     else:
-        verdict, why = "inconclusive", f"A difference of {effect:.3g} is not excluded."
+        verdict, why = "inconclusive", "A difference of that size is not excluded."
     if verdict == "supported" and result["p_holm"] > alpha:
         return "inconclusive", f"Alone it would be supported; after Holm p is {result['p_holm']:.3g}."
     if verdict == "inconclusive":
-        why += f" {result['seeds']} seeds would have shown {result['detectable']:.3g}."
+        why += f" {result['seeds']} seeds would have shown the detectable one."
     return verdict, why + lacking
 
 
