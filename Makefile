@@ -1,8 +1,8 @@
 # make demo    prepares a corpus that needs no network, trains a small GPT with a cosine head, and shows what it learned
 # make test    runs the linter and the tests
 # make torture runs what takes longer: ten thousand fuzzed cases and kills at random moments, half an hour on 2 cores
-# make study   trains every head on the digits and six in a small GPT, three seeds each, and tunes and judges six heads
-#              by a small design of claims; report/index.html shows it
+# make study   trains every head on the digits and six in a small GPT, three seeds each, and tunes and judges four
+#              heads by a small design of claims; report/index.html shows it
 # make toys    trains small versions of the small studies, 20 seeds each, in about five minutes; figures in out/toys
 # make gpu     measures what only an NVIDIA GPU can show, in 25 minutes, without a network: gpu-tests, gpu-bench, gpu-runs
 # make clean   removes what these have made, except the corpus

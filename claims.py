@@ -5,7 +5,7 @@ by validation, and then judged on seeds that tuning has not seen. What report.py
 $ python claims.py                                  # all settings of config/claims.toml: hundreds of hours on a CPU
 $ python claims.py gpt mnist_cnn                    # these settings only
 $ python claims.py gpt --stage=tune                 # tuning alone; or --stage=confirm; --stage=table runs nothing
-$ python claims.py --design=config/claims_small.toml --out_dir=out/claims_small    # ten minutes on 2 cores
+$ python claims.py --design=config/claims_small.toml --out_dir=out/claims_small    # two minutes on 2 cores
 $ python report.py out/claims
 
 Tuning is by successive halving: short runs of a grid of learning rate and scale, then the best few at full length, then

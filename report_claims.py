@@ -233,7 +233,7 @@ def forest_entry(r, claim):
 
 
 def questions(study, answers):
-    if not answers:
+    if not answers or len(study.design["settings"]) < 3: # fewer have no answer
         return []
     rows = []
     for a in answers:
