@@ -16,6 +16,7 @@ import torch
 
 import metrics
 from figures import legend, new_figure, principal_plane, save
+from figures_claims import show, write
 from results import read_runs
 from run_folder import read_probe, readable
 
@@ -32,6 +33,7 @@ PUBLISHED_ACCURACY = {
     "relu2_bias": "39.94 +- 18.84", "relu2_neg_bias": "94.92 +- 0.18", "abs2_bias": "95.38 +- 0.17",
     "abs2_neg_bias": "90.53 +- 2.36", "relu_l2": "97.33 +- 0.13", "relu_l2_neg": "97.36 +- 0.14",
     "abs_l2": "97.61 +- 0.07", "abs_l2_neg": "97.56 +- 0.09"}
+SHOWN = 8 # groups of modular addition, in two rows; more are seen in heat maps
 # settings that tell groups apart, where the folders of one page differ in them
 TOLD_APART = ("train_fraction", "with_replacement", "weight_decay", "inputs", "point_set", "epochs")
 CONTRASTS = (("relu", "abs"), ("relu2", "relu"), ("relu2_neg", "relu"), ("abs2", "abs"), ("abs2_neg", "abs"),
@@ -138,8 +140,8 @@ def weights(r, *names):
 
 def modular(out_dir, groups, columns=4):
     """Figure 9, accuracy over epochs above the embedding of the first seed in the plane of its top two components, and
-    below them the scale of the scores; for the first two rows of groups."""
-    shown = list(groups.items())[:2 * columns]
+    below them the scale of the scores; for the first SHOWN groups."""
+    shown = list(groups.items())[:SHOWN]
     across = min(columns, len(shown))
     blocks = -(-len(shown) // across)
     heights = [2, 2.4, 1] * blocks
@@ -172,6 +174,38 @@ def modular(out_dir, groups, columns=4):
         ax.axis("on" if ax.has_data() else "off")
     legend(fig, axes.flat, below=True)
     return save(fig, os.path.join(out_dir, "modular.png"))
+
+
+def heads_by_n(out_dir, groups):
+    """
+    Heat maps of every head at every n: means of the test accuracy and of the share in the plane, medians of the epoch
+    that reaches 90% over the seeds that do, whose number is in brackets where it is not all of them.
+    """
+    cells = {} # {(head, n): runs}, of linear heads with n = None
+    for (_, label), runs in groups.items():
+        n = None if runs[0].head.is_baseline else runs[0].info["config"]["n"]
+        cells[label if n is None else label.replace(f" n={n:g}", ""), n] = runs
+    heads = list(dict.fromkeys(head for head, _ in cells))
+    ns = sorted({n for _, n in cells if n is not None})
+    panels = [("test accuracy (%)", "test_accuracy", 100, np.mean, "viridis"),
+              ("epoch of 90% test accuracy", "epochs_to_test", 1, np.median, "viridis_r"),
+              ("variance in two components (%)", "embedding_pc2_ev", 100, np.mean, "viridis")]
+    fig, axes = new_figure(10.5, 1.2 + 0.24 * len(heads), 1, len(panels), sharey=True)
+    for ax, (title, key, scale, middle, colours) in zip(axes, panels):
+        numbers, texts = np.full((len(heads), len(ns)), np.nan), np.full((len(heads), len(ns)), "", object)
+        for i, j in np.ndindex(numbers.shape):
+            runs = cells.get((heads[i], ns[j])) or cells.get((heads[i], None), [])
+            found = values(runs, key)
+            if found:
+                numbers[i, j] = scale * middle(found)
+                texts[i, j] = f"{numbers[i, j]:.3g}" + (f" ({len(found)})" if len(found) < len(runs) else "")
+        seen = numbers[np.isfinite(numbers)]
+        image = show(ax, numbers, colours, *((seen.min(), seen.max()) if seen.size else (0, 1)))
+        write(ax, texts, image, fontsize=7)
+        ax.set_xticks(range(len(ns)), [f"n = {n:g}" for n in ns])
+        ax.set_yticks(range(len(heads)), heads)
+        ax.set_title(title, fontsize=9)
+    return save(fig, os.path.join(out_dir, "modular_heads.png"))
 
 
 def modular_table(groups):
@@ -369,6 +403,8 @@ def draw(out_dir):
         print(f"{missing} runs have not ended, and are in no number")
     try:
         paths.append(globals()[study](out_dir, groups))
+        if study == "modular" and len(groups) > SHOWN:
+            paths.append(heads_by_n(out_dir, groups))
     except ImportError as e:
         print(e)
     return paths

@@ -310,6 +310,15 @@ def test_every_study_draws_its_figure_and_its_table(tmp_path, settings):
     assert figures_toy.draw(str(tmp_path / "out"))[-1] == str(tmp_path / "out" / f"{study}.png")
 
 
+def test_many_heads_are_seen_by_n(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    toy(out_dir=tmp_path, **SMALL, study="modular", prime=11, train_fraction=0.6, heads="baseline,euclidean", ns="1,4")
+    assert not (tmp_path / "modular_heads.png").exists()
+    monkeypatch.setattr(figures_toy, "SHOWN", 2)
+    assert str(tmp_path / "modular_heads.png") in figures_toy.draw(str(tmp_path))
+    assert_shows_something(tmp_path / "modular_heads.png")
+
+
 def test_folders_that_differ_in_a_setting_are_told_apart_on_one_page(tmp_path):
     for inputs in ("raw", "standard"):
         toy(out_dir=tmp_path / inputs, **SMALL, study="two_layer", models="relu,abs,relu_bias,abs_bias", inputs=inputs,
