@@ -117,7 +117,7 @@ def suggestions(head, setting, best, tried):
     if points:
         return points
     for key, default in setting.get("refined", {}).items():
-        if key != head["scale"]:
+        if key != head["scale"] and not head.get("scale_free"):
             value = best.get(key, default)
             points += [{**best, key: value / 2}, {**best, key: value * 2}]
     return points

@@ -119,6 +119,12 @@ def test_what_is_refined_goes_on_by_factors_of_two(made_up):
     assert (float(best["n"]), float(best["feature_scale"])) == (16, 2)
 
 
+def test_a_head_to_which_the_scale_is_nothing_is_not_refined(made_up):
+    design = DESIGN.replace('"--distance=euclidean", scale', '"--distance=euclidean", scale_free = true, scale')
+    rows, _ = made_up(design + "refined = { feature_scale = 0.5 }\n", bowl, "--stage=tune")
+    assert {row["feature_scale"] for row in rows if row["head"] == "euclidean"} == {""}
+
+
 def test_confirmation_takes_fresh_seeds_and_what_tuning_found(made_up):
     rows, _ = made_up(DESIGN, bowl)
     judged = [row for row in rows if row["stage"] == "confirm"]
@@ -207,7 +213,7 @@ def test_the_designs_of_the_repository_make_sense(name):
         plan = verdicts.load(f.read().decode())
     verdicts.check(plan)
     for head in plan["heads"].values():
-        assert set(head) <= {"flags", "scale", "like", "settings"}
+        assert set(head) <= {"flags", "scale", "scale_free", "like", "settings"}
         assert head.get("like", next(iter(plan["heads"]))) in plan["heads"] and ("like" in head) != ("scale" in head)
     for setting in plan["settings"].values():
         assert set(setting.get("heads", ())) <= set(plan["heads"])
