@@ -395,10 +395,11 @@ def train(group, task, todo, config, sources):
                            **{name: finite(values[i]) for name, values in numbers.items()})
                 if i in broken:
                     continue
-                if row["train_loss"] is None:
+                if None in (row["train_loss"], row["score_scale"]): # a loss is finite beside an infinitely far class
+                    what = "loss is" if row["train_loss"] is None else "scores are"
                     broken.add(i)
-                    safe.write(os.path.join(folder, "error.txt"), f"the loss is not finite at epoch {epoch}\n")
-                    print(f"{group.label}, seed {todo[i]}: the loss is not finite at epoch {epoch}, it ends here")
+                    safe.write(os.path.join(folder, "error.txt"), f"the {what} not finite at epoch {epoch}\n")
+                    print(f"{group.label}, seed {todo[i]}: the {what} not finite at epoch {epoch}, it ends here")
                     continue
                 courses[i].append(row)
                 run.log(folder, row)

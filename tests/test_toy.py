@@ -431,3 +431,16 @@ def test_a_seed_that_is_not_finite_leaves_the_others_alone(tmp_path):
     assert "not finite at epoch 0" in (folder / "s0" / "error.txt").read_text()
     assert json.loads((folder / "s1" / "summary.json").read_text())["epoch"] == 4
     assert len(rows_of(folder / "s0")) == 0 and len(rows_of(folder / "s1")) == 3
+
+
+def test_a_seed_whose_scores_are_not_finite_ends_though_its_loss_is(tmp_path):
+    def with_one_far_class(z):
+        found = spread(z)
+        if len(found) == 2:
+            found[0] = np.inf
+        return found
+    spread = model_toy.spread
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_toy, "spread", with_one_far_class)
+        output, _ = toy(out_dir=tmp_path / "out", **SMALL, study="points", heads="euclidean", batch_size=0, plots=False)
+    assert "euclidean n=2, seed 0: the scores are not finite at epoch 0" in output and "seed 1" not in output
