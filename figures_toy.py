@@ -243,13 +243,16 @@ def modular_tests(groups):
 
 def paired_test(runs, others):
     by_seed = {r.seed: r for r in others}
-    pairs = [(r, by_seed[r.seed]) for r in runs if r.seed in by_seed]
-    row = {"seeds": len(pairs)}
-    for key, name in (("test_accuracy", "test %"), ("embedding_pc2_ev", "two components %")):
-        x, y = ([100 * r.summary[key] for r in side] for side in zip(*pairs))
-        test = metrics.paired(x, y)
+    pairs, row = [(r, by_seed[r.seed]) for r in runs if r.seed in by_seed], {}
+    for key, name, scale in (("test_accuracy", "test %", 100), ("embedding_pc2_ev", "two components %", 100),
+                             ("epochs_to_test", "epochs to 90%", 1)):
+        both = [(scale * r.summary[key], scale * other.summary[key]) for r, other in pairs
+                if None not in (r.summary[key], other.summary[key])] # an epoch only where both have got there
+        test = metrics.paired(*zip(*both)) if both else {}
+        row[f"{name}, seeds"] = len(both)
         for number in ("mean", "low", "high", "p"):
-            row[f"{name}, {number}"] = "" if test[number] is None else f"{test[number]:.3g}"
+            found = test.get(number)
+            row[f"{name}, {number}"] = "" if found is None else f"{found:.3g}"
     return row
 
 # -----------------------------------------------------------------------------
