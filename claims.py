@@ -223,7 +223,7 @@ def row_of(run, setting, chosen, goal):
             print(e)
             return None
         row.update({key: read.values.get(key) for key in METRICS}, git=read.info.get("git"))
-        if run.stage == "confirm":
+        if run.stage == "confirm" and read.evals:
             row.update(to_target(read.evals, setting, goal))
     return row
 

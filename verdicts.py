@@ -99,7 +99,9 @@ def check(design):
             problems.append(f"{key} must be between 0.5 and 1, got {design.get(key)}")
     heads, settings = design.get("heads", {}), design.get("settings", {})
     for name, setting in settings.items():
-        strangers = set(setting.get("heads", heads)) - set(heads) | {setting.get("like", name)} - set(settings)
+        strangers = set(setting.get("heads", heads)) - set(heads)
+        if setting.get("like", name) not in settings:
+            strangers.add(setting["like"])
         if strangers:
             problems.append(f"setting {name}: there is no {sorted(strangers)}")
     for claim in design.get("claims", []):
