@@ -92,8 +92,11 @@ def tuning(panels):
     return fig
 
 
-def show(ax, values, colours, low, high):
-    """The image of values (rows, columns), the first row on top and nan white, in colours between low and high."""
+def show(ax, values, colours, low=None, high=None):
+    """
+    The image of values (rows, columns), the first row on top and nan white, in colours between low and high, by default
+    the least and the most of them.
+    """
     image = ax.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, aspect="auto",
                       interpolation="nearest")
     ax.spines[:].set_visible(False)

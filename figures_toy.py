@@ -199,9 +199,7 @@ def heads_by_n(out_dir, groups):
             if found:
                 numbers[i, j] = scale * middle(found)
                 texts[i, j] = f"{numbers[i, j]:.3g}" + (f" ({len(found)})" if len(found) < len(runs) else "")
-        seen = numbers[np.isfinite(numbers)]
-        image = show(ax, numbers, colours, *((seen.min(), seen.max()) if seen.size else (0, 1)))
-        write(ax, texts, image, fontsize=7)
+        write(ax, texts, show(ax, numbers, colours), fontsize=7)
         ax.set_xticks(range(len(ns)), [f"n = {n:g}" for n in ns])
         ax.set_yticks(range(len(heads)), heads)
         ax.set_title(title, fontsize=9)

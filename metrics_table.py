@@ -170,12 +170,12 @@ METRICS = {
         "baseline's mean over seeds has made 90% of its progress. Runs that never get there have none. The definition "
         "is ours."),
     "steps_to_target": Metric(
-        "steps to target", ".4g", 1, True,
+        "steps to the tuned baseline", ".4g", 1, True,
         "Of a study of claims: the steps to the first evaluation as good as the linear head's runs at full length in "
         "tuning, their median. A run that never gets there has all of its own, which is too few. The definition is "
         "ours."),
     "cpu_to_target": Metric(
-        "CPU time to target (s)", ".4g", 1, True,
+        "CPU time to the tuned baseline (s)", ".4g", 1, True,
         "The CPU time of the same steps."),
     "quality_per_wh": Metric(
         "quality per Wh", ".3g", 1, False,

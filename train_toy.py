@@ -397,9 +397,10 @@ def train(group, task, todo, config, sources):
                     continue
                 if None in (row["train_loss"], row["score_scale"]): # a loss is finite beside an infinitely far class
                     what = "loss is" if row["train_loss"] is None else "scores are"
+                    why = f"the {what} not finite at epoch {epoch}"
                     broken.add(i)
-                    safe.write(os.path.join(folder, "error.txt"), f"the {what} not finite at epoch {epoch}\n")
-                    print(f"{group.label}, seed {todo[i]}: the {what} not finite at epoch {epoch}, it ends here")
+                    safe.write(os.path.join(folder, "error.txt"), f"{why}\n")
+                    print(f"{group.label}, seed {todo[i]}: {why}, it ends here")
                     continue
                 courses[i].append(row)
                 run.log(folder, row)
