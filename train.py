@@ -327,9 +327,10 @@ def forwards(start, stop, reduction="mean", **which):
     """
     Forward passes over the blocks start..stop-1 of the validation split, or `which` val_batch is to take, of which
     every rank takes its share. Yields for each batch its first block, the hidden states h (B, T, D), their targets y
-    (B, T), the head's loss, and its predictions (B, T).
+    (B, T), the head's loss, and its predictions (B, T); with reduction=None the head is not asked, and these are None.
     """
     raw_model.eval()
+    loss = predicted = None
     for of_all in range(start, stop, world_size * batch_size):
         first = of_all + rank * batch_size
         count = min(batch_size, stop - first)
@@ -339,9 +340,11 @@ def forwards(start, stop, reduction="mean", **which):
         x, y, *positions = val_batch(0, 1) if is_idle else val_batch(first, count, **which)
         with run.forward_pass(autocast, stop_non_finite):
             h = raw_model.features(x, *positions) # (B, T, D)
-            loss, measures = raw_model.head.loss(h, y, reduction=reduction, measures=True)
+            if reduction:
+                loss, measures = raw_model.head.loss(h, y, reduction=reduction, measures=True)
+                predicted = measures.predicted
         if not is_idle: # sharded ranks need each other's forward passes, nobody needs this one's loss
-            yield first, h, y, loss, measures.predicted
+            yield first, h, y, loss, predicted
     raw_model.train()
 
 
@@ -366,7 +369,7 @@ def evaluate():
 
 def probed_positions():
     """Forward passes over the blocks of the probe: for each its first block, and where (B, k) the probe looks."""
-    for first, _, y, *_ in forwards(0, min(num_val, probing.PROBE_SIZE)):
+    for first, _, y, *_ in forwards(0, min(num_val, probing.PROBE_SIZE), reduction=None): # of_layers runs it eagerly
         yield first, val_batch(first, len(y))[2] if model == "bert" else torch.full_like(y[:, :1], -1)
 
 
