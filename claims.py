@@ -118,8 +118,11 @@ def suggestions(head, setting, best, tried):
         return points
     for key, default in setting.get("refined", {}).items():
         if key != head["scale"] and not head.get("scale_free"):
-            value = best.get(key, default)
-            points += [{**best, key: value / 2}, {**best, key: value * 2}]
+            for value in (best.get(key, default) / 2, best.get(key, default) * 2):
+                point = {**best, key: value}
+                if math.isclose(value, default): # what every point has that does not name it
+                    del point[key]
+                points.append(point)
     return points
 
 

@@ -117,6 +117,9 @@ def test_what_is_refined_goes_on_by_factors_of_two(made_up):
     rows, _ = made_up(design, loss, "--stage=tune")
     best, = [row for row in rows if row["head"] == "euclidean" and row["chosen"] == "True"]
     assert (float(best["n"]), float(best["feature_scale"])) == (16, 2)
+    named = {float(row["feature_scale"] or 0.5) for row in rows if row["head"] == "euclidean"}
+    assert named == {0.25, 0.5, 1, 2, 4}
+    assert "0.5" not in {row["feature_scale"] for row in rows} # the default has run before anything was refined
 
 
 def test_a_head_to_which_the_scale_is_nothing_is_not_refined(made_up):
