@@ -20,7 +20,7 @@ FAMILIES = {
 def load_run(out_dir, checkpoint="best.pt", device="cpu"):
     """
     Return (the run's model in evaluation mode, the run's config, a dict, and the step of the checkpoint).
-    Raises SystemExit where there is no such checkpoint, or a damaged one.
+    Raises SystemExit where there is no such checkpoint, or a damaged one, or one that does not say its n.
     """
     path = os.path.join(out_dir, checkpoint)
     if not os.path.exists(path):
@@ -34,6 +34,9 @@ def load_run(out_dir, checkpoint="best.pt", device="cpu"):
             ckpt["model"] = fsdp.whole_weights(os.path.join(out_dir, ckpt["shards"]["folder"]))
     except ValueError as e:
         raise SystemExit(str(e)) from None
+    if not (ckpt["model_args"].get("n") and ckpt["model_args"].get("feature_scale")):
+        raise SystemExit(f"{path} is of an earlier version: it does not say its n and feature_scale, whose defaults "
+                         f"have changed since. read it with the commit that {out_dir}/config.json names as git")
     family = FAMILIES[ckpt["config"].get("model", "gpt")]
     model = family.Model(family.Config(**ckpt["model_args"]))
     load_weights(model, ckpt["model"])

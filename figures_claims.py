@@ -81,7 +81,7 @@ def tuning(panels):
         texts = np.where(np.isnan(values), "", texts)
         write(ax, texts, image, fontsize=6)
         ax.set_xticks(range(len(panel["scales"])), [f"{x:.3g}" for x in panel["scales"]], fontsize=7)
-        ax.set_yticks(range(len(panel["rates"])), [f"{x:.1g}" for x in panel["rates"]], fontsize=7)
+        ax.set_yticks(range(len(panel["rates"])), [f"{x:.2g}" for x in panel["rates"]], fontsize=7)
         ax.set_xlabel(plain(panel["scale"]), fontsize=8)
         ax.set_ylabel("learning rate", fontsize=8)
         ax.set_title(plain(panel["title"]), fontsize=8)

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import LanguageModel, import_transformers, lm_head, padded, pretrained_config
+from model import LanguageModel, import_transformers, lm_head, padded, pretrained_config, settled
 
 
 @dataclass
@@ -183,7 +183,7 @@ class BERT(LanguageModel):
         if not -1 <= config.mask_id < config.vocab_size:
             raise ValueError(f"mask_id {config.mask_id} must lie within the {config.vocab_size} tokens, "
                              "or be -1: an id of its own beyond them")
-        self.config = config
+        self.config = settled(config)
         if config.mask_id == -1: # the two ids come after the text's
             self.mask_id, self.pad_id, self.num_ids = config.vocab_size, config.vocab_size + 1, config.vocab_size + 2
         else: # they are among the text's: WordPiece pads with 0
@@ -199,7 +199,7 @@ class BERT(LanguageModel):
         ))
         self.apply(self.init_weights)
         # the head is made last, so that every head meets the same backbone for the same seed
-        self.head = lm_head(config, self.num_ids)
+        self.head = lm_head(self.config, self.num_ids)
         if config.tie_weights: # the embedding's initial weights stay; their 0.02 is nearly the head's 1 / sqrt(3 D)
             self.head.weight = self.transformer.wte.weight
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import LanguageModel, import_transformers, lm_head, padded, pretrained_config
+from model import LanguageModel, import_transformers, lm_head, padded, pretrained_config, settled
 
 
 @dataclass
@@ -159,7 +159,7 @@ class Qwen2(LanguageModel):
         size = config.n_embd // config.n_head # the dimensions of a head
         if size % 2:
             raise ValueError(f"n_embd / n_head is {size}, it must be even: RoPE turns pairs")
-        self.config = config
+        self.config = settled(config)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(padded(config.vocab_size), config.n_embd),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
@@ -168,7 +168,7 @@ class Qwen2(LanguageModel):
         self.register_buffer("rope", rotary(config.block_size, size, config.rope_theta), persistent=False)
         self.apply(self.init_weights)
         # the head is made last, so that every head meets the same backbone for the same seed
-        self.head = lm_head(config)
+        self.head = lm_head(self.config)
         if config.tie_weights:
             self.transformer.wte.weight = self.head.weight
 

@@ -34,6 +34,7 @@ HF_SMALL = {
         attn_implementation="eager")), # attention written out, not the function that our model calls
 }
 
+AS_THEIRS = dict(n=1.0, feature_scale=1.0) # in the config of a model that was read from transformers
 DECODER_BIAS = {"cls.predictions.bias", "cls.predictions.decoder.bias"} # BERT's, by both names; our heads have none
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import SMALL, hf_features, hf_model, in_dtype, masked, new_model, num_parameters, tokens
+from small_models import AS_THEIRS, SMALL, hf_features, hf_model, in_dtype, masked, new_model, num_parameters, tokens
 
 from distances import DistanceHead
 from model_bert import BERT, BERTConfig, mask_tokens
@@ -34,7 +34,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(tied, dtype, toleran
     with warnings.catch_warnings():
         warnings.simplefilter("error") # nothing is dropped
         model = BERT.from_hf(hf, mask_id=3).to(dtype).eval()
-    assert model.config == BERTConfig(**{**SMALL["bert"], "tie_weights": tied, "mask_id": 3})
+    assert model.config == BERTConfig(**{**SMALL["bert"], "tie_weights": tied, "mask_id": 3, **AS_THEIRS})
     for length in (24, 7, 1): # all positions, and fewer
         idx = tokens(3, length)
         for segments in (None, torch.zeros_like(idx), torch.ones_like(idx), tokens(3, length, seed=2, high=2)):

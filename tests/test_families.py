@@ -146,7 +146,7 @@ def test_validation_loss_by_hand():
 
 def test_bert_fills_in_masks():
     train(out_dir="out/bert", max_iters=500, eval_interval=250, log_interval=50, lr_decay_iters=500, model="bert",
-          distance="euclidean", n_layer=1, n_embd=32, batch_size=32, gradient_accumulation_steps=1)
+          distance="euclidean", n=6, n_layer=1, n_embd=32, batch_size=32, gradient_accumulation_steps=1)
     printed, _ = run_script("sample.py", "--out_dir=out/bert", "--device=cpu", '--start=!"#[MASK]%&[MASK]()*+',
                             "--num_nearest=3")
     lines = [line for line in printed.splitlines() if line.startswith("[MASK] ")]

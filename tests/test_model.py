@@ -3,9 +3,11 @@ These tests concern GPT alone; those in test_models.py hold for every family.
 
 $ pytest tests/test_model.py
 """
+from dataclasses import replace
+
 import pytest
 import torch
-from small_models import hf_model, num_parameters
+from small_models import EVERY_HEAD, hf_model, num_parameters
 
 from model import GPT, GPTConfig, language_model_head
 
@@ -44,7 +46,7 @@ def test_a_checkpoint_of_nanogpt(prefix, tmp_path):
     model, idx = GPT(config).eval(), torch.randint(65, (2, 16))
     torch.save(nanogpt_checkpoint(model, prefix), tmp_path / "ckpt.pt")
     loaded = GPT.from_pretrained(str(tmp_path / "ckpt.pt")).eval()
-    assert loaded.config == config
+    assert loaded.config == model.config
     assert torch.equal(loaded.head(loaded.features(idx)), model.head(model.features(idx)))
     shorter = GPT.from_pretrained(str(tmp_path / "ckpt.pt"), block_size=8, tie_weights=False, distance="cosine").eval()
     scale = shorter.head.feature_scale
@@ -69,8 +71,26 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused():
 def test_the_head_for_a_vocabulary():
     """n and feature scale are those with which a language model begins, unless they are given."""
     head = language_model_head(64, 1000, "minkowski", p=3.0)
-    assert (head.n, head.feature_scale, head.num_classes, head.num_prototypes) == (8.0, 0.125, 1000, 1024)
-    assert language_model_head(64, 1000, "chebyshev", "smooth").n == 64.0
+    assert (head.n, head.feature_scale, head.num_classes, head.num_prototypes) == (16.0, 0.125, 1000, 1024)
+    assert language_model_head(64, 1000, "chebyshev", "smooth").n == 80.0
     assert language_model_head(64, 1000, "baseline").feature_scale == 1.0
     head = language_model_head(64, 1000, "cosine", n=28.0, feature_scale=0.5, link="softmin")
     assert (head.n, head.feature_scale, head.link) == (28.0, 0.5, "softmin")
+
+
+@pytest.mark.parametrize("distance, variant", EVERY_HEAD)
+def test_a_new_model_begins_with_scores_that_are_spread_by_a_nat(distance, variant):
+    """That is what the defaults are for. The linear head is as it is, and Gumbel-Hamming has noise as well."""
+    torch.manual_seed(0)
+    head = language_model_head(128, 4096, distance, variant).eval()
+    with torch.no_grad():
+        spread = head(torch.randn(8, 128) * head.feature_scale).std(1).mean()
+    expected = {"": 0.58, "gumbel": 0.18, "normalized": 0.63}.get(variant, 1.0) # normalized: as it was tuned
+    assert spread.item() == pytest.approx(expected, rel=0.2)
+
+
+def test_a_model_has_numbers_where_its_config_has_defaults():
+    """A checkpoint keeps the model's config, and must not depend on what the defaults are when it is read."""
+    config = GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=16, distance="cosine")
+    assert GPT(config).config == replace(config, n=4.0, feature_scale=0.25)
+    assert GPT(replace(config, n=5.0, feature_scale=3.0)).config == replace(config, n=5.0, feature_scale=3.0)

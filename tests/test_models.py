@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import (
+    AS_THEIRS,
     DECODER_BIAS,
     EVERY_HEAD,
     SMALL,
@@ -64,7 +65,7 @@ def randomise(model, std=0.3):
 def test_logits_and_loss_are_those_of_transformers(family, tied, dtype, tolerance):
     hf = in_dtype(hf_model(family, tied), dtype)
     model = from_hf(family, hf).to(dtype).eval()
-    assert model.config == FAMILIES[family].Config(**{**SMALL[family], "tie_weights": tied})
+    assert model.config == FAMILIES[family].Config(**{**SMALL[family], "tie_weights": tied, **AS_THEIRS})
     check_parity(hf, model, tolerance)
     with torch.no_grad():
         for length in (24, 7): # all positions, and fewer
@@ -217,7 +218,7 @@ def test_to_hf_and_back(family, config, tmp_path):
         for same in (hf, Auto.from_pretrained(tmp_path)):
             torch.testing.assert_close(same(idx).logits, expected, rtol=0, atol=1e-4)
         for back in (Model.from_hf(hf, **special).eval(), Model.from_pretrained(str(tmp_path), **special).eval()):
-            assert back.config == replace(model.config, feature_scale=0.0) # it went into the last norm
+            assert back.config == replace(model.config, feature_scale=1.0) # it went into the last norm
             torch.testing.assert_close(back.head(back.features(idx)), expected, rtol=0, atol=1e-4)
         before = hf(idx).logits
         model.transformer.ln_f.weight.zero_() # theirs is a copy
