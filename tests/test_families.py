@@ -257,6 +257,18 @@ def test_refused(settings, message):
     assert message in refused(**{**SETTINGS, "out_dir": "out", **settings})
 
 
+def test_a_checkpoint_that_does_not_say_its_n_is_refused():
+    """Those of earlier versions have 0, for a default that has changed since."""
+    train(out_dir="out", max_iters=1, distance="euclidean")
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
+    assert ckpt["model_args"]["n"] > 0
+    ckpt["model_args"]["n"] = 0.0
+    torch.save(ckpt, "out/ckpt.pt")
+    with pytest.raises(SystemExit, match="it does not say its n and feature_scale"):
+        load_run("out", "ckpt.pt")
+    assert "in the checkpoint" in refused(init_from="resume", out_dir="out", distance="euclidean")
+
+
 def test_a_checkpoint_of_another_family_or_head_is_refused():
     train(out_dir="out", max_iters=1, eval_interval=1, model="bert", distance="cosine")
     message = refused(init_from="resume", out_dir="out", model="gpt")
