@@ -8,6 +8,7 @@ import csv
 import functools
 import math
 import os
+import re
 import sys
 
 import numpy as np
@@ -110,7 +111,8 @@ def verdict_again(claim, own, p_holm, alpha):
 def agree(design, rows):
     """Judge twice, compare, and return {name: the verdict's dict}."""
     frame, judged = pd.DataFrame(rows), verdicts.judge(design, rows)
-    numeric = frame.columns.difference(["setting", "head", "stage", "status", "rung", "git", "folder"])
+    texts = ["setting", "head", "stage", "status", "rung", "git", "folder", "chosen", "arrived"]
+    numeric = frame.columns.difference(texts)
     frame[numeric] = frame[numeric].apply(pd.to_numeric)
     again = [numbers_again(design, frame, claim) for claim in design["claims"]]
     for primary in (True, False):
@@ -257,17 +259,26 @@ def test_a_second_computation_agrees_on_claims_at_the_margin(seed):
     assert len({result["verdict"] for result in agree(design, rows).values()}) == 3
 
 
-def test_a_second_computation_agrees_on_the_study_of_claims():
-    path = os.path.join(ROOT, "assets", "claims", "runs.csv")
-    if not os.path.exists(path):
-        pytest.skip("no runs of the study of claims here")
-    with open(os.path.join(ROOT, "config", "claims.toml"), encoding="utf-8") as f:
+def test_a_second_computation_agrees_on_the_study_of_claims_and_so_does_its_table():
+    folder = os.path.join(ROOT, "assets", "claims")
+    with open(os.path.join(folder, "claims.toml"), encoding="utf-8") as f:
         design = verdicts.load(f.read())
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    if not any(r["stage"] == "confirm" for r in rows) or not design.get("claims"):
-        pytest.skip("no claims, or no runs of confirmation")
-    assert any(result["look"] for result in agree(design, rows).values())
+    with open(os.path.join(folder, "runs.csv"), newline="", encoding="utf-8") as f:
+        judged = agree(design, list(csv.DictReader(f)))
+    with open(os.path.join(ROOT, "RESULTS.md"), encoding="utf-8") as f:
+        section = f.read().split("## Verdicts\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    shown = {name: rest for name, *rest in rows[1:]}
+    assert set(shown) == {name for name, result in judged.items() if result["look"]} and shown
+    for name, (verdict, difference, _, _, seeds, p_holm) in shown.items():
+        result, is_log = judged[name], difference.endswith("%]")
+        numbers = [float(x) for x in re.findall(r"[+-][0-9.]+", difference)]
+        expected = [result["estimate"], result["low"], result["high"]]
+        if is_log:
+            expected = [100 * math.expm1(x) for x in expected]
+        assert (verdict, int(seeds)) == (result["verdict"], result["seeds"])
+        assert numbers == pytest.approx(expected, abs=0.05 if is_log else 0.0005)
+        assert float(p_holm) == pytest.approx(result["p_holm"], rel=0.1)
 
 # -----------------------------------------------------------------------------
 # its parts
