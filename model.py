@@ -80,7 +80,8 @@ def language_model_head(D, vocab_size, distance="cosine", variant=None, n=0.0, f
 
 def settled(config):
     """Return a model's config with numbers in the place of defaults: a checkpoint must not depend on what these are."""
-    n, feature_scale = default_scales(config.distance, config.variant, config.n_embd)
+    head = head_arguments(vars(config)) # "minkowski:p=3" is a distance with its parameters
+    n, feature_scale = default_scales(head["distance"], head["variant"], config.n_embd)
     return replace(config, n=config.n or n, feature_scale=config.feature_scale or feature_scale)
 
 

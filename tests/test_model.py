@@ -93,4 +93,5 @@ def test_a_model_has_numbers_where_its_config_has_defaults():
     """A checkpoint keeps the model's config, and must not depend on what the defaults are when it is read."""
     config = GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=16, distance="cosine")
     assert GPT(config).config == replace(config, n=4.0, feature_scale=0.25)
+    assert GPT(replace(config, distance="minkowski:p=3")).config.n == 8.0
     assert GPT(replace(config, n=5.0, feature_scale=3.0)).config == replace(config, n=5.0, feature_scale=3.0)

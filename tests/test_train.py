@@ -93,7 +93,7 @@ def test_a_run_leaves_its_settings(runs):
     assert info["data"]["vocab_size"] == 97 and info["model_args"]["vocab_size"] == 97
     model = model_of(load(folder / "whole"))
     assert info["num_params"] == sum(p.numel() for p in model.parameters())
-    assert info["head"].startswith("16 -> 97 of 128, euclidean") and "n=4 learned" in info["head"] and info["n"] == 4
+    assert info["head"].startswith("16 -> 97 of 128, euclidean") and "n=8 learned" in info["head"] and info["n"] == 8
 
 
 def test_a_run_learns_and_says_so(runs):
@@ -619,7 +619,7 @@ def test_another_model_or_other_data_are_not_resumed(here):
     train(out_dir="out", max_iters=2, distance="cosine")
     message = refused(init_from="resume", out_dir="out", max_iters=4, n_layer=3, distance="manhattan", n=2)
     for part in ("n_layer is 3 here, 2 in the checkpoint", "distance is 'manhattan' here, 'cosine' in the checkpoint",
-                 "n is 2.0 here, 0.0 in the checkpoint"):
+                 "n is 2.0 here, 4.0 in the checkpoint"):
         assert part in message
     make_dataset(here / "own" / "tiny", train_tokens=6001)
     message = refused(init_from="resume", out_dir="out", max_iters=4, data_dir="own")
