@@ -368,8 +368,11 @@ def evaluate():
 
 
 def probed_positions():
-    """Forward passes over the blocks of the probe: for each its first block, and where (B, k) the probe looks."""
-    for first, _, y, *_ in forwards(0, min(num_val, probing.PROBE_SIZE), reduction=None): # of_layers runs it eagerly
+    """
+    Forward passes over the blocks of the probe: for each its first block, and where (B, k) the probe looks. The head is
+    not asked: of_layers runs them eagerly, where an elementwise head is slow.
+    """
+    for first, _, y, *_ in forwards(0, min(num_val, probing.PROBE_SIZE), reduction=None):
         yield first, val_batch(first, len(y))[2] if model == "bert" else torch.full_like(y[:, :1], -1)
 
 
