@@ -327,7 +327,7 @@ def make_labels(heads, usual):
     labels = {head: label(head, usual) for head in heads}
     counts = Counter(labels.values())
     for head, text in labels.items():
-        if counts[text] > 1 and head.distance == "baseline": # its features' scale is its temperature
+        if head.distance == "baseline" and (counts[text] > 1 or head.feature_scale != 1): # the scale is its temperature
             labels[head] = f"{text} (features x {head.feature_scale:g})"
         elif counts[text] > 1: # fixed n from several files
             labels[head] = f"{text} ({head.n:g})"

@@ -27,6 +27,7 @@ import page
 import report
 import report_figures
 import results
+from run_folder import Head
 
 # test accuracy by seed
 BASE, GOOD, SAME = (0.900, 0.920, 0.911, 0.905), (0.951, 0.969, 0.962, 0.953), (0.905, 0.915, 0.912, 0.903)
@@ -271,6 +272,15 @@ def test_every_number_of_every_run_is_in_one_table(tmp_path, quick):
     assert rows["n4"]["head"] == "cosine, n=4" and rows["n4"]["n_setting"] == "given" and rows["n4"]["n"] == "4.0"
     assert float(rows["text"]["perplexity"]) == math.exp(1 / 3) and rows["text"]["test_accuracy"] == ""
     assert set(metrics.METRICS) <= set(rows["text"])
+
+
+def test_the_label_of_a_linear_head_says_the_scale_of_its_features_unless_it_is_one():
+    """It is all the temperature that this head has, also where it stands alone."""
+    def labels(*scales):
+        heads = [Head("baseline", "", "", "", "fixed", 0.0, 0.0, scale) for scale in scales]
+        return list(results.make_labels(heads, {}).values())
+    assert labels(1.0) == ["baseline"] and labels(4.0) == ["baseline (features x 4)"]
+    assert labels(1.0, 4.0) == ["baseline (features x 1)", "baseline (features x 4)"]
 
 
 def test_what_a_figure_leaves_out_and_which_heads_no_other_beats(tmp_path):
