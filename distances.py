@@ -1556,8 +1556,8 @@ class DistanceHead(nn.Module):
 
         h (..., D), targets (...) of the same leading shape; entries equal to ignore_index do not count. reduction:
         "mean" over the targets that count, "sum", or "none", per target, whose backward pass computes the distances
-        again. chunk: rows at a time, by default 256 (elementwise 128), or 1024 on a GPU, and more where a buffer stays
-        below 8 MB (4 MB; 256 MB on a GPU).
+        again. chunk: rows at a time, by default 256 (elementwise 128 on a CPU), and more where a buffer of scores stays
+        below 16 MB (4 MB; 512 MB on a GPU).
 
         weights (...): how much each target counts, without a gradient; "mean" divides by their sum. measures: return
         (loss, Measures) of the same pass, with predicted (...), so that (predicted == targets) is token accuracy, and

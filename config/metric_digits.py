@@ -1,5 +1,5 @@
 # Embeddings of scikit-learn's digits: an MLP, five of the ten classes held out, batches of 16 images of each of the
-# others. A run takes seconds. The rate is ten times that of Variance & Greediness, as there are 220 steps.
+# others. A run takes seconds. The rate is ten times that of Variance & Greediness, as there are 240 steps.
 #   python train_metric.py config/metric_digits.py --loss=triplet
 out_dir = "out/metric_digits"
 dataset = "digits"
