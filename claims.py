@@ -71,6 +71,14 @@ def list_only(runs, at_once=0):
     """Make nothing: what takes this in the place of make() finds the runs that there are."""
 
 
+def require(runs, at_once=0):
+    """Make nothing, and raise SystemExit where a run has not ended: heads are judged at points that do not move."""
+    open_ones = [run for run in runs if study.state(run.folder) not in ("ended", "broken")]
+    if open_ones:
+        raise SystemExit(f"{open_ones[0].folder} has not ended, one of {len(open_ones)} runs of tuning, which comes "
+                         f"before confirmation: python claims.py {open_ones[0].setting} --stage=tune")
+
+
 def score(run, setting):
     """Return what tuning judges a run by, the lower the better: infinity where it failed or has not ended."""
     try:
@@ -133,7 +141,7 @@ def tune(plan, name, make):
     """
     setting = plan["settings"][name]
     if "like" in setting:
-        return tune(plan, setting["like"], list_only)
+        return tune(plan, setting["like"], list_only if make is list_only else require)
     heads = {head: about for head, about in plan["heads"].items() if "like" not in about}
     points = {head: grid(about, setting) for head, about in heads.items()}
     done = {head: [] for head in heads} # its Runs
@@ -171,9 +179,11 @@ def tune(plan, name, make):
 # -----------------------------------------------------------------------------
 # confirmation
 
-def confirm(plan, name, chosen, make):
-    """Make the runs that judge each head at its best point, seed by seed. Returns them all."""
-    setting, runs = plan["settings"][name], []
+def confirm(plan, name, chosen, tuned, make):
+    """Make the runs that judge each head at its best point, seed by seed, and before them those of a target of the
+    setting's own. Returns them all."""
+    setting = plan["settings"][name]
+    runs = [run for run in target_runs(plan, name, tuned) if run not in tuned]
     for seed in range(1, setting["looks"][-1] + 1):
         for head in setting.get("heads", plan["heads"]):
             about = plan["heads"][head]
@@ -184,21 +194,33 @@ def confirm(plan, name, chosen, make):
     return runs
 
 
+def target_runs(plan, name, tuned):
+    """
+    Return the Runs of which a setting has its target: those of the first head, the linear one, at full length in
+    tuning. A setting that is `like` another makes them again, as it may evaluate on other tokens than that one.
+    """
+    setting = plan["settings"][name]
+    of_tuning = plan["settings"][setting.get("like", name)]
+    first, last = next(iter(plan["heads"])), len(of_tuning["rungs"])
+    runs = [run for run in tuned if run.head == first and run.rung == last]
+    if "like" in setting:
+        return [make_run(plan, name, first, "target", of_tuning["seed"], run.point) for run in runs]
+    return runs
+
+
 def target(plan, name, tuned):
     """
-    What a run of the setting has to reach, as score() counts: the median of what the first head, the linear one, has
-    reached at full length in tuning. Minus infinity where it has no such run: nothing reaches it.
+    What a run of the setting has to reach, as score() counts: the median of what its target_runs() have reached. Minus
+    infinity where none has ended: nothing reaches it.
     """
-    setting = plan["settings"][plan["settings"][name].get("like", name)] # where it was tuned
-    first, last = next(iter(plan["heads"])), len(setting["rungs"])
-    reached = [score(run, setting) for run in tuned if run.head == first and run.rung == last]
-    return statistics.median(reached) if reached else -math.inf
+    reached = [score(run, plan["settings"][name]) for run in target_runs(plan, name, tuned)]
+    return statistics.median(filter(math.isfinite, reached)) if any(map(math.isfinite, reached)) else -math.inf
 
 
 def to_target(evals, setting, goal):
     """
     {steps_to_target, cpu_to_target, arrived} of the evaluations of a run. One that does not arrive has all that it
-    took, which is less than it would have needed: so a difference to another head is rather too small than too large.
+    took, which is less than it would have needed: verdicts.py decides nothing that this could turn.
     """
     sign, key = 1 if setting["lower"] else -1, setting["tuned_by"]
     arrived = [row for row in evals if sign * row[key] <= goal]
@@ -237,7 +259,7 @@ def table(plan):
     for name in plan["settings"]:
         setting = plan["settings"][name]
         chosen, tuned = tune(plan, name, list_only)
-        goal, runs = target(plan, name, tuned), confirm(plan, name, chosen, list_only)
+        goal, runs = target(plan, name, tuned), confirm(plan, name, chosen, tuned, list_only)
         if "like" not in setting: # whose runs are in the table already
             runs = [*tuned, *runs]
         rows += [row for run in runs if (row := row_of(run, setting, chosen, goal))]
@@ -281,10 +303,10 @@ def main():
         if stage != "table":
             study.import_ahead()
             for name in names or plan["settings"]:
-                chosen, _ = tune(plan, name, make if stage != "confirm" else list_only)
+                chosen, tuned = tune(plan, name, make if stage != "confirm" else require)
                 if stage != "tune":
                     freeze(text)
-                    confirm(plan, name, chosen, make)
+                    confirm(plan, name, chosen, tuned, make)
     finally: # also where it is stopped
         rows = table(plan)
     print(f"{len(rows)} runs: {os.path.join(out_dir, 'runs.csv')}")

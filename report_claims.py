@@ -30,9 +30,10 @@ MEANINGS = {
     "supported": "the interval lies on the claim's side of 0, the estimate reaches the effect of interest, and p "
                  "after Holm's correction allows it (a claim of equality: two one-sided tests exclude both effects).",
     "refuted": "the whole interval falls short of the effect of interest: whatever there is, it is smaller than the "
-               "claim says, or points the other way (a claim of equality: the interval excludes equality).",
-    "inconclusive": "these seeds cannot tell. The detectable effect is what they would have found: where it is larger "
-                    "than the effect of interest, more seeds are needed.",
+               "claim says, or points the other way (a claim of equality: the interval excludes equality). Holm's "
+               "correction is for what is supported; each refutation stands by its own interval.",
+    "inconclusive": "these seeds cannot tell. The detectable effect is the difference that they would have told from "
+                    "none, before Holm: where it is larger than the effect of interest, more seeds are needed.",
     "not run yet": "some head of the contrast has fewer seeds than the first look needs.",
 }
 COSTS = ("emissions_per_1000_steps", "cpu_seconds", "energy_kwh", "seconds_per_step", "seconds_per_epoch")
@@ -280,7 +281,8 @@ def heat_map(study):
         key, unit = setting["quality"], effect_unit(study, name)
         scores = {head: numbers(study, name, head, key) for head in heads}
         there = [i for i, head in enumerate(heads) if scores[head]]
-        means = [statistics.mean(scores[heads[i]].values()) for i in there]
+        common = set.intersection(*(set(scores[heads[i]]) for i in there)) # ranks compare the same seeds
+        means = [statistics.mean(scores[heads[i]][seed] for seed in common or scores[heads[i]]) for i in there]
         sign = -1 if METRICS[key].lower else 1 # that makes more better
         ranks[there, j] = rankdata([-sign * mean for mean in means])
         for i, head in enumerate(heads):

@@ -22,6 +22,7 @@ import metrics
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(256) # of quadrature on [-1, 1]
 REQUIRED = {"name", "says", "setting", "contrast", "effect"}
 OPTIONAL = {"metric", "primary", "equal", "log", "question"}
+TO_TARGET = ("steps_to_target", "cpu_to_target") # of a run that did not arrive they are less than it would have needed
 
 
 def crossing(bound, looks):
@@ -152,6 +153,14 @@ def score(row, metric, setting):
     return setting["failed"] if metric == setting["quality"] else None
 
 
+def late_sides(claim, metric, rows):
+    """The signs of the weights of heads that did not arrive, where the metric is what it took to arrive."""
+    if metric not in TO_TARGET:
+        return set()
+    return {math.copysign(1, weight) for head, weight in claim["contrast"].items()
+            if rows[head].get("arrived") in (False, "False")}
+
+
 def sides(claim, scores):
     """(the sum over the heads with positive weights, that over the others), of logarithms with log. Or ValueError."""
     if claim.get("log") and min(scores.values()) <= 0:
@@ -172,17 +181,21 @@ def measure(claim, design, runs):
     heads = {head: runs.get((claim["setting"], head), {}) for head in claim["contrast"]}
     there = sorted(set.intersection(*map(set, heads.values())))
     look = sum(n <= len(there) for n in looks)
-    failed, pairs = 0, {}
+    failed, pairs, late = 0, {}, {1: 0, -1: 0}
     for seed in there[:looks[look - 1]] if look else there:
         rows = {head: of_seed[seed] for head, of_seed in heads.items()}
         failed += sum(has_failed(row, setting["quality"]) for row in rows.values())
         scores = {head: score(row, metric, setting) for head, row in rows.items()}
-        if None not in scores.values():
+        signs = late_sides(claim, metric, rows)
+        for sign in signs:
+            late[sign] += 1
+        if None not in scores.values() and len(signs) < 2: # with both sides late nothing is known of the difference
             pairs[seed] = sides(claim, scores)
     result = dict.fromkeys(("estimate", "std", "error", "level", "low", "high", "detectable", "p", "p_overall"))
     result |= {key: claim[key] for key in ("name", "says", "setting", "effect")}
     result |= dict(metric=metric, primary=claim.get("primary", False), look=look, run=len(there), seeds=len(pairs),
-                   failed=failed, values={seed: plus - minus for seed, (plus, minus) in pairs.items()})
+                   failed=failed, above=late[1], below=late[-1],
+                   values={seed: plus - minus for seed, (plus, minus) in pairs.items()})
     if not pairs:
         return result
     test = metrics.paired(*zip(*pairs.values()))
@@ -206,7 +219,11 @@ def measure(claim, design, runs):
 def weigh(low, estimate, high, effect):
     """(verdict, why) of an interval, where the claim is an effect above 0 of at least this size."""
     if high < effect:
-        where = "is on the other side of 0" if high < 0 else "falls short of the effect of interest"
+        where = "falls short of the effect of interest"
+        if high < 0:
+            where = "is on the other side of 0"
+        elif low > 0:
+            where = "is on the claim's side, and falls short of the effect of interest"
         return "refuted", f"The whole interval {where}."
     if low <= 0:
         return "inconclusive", "The interval has both 0 and the effect of interest in it."
@@ -215,8 +232,22 @@ def weigh(low, estimate, high, effect):
     return "supported", "The interval is on the claim's side of 0, and the estimate reaches the effect of interest."
 
 
-def decide(claim, result, looks, alpha):
+def doubt(claim, result, verdict, quality):
+    """Return why the runs do not bear this verdict, though their interval does, or None."""
+    if result["failed"] and result["metric"] != quality:
+        return f"{result['failed']} runs failed, which have no such number: those that are left would decide."
+    larger, smaller = result["above"], result["below"] # than was counted; below in the direction of the claim
+    if claim["effect"] < 0:
+        larger, smaller = smaller, larger
+    unsure = smaller if verdict == "supported" else larger
+    if claim.get("equal"):
+        unsure = larger + smaller
+    return f"In {unsure} seeds a head did not arrive, with which the difference could be another." if unsure else None
+
+
+def decide(claim, result, setting, alpha):
     """(verdict, why) of a claim, given its numbers with p_holm."""
+    looks = setting["looks"]
     if result["look"] == 0:
         return "not run yet", f"{result['run']} of the {looks[0]} seeds that the first look needs have run."
     missing = looks[result["look"] - 1] - result["seeds"]
@@ -234,6 +265,9 @@ def decide(claim, result, looks, alpha):
         verdict, why = "supported", "Both one-sided tests exclude a difference of that size."
     else:
         verdict, why = "inconclusive", "A difference of that size is not excluded."
+    doubtful = doubt(claim, result, verdict, setting["quality"])
+    if verdict != "inconclusive" and doubtful:
+        return "inconclusive", f"By its interval alone it would be {verdict}. {doubtful}{lacking}"
     if verdict == "supported" and result["p_holm"] > alpha:
         return "inconclusive", f"Alone it would be supported; after Holm p is {result['p_holm']:.3g}."
     if verdict == "inconclusive":
@@ -247,6 +281,8 @@ def judge(design, rows):
       name, says, setting, metric, primary, effect   as the design has them
       look, run   the number of the look that is reached, 0 before the first; how many seeds all heads have run
       seeds, failed   how many seeds the numbers are of: those of the look with the metric; how many runs failed
+      above, below   in how many seeds a head did not arrive at its target, so that the true difference may be above
+                  or below what is counted; where heads on both sides did not, it may be either, and counts as none
       estimate, std, error, values   the contrast's mean over seeds, its std (ddof 1), standard error, and {seed: it}
       level, low, high   the nominal two-sided level of this look, and the interval with confidence 1 - level
       p, p_overall, p_holm   of no difference (equal = true: of one as large as the effect) at this look; as an error
@@ -255,9 +291,10 @@ def judge(design, rows):
       verdict     'supported', 'refuted', 'inconclusive' or 'not run yet', and why, a sentence
     What needs an interval is None before the first look, and where all seeds have the same difference. Supported: the
     interval is on the claim's side of 0, the estimate reaches the effect, and p_holm is at most 1 - confidence.
-    Refuted: the whole interval falls short of the effect. With equal = true: two one-sided tests support it, an
-    interval beyond +-effect refutes it. Raises ValueError for a bad design, a run that is there twice, and a failure
-    for which the design has no score.
+    Refuted: the whole interval falls short of the effect, which Holm does not correct: a claim whose effect is just
+    that of interest is refuted with half the error of its look. With equal = true: two one-sided tests support it, an
+    interval beyond +-effect refutes it. Neither, where doubt() finds why the runs do not bear it. Raises ValueError for
+    a bad design, a run that is there twice, and a failure for which the design has no score.
     """
     check(design)
     runs = confirmed(rows)
@@ -267,8 +304,8 @@ def judge(design, rows):
         for result, p in zip(family, holm([result["p_overall"] for result in family])):
             result["p_holm"] = p
     for claim, result in zip(design.get("claims", []), results):
-        looks = design["settings"][claim["setting"]]["looks"]
-        result["verdict"], result["why"] = decide(claim, result, looks, 1 - design["confidence"])
+        setting = design["settings"][claim["setting"]]
+        result["verdict"], result["why"] = decide(claim, result, setting, 1 - design["confidence"])
     return results
 
 
@@ -278,7 +315,8 @@ def across(design, verdicts):
     the effect, so that points of accuracy can stand beside nats. settings, estimate, low, high, tau (the standard
     deviation between settings), verdict, why. Needs statsmodels, or says so.
     It is a random-effects meta-analysis (Paule and Mandel) with t quantiles, as settings are few; a mixed model of all
-    seeds would give all settings one variance. The interval is not corrected for looks nor for other questions.
+    seeds would give all settings one variance. The interval is not corrected for looks nor for other questions, and it
+    takes settings as independent, which two with the same images are not: it is then too narrow.
     """
     questions = {}
     for claim, result in zip(design.get("claims", []), verdicts):

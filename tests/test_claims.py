@@ -140,18 +140,24 @@ def test_confirmation_takes_fresh_seeds_and_what_tuning_found(made_up):
     assert made == [] and len(rows) > len(judged)
 
 
-def test_a_setting_that_is_like_another_has_its_points_and_a_target(made_up):
+def test_a_setting_that_is_like_another_has_its_points_and_a_target_by_its_own_evaluation(made_up):
+    """Its evaluations are of other tokens, whose loss is higher by 1: so is the target."""
     of_digits = DESIGN.partition("[settings.digits]")[2].replace('title = "digits"', 'title = "cost"')
+    of_digits = of_digits.replace("--epochs=2", "--epochs=2 --eval_iters=4")
     cost = "\n[settings.cost]\nlike = 'digits'\nheads = ['linear', 'learned']" + of_digits
-    rows, made = made_up(DESIGN + cost, bowl)
-    judged = [row for row in rows if row["setting"] == "cost"]
+    rows, made = made_up(DESIGN + cost, lambda recipe: bowl(recipe) + ("--eval_iters=4" in recipe))
+    judged = [row for row in rows if row["setting"] == "cost" and row["stage"] == "confirm"]
     assert [(row["seed"], row["head"]) for row in judged] == [
         (seed, head) for seed in "12" for head in ("linear", "learned")]
-    assert {float(row["learning_rate"]) for row in judged} == {1e-4} and {row["stage"] for row in judged} == {"confirm"}
+    assert {float(row["learning_rate"]) for row in judged} == {1e-4}
     assert len(made) == len(rows) # no run is there twice
     # the linear head's runs at full length have losses of 0 to 2.25
-    losses = [bowl([f"--learning_rate={row['learning_rate']}", f"--feature_scale={row['feature_scale']}"])
-              for row in rows if row["head"] == "linear" and row["rung"] == "2"]
+    tuned = [row for row in rows if row["head"] == "linear" and row["rung"] == "2"]
+    again = [row for row in rows if row["stage"] == "target"]
+    points = [(row["learning_rate"], row["feature_scale"]) for row in again]
+    assert points == [(row["learning_rate"], row["feature_scale"]) for row in tuned]
+    assert {(row["seed"], row["head"]) for row in again} == {("1001", "linear")}
+    losses = [1 + bowl([f"--learning_rate={rate}", f"--feature_scale={scale}"]) for rate, scale in points]
     steps = math.ceil(4 - statistics.median(losses))
     assert {(row["steps_to_target"], row["cpu_to_target"], row["arrived"]) for row in judged} == {
         (str(steps), str(2.0 * steps), "True")}
@@ -162,6 +168,15 @@ def test_a_run_that_does_not_arrive_has_all_that_it_took():
     evals = [dict(step=10 * i, cpu_seconds=float(i), val_loss=5 - i) for i in range(4)] # 5, 4, 3, 2
     assert claims.to_target(evals, setting, 3.5) == dict(steps_to_target=20, cpu_to_target=2.0, arrived=True)
     assert claims.to_target(evals, setting, 1.5) == dict(steps_to_target=30, cpu_to_target=3.0, arrived=False)
+
+
+def test_heads_are_not_judged_before_tuning_has_ended(made_up):
+    with pytest.raises(SystemExit, match="one of 8 runs of tuning, which comes before confirmation: python claims.py "
+                                         "digits --stage=tune"):
+        made_up(DESIGN, bowl, "--stage=confirm")
+    made_up(DESIGN, bowl, "--stage=tune")
+    rows, made = made_up(DESIGN, bowl, "--stage=confirm")
+    assert len(made) == 6 == len([row for row in rows if row["stage"] == "confirm"])
 
 
 def test_a_run_that_fails_is_a_row_and_a_head_that_always_fails_is_not_judged(made_up):

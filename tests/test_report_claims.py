@@ -188,6 +188,15 @@ def test_heads_by_settings_and_every_point_of_tuning(tmp_path, quick):
     assert [row["status"] for row in tuned].count("failed") == 3
 
 
+def test_ranks_compare_the_same_seeds(tmp_path, quick):
+    """Half-way through a study one head has the seeds that another one has not."""
+    losses = {("linear", 1): 4.4, ("linear", 2): 9.0, ("linear", 3): 9.0, ("cosine", 1): 4.5}
+    rows = [row for row in made_up_rows(3, ("gpt",), ("linear", "cosine")) if row["stage"] == "confirm"]
+    rows = [row | dict(test_loss=losses[key]) for row in rows if (key := (row["head"], row["seed"])) in losses]
+    _, _, table = make(tmp_path / "claims", rows)
+    assert {row["head"]: float(row["mean_rank"]) for row in table("claims_heads")} == {"linear": 1, "cosine": 2}
+
+
 def test_the_design_of_this_repository(tmp_path, quick):
     design = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config", "claims.toml")
     with open(design, encoding="utf-8") as f:

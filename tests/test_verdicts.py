@@ -60,16 +60,23 @@ def numbers_again(design, frame, claim):
     own["score"] = own[metric].where(~bad, setting["failed"] if metric == quality else np.nan)
     if claim.get("log"):
         own["score"] = np.log(own["score"])
+    late = pd.Series(False, own.index)
+    if metric.endswith("_to_target"):
+        late = own["arrived"].astype(str) == "False"
+    own["late"] = late * np.sign(own["head"].map(claim["contrast"]).astype(float))
     counts = own.groupby("seed")["head"].nunique()
     seeds = sorted(counts.index[counts == len(heads)])
     look = len([n for n in looks if n <= len(seeds)])
     if look == 0:
         return dict(look=0)
     seeds = seeds[:looks[look - 1]]
-    table = own[own["seed"].isin(seeds)].pivot(index="seed", columns="head", values="score").dropna()
+    own = own[own["seed"].isin(seeds)]
+    above, below = (own.groupby("seed")["late"].agg(f) == bound for f, bound in (("max", 1), ("min", -1)))
+    table = own.pivot(index="seed", columns="head", values="score")[~(above & below)].dropna()
     difference = sum(weight * table[head] for head, weight in claim["contrast"].items())
-    result = dict(look=look, seeds=len(table), failed=int(bad[own["seed"].isin(seeds)].sum()),
-                  estimate=difference.mean(), values=difference.to_dict(), low=None, p_overall=1.0)
+    result = dict(look=look, seeds=len(table), failed=int(bad[own.index].sum()),
+                  estimate=difference.mean(), values=difference.to_dict(), low=None, p_overall=1.0,
+                  above=int(above.sum()), below=int(below.sum()), quality=metric == quality)
     if len(table) < 2 or difference.max() - difference.min() < 1e-13:
         return result
     level = levels_again(tuple(looks), 1 - design["confidence"])[look - 1]
@@ -95,6 +102,9 @@ def verdict_again(claim, own, p_holm, alpha):
     if own["low"] is None:
         return "inconclusive"
     effect = claim["effect"]
+    above, below = own["above"], own["below"]
+    if own["failed"] and not own["quality"] or claim.get("equal") and above + below:
+        return "inconclusive"
     if claim.get("equal"):
         apart = own["low"] > abs(effect) or own["high"] < -abs(effect)
         if apart:
@@ -102,9 +112,10 @@ def verdict_again(claim, own, p_holm, alpha):
         return "supported" if p_holm <= alpha else "inconclusive"
     if effect < 0: # as a claim of the opposite contrast
         own = own | dict(low=-own["high"], high=-own["low"], estimate=-own["estimate"])
+        above, below = below, above
     if own["high"] < abs(effect):
-        return "refuted"
-    agreed = own["low"] > 0 and own["estimate"] >= abs(effect) and p_holm <= alpha
+        return "inconclusive" if above else "refuted"
+    agreed = own["low"] > 0 and own["estimate"] >= abs(effect) and p_holm <= alpha and not below
     return "supported" if agreed else "inconclusive"
 
 
@@ -127,7 +138,8 @@ def agree(design, rows):
         if own["look"] == 0:
             assert result["low"] is result["p"] is result["level"] is None, name
             continue
-        assert (result["seeds"], result["failed"]) == (own["seeds"], own["failed"]), name
+        for key in ("seeds", "failed", "above", "below"):
+            assert result[key] == own[key], (name, key)
         if own["seeds"] == 0:
             assert result["estimate"] is result["low"] is None and result["values"] == {}, name
             continue
@@ -177,6 +189,9 @@ def study():
             r["status"], r["accuracy"], r["spread"] = "failed", "", ""
         if r["head"] == "same" and r["setting"] == "split" and r["seed"] == 7:
             r["accuracy"] = math.inf # it ended, but diverged
+    for r in rows: # how long it took to arrive; three arrives first, slow last, and some do not
+        steps = {"three": 50, "zero": 70, "slow": 100}.get(r["head"], 60) + rng.integers(0, 3)
+        r["steps_to_target"], r["arrived"] = steps, not (r["head"] in ("slow", "same") and r["seed"] % 2)
     lost = {("plain", "one", 3), ("plain", "one", 9)}
     rows = [r for r in rows if (r["setting"], r["head"], r["seed"]) not in lost]
     rows.append(row("plain", "three", 1, stage="tune", accuracy=0.0, loss=9, seconds=1, spread=1)) # of another kind
@@ -200,6 +215,7 @@ def claims():
         claim("diverged", "split", {"same": 1, "zero": -1}, 0.005),
         claim("split", "split", {"three": 1, "zero": -1}, 0.01, primary=True),
         claim("split, equal", "split", {"same": 1, "zero": -1}, 0.02, equal=True, metric="loss"),
+        claim("once, equal", "once", {"same": 1, "zero": -1}, 0.02, equal=True, metric="accuracy"),
         claim("apart", "split", {"three": 1, "zero": -1}, 0.01, equal=True),
         claim("not surely equal", "plain", {"same": 1, "zero": -1}, 0.001, equal=True),
         claim("what failed has no spread", "split", {"fails": 1, "zero": -1}, 0.01, metric="spread"),
@@ -207,6 +223,13 @@ def claims():
         claim("one look", "once", {"slow": 1, "zero": -1}, -0.02, primary=True),
         claim("less than it says", "once", {"three": 1, "zero": -1}, 0.031, metric="accuracy"),
         claim("ratio", "once", {"slow": 1, "zero": -1}, math.log(1.1), metric="seconds", log=True),
+        claim("steps", "once", {"three": 1, "zero": -1}, -5, metric="steps_to_target"),
+        claim("late, so slower", "once", {"slow": 1, "zero": -1}, 5, metric="steps_to_target"),
+        claim("late, so not slower yet", "once", {"same": 1, "zero": -1}, 5, metric="steps_to_target"),
+        claim("late, so not faster", "once", {"same": 1, "zero": -1}, -5, metric="steps_to_target"),
+        claim("the other late", "once", {"zero": 1, "same": -1}, 5, metric="steps_to_target"),
+        claim("both late", "once", {"same": 1, "slow": -1}, -5, metric="steps_to_target"),
+        claim("late and equal", "once", {"same": 1, "zero": -1}, 20, metric="steps_to_target", equal=True),
         claim("not yet", "late", {"three": 1, "zero": -1}, 0.01, primary=True)]
 
 
@@ -214,16 +237,23 @@ def test_a_second_computation_gives_the_same_verdicts():
     design, rows = study()
     judged = agree(design, rows)
     assert {result["verdict"] for result in judged.values()} == {"supported", "refuted", "inconclusive", "not run yet"}
-    expected = {"null": "refuted", "effect": "supported", "other side": "refuted", "downward": "supported",
-                "tie": "inconclusive", "split": "supported", "failures": "inconclusive", "split, equal": "supported",
-                "apart": "refuted", "no spread at all": "inconclusive", "one look": "supported", "ratio": "supported",
-                "not yet": "not run yet"}
+    expected = {
+        "null": "refuted", "effect": "supported", "other side": "refuted", "downward": "supported",
+        "tie": "inconclusive", "split": "supported", "failures": "inconclusive", "split, equal": "inconclusive",
+        "once, equal": "supported", "apart": "refuted", "no spread at all": "inconclusive", "one look": "supported",
+        "ratio": "supported", "what failed has no spread": "inconclusive", "steps": "supported",
+        "late, so slower": "supported", "late, so not slower yet": "inconclusive",
+        "late, so not faster": "inconclusive", "the other late": "inconclusive", "both late": "inconclusive",
+        "late and equal": "inconclusive", "not yet": "not run yet"}
     assert {name: judged[name]["verdict"] for name in expected} == expected
     assert judged["small"]["look"] == 1 and judged["small"]["run"] == 10 # two seeds are missing: the others wait
     assert judged["effect"]["look"] == 2 and judged["split"]["look"] == 3 and judged["split"]["seeds"] == 24
     assert judged["failures"]["failed"] == 4 and judged["failures"]["std"] > 0.2 # chance counts against the head
     assert "may be smaller" in judged["less than it says"]["why"]
     assert judged["diverged"]["failed"] == 1
+    assert "4 runs failed, which have no such number" in judged["what failed has no spread"]["why"]
+    assert judged["both late"]["seeds"] == 5 and judged["late, so not faster"]["above"] == 5
+    assert "In 5 seeds a head did not arrive" in judged["late, so not slower yet"]["why"]
     assert judged["what failed has no spread"]["seeds"] == 20
     assert judged["what failed has no spread"]["why"].endswith(" 4 seeds lack the number.")
     assert "same difference" in judged["tie"]["why"] and judged["tie"]["estimate"] == pytest.approx(0.25)
