@@ -231,10 +231,19 @@ def to_target(evals, setting, goal):
 # -----------------------------------------------------------------------------
 # the table
 
+def refused(folder):
+    """Whether a run broke as its script refused settings or checkpoint (configurator.fail): no failure of its head."""
+    with open(os.path.join(folder, "error.txt"), encoding="utf-8", errors="replace") as f:
+        return "this configuration cannot run" in f.read()
+
+
 def row_of(run, setting, chosen, goal):
     """Return a run as a row of runs.csv, or None where it has not been made. goal: see target()."""
     state = study.state(run.folder)
     if state not in ("ended", "broken"):
+        return None
+    if state == "broken" and refused(run.folder):
+        print(f"{run.folder} is not counted: {study.why(run.folder)}. remove the folder to make the run again")
         return None
     best = chosen.get(run.head)
     row = dict(setting=run.setting, head=run.head, stage=run.stage, rung=run.rung, seed=run.seed,

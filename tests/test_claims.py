@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import pathlib
 import statistics
 import sys
 
@@ -48,7 +49,7 @@ def flag(recipe, name, default=None):
 def made_up(tmp_path, monkeypatch):
     """
     A function of a design and a loss: it calls claims.py in an empty folder, where a run is no more than a summary with
-    the loss of its recipe, or broken where that is None. Returns (the rows of runs.csv, the recipes that were made).
+    the loss of its recipe, or broken where that is a text. Returns (the rows of runs.csv, the recipes that were made).
     """
     monkeypatch.chdir(tmp_path)
     made = []
@@ -59,9 +60,10 @@ def made_up(tmp_path, monkeypatch):
                 made.append(recipe)
                 os.makedirs(folder)
                 value = loss(recipe)
-                name = "error.txt" if value is None else "summary.json"
-                with open(os.path.join(folder, name), "w") as f:
-                    json.dump({"val_accuracy": None if value is None else -value}, f)
+                if isinstance(value, str):
+                    pathlib.Path(folder, "error.txt").write_text(value)
+                    continue
+                pathlib.Path(folder, "summary.json").write_text(json.dumps({"val_accuracy": -value}))
         (tmp_path / "design.toml").write_text(design)
         monkeypatch.setattr(study, "run_all", run_all)
         monkeypatch.setattr(study, "import_ahead", lambda: None)
@@ -181,10 +183,19 @@ def test_heads_are_not_judged_before_tuning_has_ended(made_up):
 
 def test_a_run_that_fails_is_a_row_and_a_head_that_always_fails_is_not_judged(made_up):
     def loss(recipe):
-        return None if "--distance=euclidean" in recipe else bowl(recipe)
+        return "exit status 1\nthe loss is nan" if "--distance=euclidean" in recipe else bowl(recipe)
     rows, _ = made_up(DESIGN, loss)
     assert {row["status"] for row in rows if row["head"] == "euclidean"} == {"failed"}
     assert {row["head"] for row in rows if row["stage"] == "confirm"} == {"linear"}
+
+
+def test_a_run_whose_script_refused_to_begin_is_no_failure_of_its_head(made_up, capsys):
+    def loss(recipe):
+        is_it = "--distance=baseline" in recipe and "--seed=2" in recipe
+        return "exit status 1\nthis configuration cannot run, 1 to fix:\n  - no" if is_it else bowl(recipe)
+    rows, _ = made_up(DESIGN, loss)
+    assert [row["head"] for row in rows if row["seed"] == "2"] == ["euclidean", "learned"]
+    assert "is not counted: exit status 1:   - no. remove the folder" in capsys.readouterr().out
 
 
 def test_the_design_is_frozen_by_the_first_confirmation(made_up):
