@@ -12,8 +12,12 @@ Tuning is by successive halving: short runs of a grid of learning rate and scale
 what lies beyond an edge of the grid at which the best one lies, until it lies inside. Confirmation goes seed by seed,
 so that whenever it stops all heads have the same seeds; a run that fails scores chance. As with study.py, what has
 ended is not run again, Ctrl-C stops, and the same command goes on. The folder keeps the design that its first run of
-confirmation was made for, and refuses another one. runs.csv there has a row a run; each has its own folder.
+confirmation was made for, and refuses another one. runs.csv there has a row a run; each has its own folder. A study
+goes on from another machine's runs.csv where --record names it:
+
+$ python claims.py gpt --record=assets/claims/runs.csv      # only what is not in the table of this repository
 """
+import csv
 import json
 import math
 import os
@@ -35,10 +39,12 @@ from run_folder import Damaged
 design = "config/claims.toml"
 out_dir = "out/claims"
 stage = "all" # or 'tune', 'confirm', or 'table': only runs.csv is written, from the runs that there are
+record = "" # a runs.csv of this design, from elsewhere: a run that it has is not made here, its row stands
 jobs = 0 # how many run at once; 0: one for each core, with a GPU one
 # -----------------------------------------------------------------------------
 STAGES = ("all", "tune", "confirm", "table")
 _ROUNDS = 12 # of suggestions at most
+recorded = {} # {folder: row} of the record, see read_record()
 # rung: of tuning, from 1 on; point: {flag: value} of what is tuned
 Run = namedtuple("Run", "setting head stage rung seed point folder recipe")
 
@@ -59,9 +65,17 @@ def make_run(plan, name, head, stage, seed, point, rung=None):
     return Run(name, head, stage, rung, seed, point, folder, recipe)
 
 
+def state(run):
+    """As study.state(); one that has no folder here has ended, or is broken, where the record says so."""
+    found = study.state(run.folder)
+    if found == "new" and run.folder in recorded:
+        return "ended" if recorded[run.folder]["status"] == "ended" else "broken"
+    return found
+
+
 def make(runs, at_once=0):
     """Make those runs that are new or have been stopped, so many at once; 0: jobs."""
-    todo = [(run.folder, run.recipe) for run in runs if study.state(run.folder) in ("new", "stopped")]
+    todo = [(run.folder, run.recipe) for run in runs if state(run) in ("new", "stopped")]
     if todo:
         print(f"{todo[0][0]} and so on: {len(todo)} of {len(runs)} runs to make")
         study.run_all(todo, at_once or jobs or study.cores())
@@ -73,7 +87,7 @@ def list_only(runs, at_once=0):
 
 def require(runs, at_once=0):
     """Make nothing, and raise SystemExit where a run has not ended: heads are judged at points that do not move."""
-    open_ones = [run for run in runs if study.state(run.folder) not in ("ended", "broken")]
+    open_ones = [run for run in runs if state(run) not in ("ended", "broken")]
     if open_ones:
         raise SystemExit(f"{open_ones[0].folder} has not ended, one of {len(open_ones)} runs of tuning, which comes "
                          f"before confirmation: python claims.py {open_ones[0].setting} --stage=tune")
@@ -81,9 +95,14 @@ def require(runs, at_once=0):
 
 def score(run, setting):
     """Return what tuning judges a run by, the lower the better: infinity where it failed or has not ended."""
+    if state(run) != "ended":
+        return math.inf
     try:
-        with open(os.path.join(run.folder, "summary.json"), encoding="utf-8") as f:
-            value = json.load(f)[setting["tuned_by"]]
+        if os.path.isdir(run.folder):
+            with open(os.path.join(run.folder, "summary.json"), encoding="utf-8") as f:
+                value = json.load(f)[setting["tuned_by"]]
+        else:
+            value = float(recorded[run.folder][setting["tuned_by"]])
     except (OSError, ValueError, KeyError):
         return math.inf
     return value if setting["lower"] else -value
@@ -239,18 +258,19 @@ def refused(folder):
 
 def row_of(run, setting, chosen, goal):
     """Return a run as a row of runs.csv, or None where it has not been made. goal: see target()."""
-    state = study.state(run.folder)
-    if state not in ("ended", "broken"):
+    found, best = state(run), chosen.get(run.head)
+    if found not in ("ended", "broken"):
         return None
-    if state == "broken" and refused(run.folder):
+    if not os.path.isdir(run.folder):
+        return dict(recorded[run.folder], chosen=run == best)
+    if found == "broken" and refused(run.folder):
         print(f"{run.folder} is not counted: {study.why(run.folder)}. remove the folder to make the run again")
         return None
-    best = chosen.get(run.head)
     row = dict(setting=run.setting, head=run.head, stage=run.stage, rung=run.rung, seed=run.seed,
                learning_rate=run.point["learning_rate"], n=run.point.get("n"),
                feature_scale=run.point.get("feature_scale"), chosen=run == best,
-               status="ended" if state == "ended" else "failed", git=None, folder=os.path.relpath(run.folder, out_dir))
-    if state == "ended":
+               status="ended" if found == "ended" else "failed", git=None, folder=os.path.relpath(run.folder, out_dir))
+    if found == "ended":
         try:
             read = results.measure(results.read_run(run.folder))
         except Damaged as e:
@@ -274,6 +294,19 @@ def table(plan):
         rows += [row for run in runs if (row := row_of(run, setting, chosen, goal))]
     write_csv(os.path.join(out_dir, "runs.csv"), rows)
     return rows
+
+
+def read_record(text):
+    """
+    Return the rows of the record, by the folder that each run would have here. text: the design, which has to be the
+    one beside the record. Raises ValueError, OSError or KeyError.
+    """
+    with open(os.path.join(os.path.dirname(record), "claims.toml"), encoding="utf-8") as f:
+        if f.read() != text:
+            raise ValueError(f"the claims.toml beside it is not {design}, and its runs are not of this study")
+    with open(record, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    return {os.path.join(out_dir, row["folder"]): row for row in rows if row["status"] in ("ended", "failed")}
 
 
 def freeze(text):
@@ -306,6 +339,10 @@ def main():
     except (OSError, ValueError, KeyError) as e:
         problems += [f"the design {design!r} cannot be read ({type(e).__name__})", *str(e).splitlines()]
     fail(problems)
+    try:
+        recorded.update(read_record(text) if record else {})
+    except (OSError, ValueError, KeyError) as e:
+        fail([f"the record {record!r} cannot be read ({type(e).__name__})", *str(e).splitlines()])
 
     os.makedirs(out_dir, exist_ok=True)
     try:

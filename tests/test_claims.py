@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import statistics
 import sys
 
@@ -13,6 +14,7 @@ from helpers import ROOT, run_script
 import claims
 import study
 import verdicts
+from page import write_csv
 
 DESIGN = """
 confidence = 0.95
@@ -73,22 +75,24 @@ def made_up(tmp_path, monkeypatch):
         for key, value in DEFAULTS.items():
             monkeypatch.setattr(claims, key, value)
         made.clear()
+        claims.recorded.clear()
         claims.main()
         with open("out/runs.csv") as f:
             return list(csv.DictReader(f)), list(made)
     return call
 
 
-DEFAULTS = {key: getattr(claims, key) for key in ("design", "out_dir", "stage", "jobs")}
+DEFAULTS = {key: getattr(claims, key) for key in ("design", "out_dir", "stage", "record", "jobs")}
 
 
 class FakeRun:
     """A run whose validation accuracy rises by 1 a step, from -4 on."""
-    values, info = {"test_accuracy": 0.5}, {"git": "abc"}
+    info = {"git": "abc"}
     evals = [dict(step=step, cpu_seconds=2.0 * step, val_accuracy=step - 4) for step in range(5)]
 
     def __init__(self, folder):
-        pass
+        summary = json.loads(pathlib.Path(folder, "summary.json").read_text())
+        self.values = {"test_accuracy": 0.5, **summary}
 
 
 def bowl(recipe):
@@ -203,6 +207,35 @@ def test_the_design_is_frozen_by_the_first_confirmation(made_up):
     made_up(DESIGN + "# other words\n", bowl)
     with pytest.raises(SystemExit, match="is not the design that out.claims.toml is: .*use another --out_dir"):
         made_up(DESIGN, bowl)
+
+
+def test_a_study_goes_on_from_the_record_of_another_machine(made_up):
+    def loss(recipe):
+        return "killed" if "--learn_n=true" in recipe and "--seed=1" in recipe else bowl(recipe)
+    whole, _ = made_up(DESIGN, loss)
+    os.mkdir("record")
+    os.rename("out/claims.toml", "record/claims.toml")
+    kept = [row for row in whole if row["seed"] != "2" and (row["rung"] != "2" or row["head"] != "linear")]
+    write_csv("record/runs.csv", kept)
+    shutil.rmtree("out")
+    rows, made = made_up(DESIGN, loss, "--record=record/runs.csv")
+    assert rows == whole
+    assert len(made) == len(whole) - len(kept)
+    again, made = made_up(DESIGN, loss) # without the record, and with the folders of what it did not have
+    assert again == whole and len(made) == len(kept)
+
+
+@pytest.mark.parametrize("beside, message", [
+    (None, "the record 'record.csv' cannot be read .FileNotFoundError"),
+    (DESIGN + "# other words", "the claims.toml beside it is not design.toml"),
+    (DESIGN, "the record 'record.csv' cannot be read .KeyError"),
+])
+def test_a_record_of_another_study_is_a_line(made_up, beside, message):
+    pathlib.Path("record.csv").write_text("path,distance\nout/a,cosine\n")
+    if beside:
+        pathlib.Path("claims.toml").write_text(beside)
+    with pytest.raises(SystemExit, match=message):
+        made_up(DESIGN, bowl, "--record=record.csv")
 
 
 @pytest.mark.parametrize("args, message", [
