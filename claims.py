@@ -65,12 +65,17 @@ def make_run(plan, name, head, stage, seed, point, rung=None):
     return Run(name, head, stage, rung, seed, point, folder, recipe)
 
 
+def recorded_row(run):
+    """Return the row that the record has of a run, or None where it has none or the run was made here."""
+    return recorded.get(run.folder) if study.state(run.folder) == "new" else None
+
+
 def state(run):
-    """As study.state(); one that has no folder here has ended, or is broken, where the record says so."""
-    found = study.state(run.folder)
-    if found == "new" and run.folder in recorded:
-        return "ended" if recorded[run.folder]["status"] == "ended" else "broken"
-    return found
+    """As study.state(), but a run of the record has ended, or is broken."""
+    row = recorded_row(run)
+    if row:
+        return "ended" if row["status"] == "ended" else "broken"
+    return study.state(run.folder)
 
 
 def make(runs, at_once=0):
@@ -95,15 +100,13 @@ def require(runs, at_once=0):
 
 def score(run, setting):
     """Return what tuning judges a run by, the lower the better: infinity where it failed or has not ended."""
-    if state(run) != "ended":
-        return math.inf
+    summary = recorded_row(run)
     try:
-        if os.path.isdir(run.folder):
+        if not summary:
             with open(os.path.join(run.folder, "summary.json"), encoding="utf-8") as f:
-                value = json.load(f)[setting["tuned_by"]]
-        else:
-            value = float(recorded[run.folder][setting["tuned_by"]])
-    except (OSError, ValueError, KeyError):
+                summary = json.load(f)
+        value = float(summary[setting["tuned_by"]])
+    except (OSError, ValueError, KeyError, TypeError): # no file, no number, no such number, or null: it was not finite
         return math.inf
     return value if setting["lower"] else -value
 
@@ -261,8 +264,8 @@ def row_of(run, setting, chosen, goal):
     found, best = state(run), chosen.get(run.head)
     if found not in ("ended", "broken"):
         return None
-    if not os.path.isdir(run.folder):
-        return dict(recorded[run.folder], chosen=run == best)
+    if recorded_row(run):
+        return dict(recorded_row(run), chosen=run == best)
     if found == "broken" and refused(run.folder):
         print(f"{run.folder} is not counted: {study.why(run.folder)}. remove the folder to make the run again")
         return None
