@@ -174,10 +174,20 @@ def blocks(study):
 
 
 def family(study, name, words, results, claims):
-    """The claims that are corrected together: a table and a forest."""
+    """The claims that are corrected together: a table and a forest, and a line of those of which nothing has run."""
     if not results:
         return []
-    return [Heading(words, 3), claims_table(study, name, results, claims), *forest(name, results, claims)]
+    blocks, waiting = [Heading(words, 3)], {}
+    for result in results:
+        if not result["run"]:
+            question = claims[result["name"]].get("question", result["name"])
+            waiting.setdefault(question, []).append(result["setting"])
+    if any(result["run"] for result in results):
+        blocks += [claims_table(study, name, results, claims), *forest(name, results, claims)]
+    if waiting:
+        listed = "; ".join(f"{question} ({', '.join(settings)})" for question, settings in waiting.items())
+        blocks.append(Paragraph(f"Without a run of all heads yet: {listed}."))
+    return blocks
 
 
 def forest(name, results, claims):
@@ -202,8 +212,12 @@ def amount(x, claim, metric, sign="+"):
 
 
 def claims_table(study, name, results, claims):
+    """The claims of which something has run; its CSV has all."""
     rows, records = [], []
     for r in results:
+        records.append({key: x for key, x in r.items() if key != "values"})
+        if not r["run"]:
+            continue
         claim = claims[r["name"]]
         estimate, low, high, effect, detectable = (
             amount(x, claim, r["metric"]) for x in (r["estimate"], r["low"], r["high"], r["effect"], r["detectable"]))
@@ -215,7 +229,6 @@ def claims_table(study, name, results, claims):
                      Cell(("±" + effect.lstrip("+-")) if claim.get("equal") else effect, metric),
                      detectable.lstrip("+"), seeds, number(r["p_holm"], ".3g"),
                      Cell(r["says"], r["why"])])
-        records.append({key: x for key, x in r.items() if key != "values"})
     columns = ["claim", "verdict", "estimate [interval]", "effect of interest", "detectable", "seeds", "p, Holm",
                "in words, and why"]
     return Table(name, columns, rows, records)
@@ -236,15 +249,21 @@ def forest_entry(r, claim):
 def questions(study, answers):
     if not answers or len(study.design["settings"]) < 3: # fewer have no answer
         return []
-    rows = []
+    rows, open_ones = [], {}
     for a in answers:
+        if not a["verdict"]:
+            open_ones.setdefault(a["why"], []).append(a["question"])
+            continue
         interval = "" if a["low"] is None else f"[{a['low']:+.2f}, {a['high']:+.2f}]"
-        rows.append([a["question"], a["verdict"] or "no answer", Cell(number(a["estimate"], "+.2f"), interval),
+        rows.append([a["question"], a["verdict"], Cell(number(a["estimate"], "+.2f"), interval),
                      number(a["tau"], ".2f"), ", ".join(a["settings"]), a["why"]])
     columns = ["question", "answer", "estimate [interval]", "std between settings", "settings", "why"]
-    return [Heading("Over all settings", 3), Paragraph(
+    blocks = [Heading("Over all settings", 3), Paragraph(
         "Claims that ask the same in several settings, in effects of interest, pooled with random effects of the "
-        "settings."), Table(f"{study.slug}_questions", columns, rows)]
+        "settings.")]
+    if rows:
+        blocks.append(Table(f"{study.slug}_questions", columns, rows))
+    return blocks + [Paragraph(f"No answer yet: {', '.join(names)}. {why}") for why, names in open_ones.items()]
 
 # -----------------------------------------------------------------------------
 # what they rest on

@@ -330,7 +330,7 @@ def pool(question, results, confidence):
     answer = dict(question=question, settings=[result["setting"] for result in usable], estimate=None, low=None,
                   high=None, tau=None, verdict=None)
     if len(usable) < 3:
-        return answer | dict(why=f"{len(usable)} of {len(results)} settings have an interval; it takes three.")
+        return answer | dict(why="Fewer than three settings have an interval.")
     try:
         from statsmodels.stats.meta_analysis import combine_effects
     except ImportError:
