@@ -2,7 +2,7 @@
 Runs the study of claims: a design says which heads, settings and comparisons there are. Every head is tuned for itself,
 by validation, and then judged on seeds that tuning has not seen. What report.py shows of it opens with the verdicts.
 
-$ python claims.py                                  # all settings of config/claims.toml; gpt alone: 7 hours of 2 cores
+$ python claims.py                                  # all settings of config/claims.toml; gpt alone: 8 hours of 2 cores
 $ python claims.py gpt mnist_cnn                    # these settings only
 $ python claims.py gpt --stage=tune                 # tuning alone; or --stage=confirm; --stage=table runs nothing
 $ python claims.py --design=config/claims_small.toml --out_dir=out/claims_small    # two minutes on 2 cores
