@@ -32,7 +32,7 @@ import verdicts
 from configurator import configure, fail, find
 from metrics import METRICS
 from page import write_csv
-from run_folder import Damaged
+from run_folder import Damaged, readable
 
 # -----------------------------------------------------------------------------
 # defaults
@@ -302,14 +302,15 @@ def table(plan):
 def read_record(text):
     """
     Return the rows of the record, by the folder that each run would have here. text: the design, which has to be the
-    one beside the record. Raises ValueError, OSError or KeyError.
+    one beside the record. Raises Damaged.
     """
-    with open(os.path.join(os.path.dirname(record), "claims.toml"), encoding="utf-8") as f:
+    beside = os.path.join(os.path.dirname(record), "claims.toml")
+    with readable(beside), open(beside, encoding="utf-8") as f:
         if f.read() != text:
-            raise ValueError(f"the claims.toml beside it is not {design}, and its runs are not of this study")
-    with open(record, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    return {os.path.join(out_dir, row["folder"]): row for row in rows if row["status"] in ("ended", "failed")}
+            raise Damaged(f"{beside} is not the design {design}: the runs of {record} are not of this study")
+    with readable(record), open(record, newline="", encoding="utf-8") as f:
+        return {os.path.join(out_dir, row["folder"]): row for row in csv.DictReader(f)
+                if row["status"] in ("ended", "failed")}
 
 
 def freeze(text):
@@ -344,8 +345,8 @@ def main():
     fail(problems)
     try:
         recorded.update(read_record(text) if record else {})
-    except (OSError, ValueError, KeyError) as e:
-        fail([f"the record {record!r} cannot be read ({type(e).__name__})", *str(e).splitlines()])
+    except Damaged as e:
+        fail([str(e)])
 
     os.makedirs(out_dir, exist_ok=True)
     try:

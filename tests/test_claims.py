@@ -226,9 +226,9 @@ def test_a_study_goes_on_from_the_record_of_another_machine(made_up):
 
 
 @pytest.mark.parametrize("beside, message", [
-    (None, "the record 'record.csv' cannot be read .FileNotFoundError"),
-    (DESIGN + "# other words", "the claims.toml beside it is not design.toml"),
-    (DESIGN, "the record 'record.csv' cannot be read .KeyError"),
+    (None, "there is no claims.toml"),
+    (DESIGN + "# other words", "claims.toml is not the design design.toml: the runs of record.csv are not of this"),
+    (DESIGN, "record.csv cannot be read .KeyError"),
 ])
 def test_a_record_of_another_study_is_a_line(made_up, beside, message):
     pathlib.Path("record.csv").write_text("path,distance\nout/a,cosine\n")
