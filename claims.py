@@ -9,11 +9,12 @@ $ python claims.py --design=config/claims_small.toml --out_dir=out/claims_small 
 $ python report.py out/claims
 
 Tuning is by successive halving: short runs of a grid of learning rate and scale, then the best few at full length, then
-what lies beyond an edge of the grid at which the best one lies, until it lies inside. Confirmation goes seed by seed,
-so that whenever it stops all heads have the same seeds; a run that fails scores chance. As with study.py, what has
-ended is not run again, Ctrl-C stops, and the same command goes on. The folder keeps the design that its first run of
-confirmation was made for, and refuses another one. runs.csv there has a row a run; each has its own folder. A study
-goes on from another machine's runs.csv where --record names it:
+what lies beyond an edge of the grid at which the best one lies, until it lies inside, then the design's refinements by
+factors of two; all of it in at most 12 rounds. Confirmation goes seed by seed, so that whenever it stops all heads have
+the same seeds; a run that fails scores chance. As with study.py, what has ended is not run again, Ctrl-C stops, and the
+same command goes on. The folder keeps the design that its first run of confirmation was made for, and refuses another
+one. runs.csv there has a row a run; each has its own folder. A study goes on from another machine's runs.csv where
+--record names it:
 
 $ python claims.py gpt --record=assets/claims/runs.csv      # only what is not in the table of this repository
 """
@@ -45,6 +46,7 @@ jobs = 0 # how many run at once; 0: one for each core, with a GPU one
 STAGES = ("all", "tune", "confirm", "table")
 _ROUNDS = 12 # of suggestions at most
 recorded = {} # {folder: row} of the record, see read_record()
+# plan, below: the design, as verdicts.load() has it; make, as an argument: make(), list_only() or require()
 # rung: of tuning, from 1 on; point: {flag: value} of what is tuned
 Run = namedtuple("Run", "setting head stage rung seed point folder recipe")
 
@@ -209,9 +211,9 @@ def confirm(plan, name, chosen, tuned, make):
     for seed in range(1, setting["looks"][-1] + 1):
         for head in setting.get("heads", plan["heads"]):
             about = plan["heads"][head]
-            tuned = chosen.get(about.get("like", head))
-            if tuned and name in about.get("settings", [name]):
-                runs.append(make_run(plan, name, head, "confirm", seed, tuned.point))
+            best = chosen.get(about.get("like", head))
+            if best and name in about.get("settings", [name]):
+                runs.append(make_run(plan, name, head, "confirm", seed, best.point))
     make(runs, setting.get("jobs", 0))
     return runs
 

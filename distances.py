@@ -7,7 +7,8 @@ distance:
     link "softmin":   z = -n d                                              (the same paper's appendix B)
     link "gaussian":  z = -n d^2                                            (prototypical networks, Snell et al. 2017)
 
-n is defined on d, never on d squared, for every distance alike. `baseline` is the linear head z = n W h, n = 1.
+The harmonic n is the exponent of d, never of d squared, for every distance alike. `baseline` is the linear head
+z = n W h, by default with n = 1.
 
 This file needs torch and nothing else; copy it into any project.
 
@@ -969,7 +970,7 @@ class Plan:
     """What a call of DistanceHead.loss has decided before it looks at numbers."""
     core: Core
     spec: Distance
-    o: Options                # eps and the distance's numbers
+    o: Options                # eps, the distance's numbers, its estimates and the noise of this call
     rule: Rule
     num_classes: int
     chunk: int                # rows of h at a time
@@ -982,8 +983,8 @@ class Plan:
     careful: bool = False     # on a GPU too, each chunk is asked whether it has close pairs
 
     def prepare(self, inputs):
-        """What the core compares, and a dict of all else that varies: the row terms, and n if it is learned. inputs
-        holds h, weight, the learned tensors and n by name."""
+        """What the core compares, and a dict of all else that varies: the row terms, and of n, bias, scale and eps
+        those that are learned. inputs holds h, weight, the learned tensors and these by name."""
         o = self.o.updated(**inputs)
         h, w, terms = prepared(self.spec, o, inputs["h"], inputs["weight"])
         return h, w, {**terms, **{name: inputs[name] for name in ("n", "bias", "scale", "eps") if name in inputs}}
@@ -1132,7 +1133,7 @@ def chunked_loss(plan, h, w, terms, constants, targets, weights):
             dh_c += gh
             add_rows(dw, targets_c, gw)
     if margins and torch.cat(margins).amin() < 0: # the one wait for a GPU; nothing depends on it but this
-        del s_buffer, ds_buffer, s, ds, dh, dw
+        del s_buffer, ds_buffer, s, ds, written, arguments, dh, dh_c, dw # some are views of the others
         return chunked_loss(replace(plan, careful=True), h, w, terms, constants, targets, weights)
     if sums and sums[0] is not None:
         core.add_sums(w_matmul, sum(sums), dw)
@@ -1174,8 +1175,9 @@ def dense_loss(plan, inputs, targets, weights):
 
 class _Loss(torch.autograd.Function):
     """sum(weights * loss), or the vector of its terms with plan.per_row. The gradients of the sum are made in the
-    forward pass, chunk by chunk, and only scaled in the backward pass. The backward pass starts anew for a vector,
-    whose upstream gradient it needs, for a second time, and where checkpoint or the like would have kept the gradients.
+    forward pass, chunk by chunk, and only scaled in the backward pass. That one computes them anew in three cases: of a
+    vector, whose upstream gradient it needs; when it runs a second time; and where checkpoint or the like would have
+    kept the gradients.
 
     It takes the inputs by name twice: as they are, and prepared (h, w and terms). First derivatives go through the
     prepared ones; all others begin with those as they are, which costs no memory to keep."""
@@ -1285,7 +1287,7 @@ def core_takes_eps(spec, o):
 
 def pairwise(h, weight, distance, variant=None, eps=1e-4, **params):
     """d(h, w) for all pairs: h (N, D), weight (V, D) -> (N, V). params are the distance's own, learned tensors included
-    (mahalanobis A, theta, L or covariance (D, D), offset_l2 alpha (V, D)); left out, they have their initial values.
+    (mahalanobis A, L, covariance (D, D), theta (D,); offset_l2 alpha (V, D)); left out, they have their initial values.
     Memory O(N V); second derivatives take O(N V D). Raises ValueError for an unknown distance, variant or parameter and
     for sizes that do not fit."""
     if h.ndim != 2 or weight.ndim != 2 or h.shape[1] != weight.shape[1]:
@@ -1404,7 +1406,8 @@ class DistanceHead(nn.Module):
 
     @property
     def kind(self):
-        """What the head is, in words that two heads share only if the same weights give the same distances and link."""
+        """What the head is, in words that two heads share only if they have the same link and, given the same weights
+        and eps, the same distances."""
         if self.distance == "baseline":
             return " ".join(["linear", *filter(None, [self.variant])])
         numbers = {name: x for name, x in {**self.spec.params, **self.params}.items() if name != "momentum"}
@@ -1490,8 +1493,8 @@ class DistanceHead(nn.Module):
         self.compiled, self._chunk_losses = on, {}
 
     def distances(self, h):
-        """d(h, w_k): h (..., D) -> (..., num_classes). Close pairs are exact too, except in a compiled graph: in fp32
-        the relative error is at most about 1e-4."""
+        """d(h, w_k): h (..., D) -> (..., num_classes). In fp32 the relative error is at most about 1e-4, that of close
+        pairs too; but a compiled graph does not refine close pairs, and promises nothing of them."""
         if self.distance == "baseline":
             raise ValueError("baseline is a linear head, it has no distance")
         with without_autocast(h):

@@ -294,7 +294,7 @@ class BERT(LanguageModel):
         their own, they are the last two of its vocabulary, and a bias keeps them out of p, as here. Raises ValueError
         for a distance head, ImportError without transformers.
         """
-        self.refuse_distance_head()
+        self.refuse_other_heads()
         transformers, c = import_transformers("to_hf makes a model of transformers"), self.config
         hf_model = self.copy_to_hf(transformers.BertForMaskedLM(transformers.BertConfig(
             max_position_embeddings=c.block_size,

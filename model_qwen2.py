@@ -237,7 +237,7 @@ class Qwen2(LanguageModel):
         Make a transformers Qwen2ForCausalLM that gives the same scores.
         Raises ValueError for a distance head, ImportError without transformers.
         """
-        self.refuse_distance_head()
+        self.refuse_other_heads()
         transformers, c = import_transformers("to_hf makes a model of transformers"), self.config
         return self.copy_to_hf(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
             max_position_embeddings=c.block_size,

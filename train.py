@@ -17,8 +17,8 @@ $ torchrun --nproc_per_node=8 train.py config/qwen2.py --scale=7B --gradient_acc
 Go on with a run that was stopped, with its own settings:
 $ python train.py --init_from=resume --out_dir=out/gpt2_cosine
 
-A run writes into out_dir: config.json, metrics.jsonl, emissions.csv, ckpt.pt (last), best.pt, summary.json, loss.png.
-With a test split also predictions.npz, the loss of each of its tokens.
+A run writes into out_dir: config.json, metrics.jsonl, emissions.csv, ckpt.pt (last), best.pt (once better than at step
+0), probe.npz, summary.json, loss.png. With a test split also predictions.npz, the loss of each of its tokens.
 """
 import json
 import math
@@ -480,7 +480,7 @@ while True:
                 kind="eval", step=step, tokens=step * tokens_per_step, val_loss=val_loss, best_val_loss=best_val_loss,
                 val_accuracy=val_accuracy, n=run.exponent(raw_model.head), cpu_seconds=cpu_seconds,
                 **probed, **energy), wandb_run)
-        if is_new and step > 0: # ckpt.pt last: what it tells is there
+        if is_new and step > 0: # ckpt.pt last, so that the best.pt it tells of is there
             save(*["best.pt"] * (step == best_step), "ckpt.pt")
         t0, cpu0 = time.time(), time.process_time() # evaluation is not part of a step's time
     if step == max_iters:

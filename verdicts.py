@@ -7,8 +7,9 @@ runs.csv: dicts of numbers or of their texts). They read no files.
     answers = across(design, verdicts) # a dict per question that is asked in several settings; needs statsmodels
 
 A claim is a contrast of heads, sum_k weight_k value_k of the same seed, and the smallest effect of interest. It is
-decided where the design says that one may look (O'Brien and Fleming 1979), by the paired t test over seeds, and its
-family is corrected by Holm (1979). All of it is standard; to apply it here is our choice. Needs scipy.
+decided at looks, the numbers of seeds that the design names (O'Brien and Fleming 1979), by the paired t test over
+seeds; each family, the primary claims and the others, is corrected by Holm (1979). All of it is standard; to apply it
+here is our choice. Needs scipy.
 """
 import math
 import tomllib
@@ -204,7 +205,7 @@ def measure(claim, design, runs):
     if look == 0 or not std: # None: one seed, 0: equal differences
         return result
     level = nominal_levels(looks, 1 - design["confidence"])[look - 1]
-    error = std * (1 / n + setting.get("test_share", 0)) ** 0.5 # Nadeau and Bengio 2003
+    error = std * (1 / n + setting.get("test_share", 0)) ** 0.5 # test over training samples, Nadeau and Bengio 2003
     half = float(stats.t.isf(level / 2, n - 1)) * error
     if claim.get("equal"): # two one-sided tests; a sequence of one-sided tests has half the error of a two-sided one
         p = float(stats.t.sf((abs(claim["effect"]) - abs(mean)) / error, n - 1)) # the larger p value of the two
@@ -269,7 +270,7 @@ def decide(claim, result, setting, alpha):
     if verdict != "inconclusive" and doubtful:
         return "inconclusive", f"By its interval alone it would be {verdict}. {doubtful}{lacking}"
     if verdict == "supported" and result["p_holm"] > alpha:
-        return "inconclusive", f"Alone it would be supported; after Holm p is {result['p_holm']:.3g}."
+        return "inconclusive", f"Alone it would be supported; after Holm p is {result['p_holm']:.3g}.{lacking}"
     if verdict == "inconclusive":
         why += f" {result['seeds']} seeds would have shown the detectable one."
     return verdict, why + lacking

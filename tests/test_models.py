@@ -227,7 +227,7 @@ def test_to_hf_and_back(family, config, tmp_path):
 
 @every_family
 def test_a_distance_head_cannot_be_exported(family):
-    with pytest.raises(ValueError, match="transformers has no layer for the cosine head"):
+    with pytest.raises(ValueError, match="transformers has no layer for the cosine head as it is here"):
         new_model(family, distance="cosine").to_hf()
 
 # -----------------------------------------------------------------------------
