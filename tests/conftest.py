@@ -19,6 +19,10 @@ os.environ["OMP_NUM_THREADS"] = "1" # of the scripts that the tests run
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1" # before anything imports triton: its kernels then run on the CPU
 torch.set_num_threads(1)
+# what nohup or `make test &` has ignored stays so in every run that a test starts and stops, which respects it
+for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, handler)
 
 from helpers import make_dataset  # noqa: E402 after the environment is set
 

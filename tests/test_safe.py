@@ -279,7 +279,6 @@ def exit_code_of(script, *args):
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_run_after_a_whole_step(here, monkeypatch, signum, code, capfd):
-    signal.signal(signum, signal.SIG_DFL) # nohup has it ignored, which a run respects
     before = signal.getsignal(signum)
     settings = {**SETTINGS, **HARD, "dropout": 0.1, "track_emissions": True, "carbon_intensity": 100}
     with monkeypatch.context() as patch: # of two micro-batches a step, of which one is read ahead
