@@ -30,7 +30,7 @@ from collections import namedtuple
 import results
 import study
 import verdicts
-from configurator import configure, fail, find
+from configurator import configure, fail, find, is_refusal
 from metrics import METRICS
 from page import write_csv
 from run_folder import Damaged, readable
@@ -258,16 +258,17 @@ def to_target(evals, setting, goal):
 def refused(folder):
     """Whether a run broke as its script refused settings or checkpoint (configurator.fail): no failure of its head."""
     with open(os.path.join(folder, "error.txt"), encoding="utf-8", errors="replace") as f:
-        return "this configuration cannot run" in f.read()
+        return is_refusal(f.read())
 
 
 def row_of(run, setting, chosen, goal):
     """Return a run as a row of runs.csv, or None where it has not been made. goal: see target()."""
-    found, best = state(run), chosen.get(run.head)
+    best, row = chosen.get(run.head), recorded_row(run)
+    if row:
+        return dict(row, chosen=run == best)
+    found = study.state(run.folder)
     if found not in ("ended", "broken"):
         return None
-    if recorded_row(run):
-        return dict(recorded_row(run), chosen=run == best)
     if found == "broken" and refused(run.folder):
         print(f"{run.folder} is not counted: {study.why(run.folder)}. remove the folder to make the run again")
         return None

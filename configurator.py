@@ -19,6 +19,7 @@ from types import ModuleType
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 SCALARS = (int, float, bool, str)
 LARGEST = 2 ** 63 # what torch and numpy count with lies below it, and every int up to it is a float too
+_REFUSAL = "this configuration cannot run"
 
 
 def fail(violations):
@@ -28,7 +29,12 @@ def fail(violations):
     """
     if violations:
         lines = ["  - " + " ".join(violation.splitlines()) for violation in violations]
-        raise SystemExit("\n".join([f"this configuration cannot run, {len(violations)} to fix:", *lines]))
+        raise SystemExit("\n".join([f"{_REFUSAL}, {len(violations)} to fix:", *lines]))
+
+
+def is_refusal(text):
+    """Whether a text, such as a run's error.txt, has the message of fail() in it."""
+    return _REFUSAL in text
 
 
 def configure(namespace, argv=None, base=None, base_name="base", problems=None):

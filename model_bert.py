@@ -292,7 +292,7 @@ class BERT(LanguageModel):
         """
         Make a transformers BertForMaskedLM that gives the same scores and loss. Where [MASK] and padding have ids of
         their own, they are the last two of its vocabulary, and a bias keeps them out of p, as here. Raises ValueError
-        for a distance head, ImportError without transformers.
+        for any head but the plain linear one, ImportError without transformers.
         """
         self.refuse_other_heads()
         transformers, c = import_transformers("to_hf makes a model of transformers"), self.config

@@ -235,7 +235,7 @@ class Qwen2(LanguageModel):
     def to_hf(self):
         """
         Make a transformers Qwen2ForCausalLM that gives the same scores.
-        Raises ValueError for a distance head, ImportError without transformers.
+        Raises ValueError for any head but the plain linear one, ImportError without transformers.
         """
         self.refuse_other_heads()
         transformers, c = import_transformers("to_hf makes a model of transformers"), self.config
