@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, StorageMeta
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -253,10 +253,19 @@ class PlainUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module, name):
+        if (module, name) == ("builtins", "getattr"): # by which an early Python 3.11, as Debian 12's, names a member
+            return self.memory_format
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in self.LEGAL.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no tensor needs")
         return super().find_class(module, name)
+
+    @staticmethod
+    def memory_format(kind, name):
+        """What stands for getattr: the member of this name of torch's enum of memory formats, and of nothing else."""
+        if kind is not _MEM_FORMAT_ENCODING:
+            raise pickle.UnpicklingError(f"it asks for {name!r:.60} of {kind!r:.60}, which no tensor needs")
+        return kind[name]
 
 
 # -----------------------------------------------------------------------------

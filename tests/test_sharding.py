@@ -9,6 +9,7 @@ $ pytest tests/test_sharding.py
 import copy
 import datetime
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -35,7 +36,7 @@ from helpers import (
     train,
 )
 from small_models import EVERY_DISTANCE, new_model
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, Metadata
 
 import bench
 import fsdp
@@ -332,11 +333,28 @@ def test_a_damaged_share_is_noticed_and_the_checkpoint_before_goes_on(here, one_
     assert "out/ckpt.pt has the weights alone, and a sharded run goes on from its shards" in message
 
 
+class Attribute:
+    """What a pickle has as getattr(owner, name), which an early Python 3.11 says of the member of an enum."""
+    def __init__(self, owner, name):
+        self.asked = owner, name
+
+    def __reduce__(self):
+        return getattr, self.asked
+
+
+def test_shares_of_an_early_python_3_11_can_be_read():
+    for member in _MEM_FORMAT_ENCODING:
+        text = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, member.name))
+        assert fsdp.PlainUnpickler(io.BytesIO(text)).load() is member
+
+
 def test_a_share_that_could_run_code_is_refused(here, one_rank):
     train(out_dir="out", max_iters=2, **SHARDED)
     state = load("out")
     path = f"out/{state['shards']['folder']}/.metadata"
     for content, word in ((pickle.dumps(os.system), "system"), (pickle.dumps(BytesStorageMetadata()), "Bytes"),
+                          (pickle.dumps(Attribute(Metadata, "__init__")), "'__init__' of .*Metadata"),
+                          (pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "__init__")), "KeyError"),
                           (b"no pickle", "UnpicklingError")):
         open(path, "wb").write(content)
         state["shards"]["files"][".metadata"] = hashlib.sha256(content).hexdigest()
