@@ -461,7 +461,7 @@ def bars(panels, columns=2):
                         color="0.4" if value is None else "k")
         ax.set_yticks(range(len(rows)), [plain(label) for label, *_ in rows], fontsize=9)
         ax.set_ylim(len(rows) - 0.4, -0.6)
-        ax.set_xlabel(plain(xlabel))
+        ax.set_xlabel(plain(textwrap.fill(xlabel, 60)))
         ax.margins(x=0.2)
         ax.axvline(0, color="k", lw=0.8)
     return fig

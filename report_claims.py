@@ -119,6 +119,11 @@ def tuned_settings(study, stage):
     return [name for name in study.design["settings"] if name in there]
 
 
+def judged_settings(study):
+    """Those of confirmation but for the ones `like` another, whose runs are the other's again, for what they cost."""
+    return [name for name in tuned_settings(study, "confirm") if "like" not in study.design["settings"][name]]
+
+
 def title(study, name):
     return study.design["settings"][name].get("title", name)
 
@@ -290,7 +295,9 @@ def effect_unit(study, name):
 
 def heat_map(study):
     """The heads' differences to the linear one in every setting: a figure and a table."""
-    first, settings = baseline(study), tuned_settings(study, "confirm")
+    first, settings = baseline(study), judged_settings(study)
+    if not settings:
+        return []
     heads = [head for head in study.design["heads"]
              if any(numbers(study, name, head, study.design["settings"][name]["quality"]) for name in settings)]
     gains, ranks = np.full((len(heads), len(settings)), np.nan), np.full((len(heads), len(settings)), np.nan)
@@ -353,7 +360,7 @@ def quality_cell(scores, key):
 def multiples(study):
     """Quality against interpretability, a panel for each setting and metric."""
     panels, look = [], looks(study)
-    for name in tuned_settings(study, "confirm"):
+    for name in judged_settings(study):
         setting = study.design["settings"][name]
         family = "language" if setting["script"] == "train.py" else "vision"
         for key in INTERPRETABILITY[family]:

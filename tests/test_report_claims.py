@@ -197,6 +197,27 @@ def test_ranks_compare_the_same_seeds(tmp_path, quick):
     assert {row["head"]: float(row["mean_rank"]) for row in table("claims_heads")} == {"linear": 1, "cosine": 2}
 
 
+def test_a_setting_like_another_is_shown_for_its_cost_alone(tmp_path, quick, monkeypatch):
+    """Its runs are the other's again, so that its losses would count twice."""
+    monkeypatch.setitem(globals(), "DESIGN", DESIGN + """
+[settings.gpt_cost]
+like = "gpt"
+script = "train.py"
+tuned_by = "val_loss"
+quality = "test_loss"
+lower = true
+failed = 6.9
+looks = [6]
+""")
+    rows = [row for row in made_up_rows(3, ("gpt",)) if row["stage"] == "confirm"]
+    again = [row | dict(setting="gpt_cost", cpu_seconds=100 + row["seed"]) for row in rows]
+    _, _, table = make(tmp_path / "both", rows + again)
+    assert not [key for row in table("claims_heads") for key in row if key.startswith("gpt_cost")]
+    assert {row["setting"] for row in table("claims_cost")} == {"GPT on <text>", "gpt_cost"}
+    md, _, table = make(tmp_path / "alone", again)
+    assert "Heads by settings" not in md and len(table("claims_cost")) == len({row["head"] for row in again})
+
+
 def test_the_design_of_this_repository(tmp_path, quick):
     design = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config", "claims.toml")
     with open(design, encoding="utf-8") as f:
