@@ -13,8 +13,8 @@ what lies beyond an edge of the grid at which the best one lies, until it lies i
 factors of two; all of it in at most 12 rounds. Confirmation goes seed by seed, so that whenever it stops all heads have
 the same seeds; a run that fails scores chance. As with study.py, what has ended is not run again, Ctrl-C stops, and the
 same command goes on. The folder keeps the design that its first run of confirmation was made for, and refuses another
-one. runs.csv there has a row a run; each has its own folder. A study goes on from another machine's runs.csv where
---record names it:
+one. runs.csv there has a row a run, each of which has its own folder; evaluations.csv has the course of those that ask
+what a loss costs. A study goes on from another machine's runs.csv where --record names it:
 
 $ python claims.py gpt --record=assets/claims/runs.csv      # only what is not in the table of this repository
 """
@@ -288,17 +288,40 @@ def row_of(run, setting, chosen, goal):
     return row
 
 
+def evaluations(runs, setting):
+    """
+    Return a row for each evaluation of the runs of confirmation that were made here. What any loss costs is in them,
+    also where no run arrives at the target.
+    """
+    rows, key = [], setting["tuned_by"]
+    for run in runs:
+        if run.stage != "confirm" or study.state(run.folder) != "ended":
+            continue
+        try:
+            evals = results.read_run(run.folder).evals
+        except Damaged: # row_of() says so
+            continue
+        for row in evals:
+            rows.append({"setting": run.setting, "head": run.head, "seed": run.seed, "step": row["step"], key: row[key],
+                         "cpu_seconds": row.get("cpu_seconds")})
+    return rows
+
+
 def table(plan):
-    """Write runs.csv, of all settings, and return its rows."""
-    rows = []
+    """Write runs.csv, of all settings, and return its rows; for what a loss costs, evaluations.csv."""
+    rows, evals = [], []
     for name in plan["settings"]:
         setting = plan["settings"][name]
         chosen, tuned = tune(plan, name, list_only)
         goal, runs = target(plan, name, tuned), confirm(plan, name, chosen, tuned, list_only)
         if "like" not in setting: # whose runs are in the table already
             runs = [*tuned, *runs]
+        else:
+            evals += evaluations(runs, setting)
         rows += [row for run in runs if (row := row_of(run, setting, chosen, goal))]
     write_csv(os.path.join(out_dir, "runs.csv"), rows)
+    if evals:
+        write_csv(os.path.join(out_dir, "evaluations.csv"), evals)
     return rows
 
 

@@ -69,8 +69,8 @@ def made_up(tmp_path, monkeypatch):
         (tmp_path / "design.toml").write_text(design)
         monkeypatch.setattr(study, "run_all", run_all)
         monkeypatch.setattr(study, "import_ahead", lambda: None)
-        monkeypatch.setattr(claims.results, "read_run", lambda folder: folder)
-        monkeypatch.setattr(claims.results, "measure", FakeRun)
+        monkeypatch.setattr(claims.results, "read_run", FakeRun)
+        monkeypatch.setattr(claims.results, "measure", lambda run: run)
         monkeypatch.setattr(sys, "argv", ["claims.py", "--design=design.toml", "--out_dir=out", *args])
         for key, value in DEFAULTS.items():
             monkeypatch.setattr(claims, key, value)
@@ -167,6 +167,11 @@ def test_a_setting_that_is_like_another_has_its_points_and_a_target_by_its_own_e
     steps = math.ceil(4 - statistics.median(losses))
     assert {(row["steps_to_target"], row["cpu_to_target"], row["arrived"]) for row in judged} == {
         (str(steps), str(2.0 * steps), "True")}
+    with open("out/evaluations.csv") as f: # the course of what is judged here, for other losses than the target
+        course = list(csv.DictReader(f))
+    of_run = [("0", "-4", "0.0"), ("1", "-3", "2.0"), ("2", "-2", "4.0"), ("3", "-1", "6.0"), ("4", "0", "8.0")]
+    assert [tuple(row.values()) for row in course] == [
+        ("cost", row["head"], row["seed"], *numbers) for row in judged for numbers in of_run]
 
 
 def test_a_run_that_does_not_arrive_has_all_that_it_took():
