@@ -253,6 +253,8 @@ def decide(claim, result, setting, alpha):
         return "not run yet", f"{result['run']} of the {looks[0]} seeds that the first look needs have run."
     missing = looks[result["look"] - 1] - result["seeds"]
     lacking = f" {missing} seeds lack the number." if missing else ""
+    if missing and result["above"] and result["below"]:
+        lacking = f" {missing} seeds lack the number, in which heads on both sides of the contrast did not arrive."
     if result["low"] is None:
         reason = "All seeds have the same difference" if result["std"] == 0 else "There are not two seeds"
         return "inconclusive", f"{reason}, which gives no interval.{lacking}"
