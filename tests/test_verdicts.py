@@ -302,13 +302,43 @@ def test_a_second_computation_agrees_on_the_study_of_claims_and_so_does_its_tabl
     assert set(shown) == {name for name, result in judged.items() if result["look"]} and shown
     for name, (verdict, difference, _, _, seeds, p_holm) in shown.items():
         result, is_log = judged[name], difference.endswith("%]")
+        assert (verdict, int(seeds)) == (result["verdict"], result["seeds"])
+        if result["estimate"] is None:
+            assert (difference, p_holm) == ("none arrived", "1") and "did not arrive" in result["why"]
+            continue
         numbers = [float(x) for x in re.findall(r"[+-][0-9.]+", difference)]
         expected = [result["estimate"], result["low"], result["high"]]
         if is_log:
             expected = [100 * math.expm1(x) for x in expected]
-        assert (verdict, int(seeds)) == (result["verdict"], result["seeds"])
         assert numbers == pytest.approx(expected, abs=0.05 if is_log else 0.0005)
         assert float(p_holm) == pytest.approx(result["p_holm"], rel=0.1)
+
+
+def test_the_table_of_what_a_loss_costs_is_that_of_the_evaluations():
+    """The steps and CPU seconds to some losses, in percent of the linear head's of the same seed."""
+    evals = pd.read_csv(os.path.join(ROOT, "assets", "claims", "evaluations.csv"))
+    with open(os.path.join(ROOT, "RESULTS.md"), encoding="utf-8") as f:
+        section = f.read().split("### What a loss costs\n")[1].split("\n## ")[0]
+    header, *lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    numbers = 0
+    for head, *cells in lines:
+        for title, cell in zip(header[1:], cells):
+            key = "step" if title.startswith("steps") else "cpu_seconds"
+            there = evals.groupby(["head", "seed"])[key].last()
+            if " to " in title:
+                loss = float(title.split(" to ")[1])
+                there = evals[evals.val_loss <= loss].groupby(["head", "seed"])[key].first()
+            costs = there.unstack("head")
+            if cell == "not reached":
+                assert head not in costs
+                continue
+            ratios = np.log(costs[head] / costs["linear"])
+            low, high = stats.t.interval(0.95, len(ratios) - 1, ratios.mean(), stats.sem(ratios))
+            expected = [100 * math.expm1(x) for x in (ratios.mean(), low, high)]
+            assert len(ratios) == 6 and not ratios.isna().any()
+            assert [float(x) for x in re.findall(r"[+-][0-9.]+", cell)] == pytest.approx(expected, abs=0.5)
+            numbers += 1
+    assert numbers == 26
 
 # -----------------------------------------------------------------------------
 # its parts
